@@ -1,0 +1,1 @@
+//! Dynamic binary translation: the engine of full virtualization.

@@ -1,0 +1,130 @@
+//! Architectural CPU state as every engine exposes it: what a crash report prints, what a loader
+//! sets at boot, what lockstep compares.
+
+/// A segment register with its hidden part (SDM 3A 3.4.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Segment {
+    /// The visible selector.
+    pub selector: u16,
+    /// Base address.
+    pub base: u64,
+    /// Limit in bytes, granularity already applied.
+    pub limit: u32,
+    /// Access rights as in the descriptor's bits 40-55: type 0-3, S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15.
+    pub attributes: u16,
+}
+
+impl Segment {
+    /// Descriptor privilege level.
+    pub fn dpl(&self) -> u8 {
+        (self.attributes >> 5 & 3) as u8
+    }
+    /// 64-bit code segment (L).
+    pub fn long(&self) -> bool {
+        self.attributes >> 13 & 1 == 1
+    }
+    /// Default operand size / big stack (D/B).
+    pub fn db(&self) -> bool {
+        self.attributes >> 14 & 1 == 1
+    }
+    /// Present bit.
+    pub fn present(&self) -> bool {
+        self.attributes >> 7 & 1 == 1
+    }
+}
+
+/// GDTR or IDTR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct DescriptorTable {
+    /// Linear base address.
+    pub base: u64,
+    /// Limit in bytes.
+    pub limit: u16,
+}
+
+/// Architectural state of one vCPU, without FPU and vector registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct CpuState {
+    /// rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 to r15: in encoding order.
+    pub gpr: [u64; 16],
+    /// Instruction pointer.
+    pub rip: u64,
+    /// RFLAGS.
+    pub rflags: u64,
+    /// es, cs, ss, ds, fs, gs: in encoding order.
+    pub segments: [Segment; 6],
+    /// Local descriptor table register.
+    pub ldtr: Segment,
+    /// Task register.
+    pub tr: Segment,
+    /// Global descriptor table register.
+    pub gdtr: DescriptorTable,
+    /// Interrupt descriptor table register.
+    pub idtr: DescriptorTable,
+    /// Control register 0.
+    pub cr0: u64,
+    /// Page-fault linear address.
+    pub cr2: u64,
+    /// Paging root.
+    pub cr3: u64,
+    /// Control register 4.
+    pub cr4: u64,
+    /// Task priority.
+    pub cr8: u64,
+    /// Extended feature enables.
+    pub efer: u64,
+}
+
+impl CpuState {
+    /// Index of ES in [`CpuState::segments`].
+    pub const ES: usize = 0;
+    /// Index of CS in [`CpuState::segments`].
+    pub const CS: usize = 1;
+    /// Index of SS in [`CpuState::segments`].
+    pub const SS: usize = 2;
+    /// Index of DS in [`CpuState::segments`].
+    pub const DS: usize = 3;
+    /// Index of FS in [`CpuState::segments`].
+    pub const FS: usize = 4;
+    /// Index of GS in [`CpuState::segments`].
+    pub const GS: usize = 5;
+
+    /// State at a PVH entry point: 32-bit protected mode, flat segments, paging off, `rbx` holding
+    /// the physical address of `hvm_start_info` (Xen docs/misc/pvh.markdown).
+    pub fn pvh_entry(entry: u32, start_info: u32) -> Self {
+        let data = Segment {
+            selector: 0x10,
+            base: 0,
+            limit: u32::MAX,
+            attributes: 0xc093,
+        };
+        let code = Segment {
+            selector: 0x08,
+            base: 0,
+            limit: u32::MAX,
+            attributes: 0xc09b,
+        };
+        let mut state = CpuState {
+            rip: entry.into(),
+            rflags: 2,
+            segments: [data, code, data, data, data, data],
+            ldtr: Segment {
+                selector: 0,
+                base: 0,
+                limit: 0,
+                attributes: 0x82,
+            },
+            tr: Segment {
+                selector: 0,
+                base: 0,
+                limit: 0x67,
+                attributes: 0x8b,
+            },
+            // PE and ET; everything else is off.
+            cr0: 0x11,
+            ..CpuState::default()
+        };
+        state.gpr[3] = start_info.into();
+        state
+    }
+}

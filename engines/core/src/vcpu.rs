@@ -1,0 +1,73 @@
+//! The boundary between the run loop and an engine.
+
+use crate::{CpuState, Exit, ExitCounts, kick::KickHandle};
+
+/// One virtual CPU of one engine. Used by the run loop alone; `dyn` at this crate boundary.
+pub trait Vcpu {
+    /// Runs the guest until something needs the VMM. State that an [`Exit`] borrows belongs to
+    /// the vCPU; a read's data is consumed by the next call.
+    fn run(&mut self) -> Result<Exit<'_>, Error>;
+
+    /// Architectural state, exact between two instructions.
+    fn state(&self) -> Result<CpuState, Error>;
+
+    /// Replaces the architectural state.
+    fn set_state(&mut self, state: &CpuState) -> Result<(), Error>;
+
+    /// The translator's callouts; empty for engines without a translator. VM exits are counted by the run loop.
+    fn counts(&self) -> ExitCounts {
+        ExitCounts::default()
+    }
+
+    /// True when an interrupt could be delivered before the next instruction (IF set, no shadow).
+    fn interruptible(&mut self) -> bool;
+
+    /// Delivers external interrupt `vector` before the next instruction.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if the vCPU is not [`interruptible`](Vcpu::interruptible).
+    fn interrupt(&mut self, vector: u8) -> Result<(), Error>;
+
+    /// Makes [`run`](Vcpu::run) return [`Exit::InterruptWindow`] as soon as the vCPU is interruptible.
+    fn request_interrupt_window(&mut self, wanted: bool);
+
+    /// A handle that stops this vCPU from elsewhere.
+    fn kick_handle(&self) -> KickHandle;
+
+    /// Task priority (CR8), for engines whose guest changes it without an exit.
+    fn task_priority(&mut self) -> u8;
+
+    /// Statistics kept by the host's kernel for this VM and vCPU: (source, name, value), cumulative.
+    fn host_stats(&mut self) -> Vec<(&'static str, String, u64)> {
+        Vec::new()
+    }
+}
+
+/// An engine failed; not the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A host system call failed.
+    #[error("{operation}: {source}")]
+    Host {
+        /// What was tried, in the field's terms ("KVM_RUN").
+        operation: &'static str,
+        /// The host's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The engine met something that it can't go on from.
+    #[error("{0}")]
+    Engine(String),
+}
+
+/// A mode can't run on this host.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{probe}: {reason}; {fix}")]
+pub struct Unavailable {
+    /// The probe that failed ("open /dev/kvm").
+    pub probe: String,
+    /// What it said.
+    pub reason: String,
+    /// How to mend it.
+    pub fix: String,
+}

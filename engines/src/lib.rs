@@ -1,0 +1,1 @@
+//! Registry of modes, and the VMM binary trapline.

@@ -1,0 +1,1 @@
+//! Renders a run's files into one self-contained HTML page.

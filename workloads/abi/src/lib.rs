@@ -1,0 +1,72 @@
+//! What a guest and whoever runs it agree on: I/O ports, marks and the console protocol.
+//!
+//! This is the only crate that host and guest share. It holds constants and words, no behaviour.
+//! Everything here works on a foreign VMM too: ports that it does not know are ignored by it,
+//! and the console is a plain 16550.
+//!
+//! # Console protocol
+//!
+//! One line per message, `\n` at its end. The host sends to the guest's serial port:
+//!
+//! | host sends | guest answers |
+//! |---|---|
+//! | `run WORKLOAD SIZE ITERATIONS` | `begin`, then `end`, then `done CHECKSUM CYCLES` |
+//! | `list` | one `workload NAME` per workload, then `listed` |
+//! | `quit CODE` | nothing: writes CODE to [`port::EXIT`] |
+//!
+//! The guest greets with `ready VERSION FLAVOUR`. SIZE 0 and ITERATIONS 0 stand for the
+//! catalogue's defaults. CHECKSUM is 16 hex digits, CYCLES decimal (guest TSC ticks of the window).
+//! Instead of `begin` or `done` the guest may answer `failed REASON`, `unsupported REASON` or
+//! `unknown WORKLOAD`; the rest of the line is the reason. `begin` and `end` bracket the
+//! measured window for a host that has nothing but the console: the window opens when the
+//! newline of `begin` arrives and closes when the first byte of `end` does.
+#![no_std]
+
+/// Version of this protocol, sent in the greeting.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// I/O ports of the guest's machine.
+pub mod port {
+    /// First port of the 16550 UART that is the console.
+    pub const COM1: u16 = 0x3f8;
+    /// A write ends the guest: 0 is success, anything else failure (QEMU's isa-debug-exit).
+    pub const EXIT: u16 = 0xf4;
+    /// A write of [`super::mark`] values brackets the measured window; unassigned on a PC.
+    pub const MARK: u16 = 0x2f0;
+}
+
+/// Values written to [`port::MARK`], as 8-bit writes.
+pub mod mark {
+    /// The measured window opens.
+    pub const BEGIN: u8 = 1;
+    /// The measured window closes.
+    pub const END: u8 = 2;
+}
+
+/// Words of the console protocol; see the crate documentation for the grammar.
+pub mod word {
+    /// Greeting of the guest.
+    pub const READY: &str = "ready";
+    /// The measured window opens at this line's newline.
+    pub const BEGIN: &str = "begin";
+    /// The measured window closed at this line's first byte.
+    pub const END: &str = "end";
+    /// A run has ended well.
+    pub const DONE: &str = "done";
+    /// A run was tried and went wrong.
+    pub const FAILED: &str = "failed";
+    /// A run has no meaning in this flavour.
+    pub const UNSUPPORTED: &str = "unsupported";
+    /// No workload has that name.
+    pub const UNKNOWN: &str = "unknown";
+    /// One entry of the answer to `list`.
+    pub const WORKLOAD: &str = "workload";
+    /// End of the answer to `list`.
+    pub const LISTED: &str = "listed";
+    /// Host command: run a workload.
+    pub const RUN: &str = "run";
+    /// Host command: name the workloads.
+    pub const LIST: &str = "list";
+    /// Host command: end the guest.
+    pub const QUIT: &str = "quit";
+}

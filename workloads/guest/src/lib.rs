@@ -1,0 +1,1 @@
+//! The guest kernel: entry, page tables, traps, drivers.

@@ -1,0 +1,1 @@
+//! Guest images, built from programs and guest and embedded.
