@@ -1,8 +1,52 @@
 //! Samples, exits, manifest and summary: the data that a run leaves behind.
 //!
 //! Types here are the program's own; csv and JSON happen at the file boundary, through private
-//! wire structs. Nothing here measures or renders.
+//! wire structs. Nothing here measures or renders, and no clock is read.
+//!
+//! # A run's directory
+//!
+//! | file | type | written |
+//! |---|---|---|
+//! | [`MANIFEST`] | [`Manifest`] | before the first sample, and again at the end |
+//! | [`SAMPLES`] | [`Sample`], by [`SampleWriter`] | row by row |
+//! | [`EXITS`] | [`ExitRow`], by [`ExitWriter`] | row by row |
+//! | [`SUMMARY`] | [`Summary`], by [`summarise`] | at the end |
+//!
+//! # Conventions for whoever measures
+//!
+//! - Boot is workload [`BOOT`], phase `boot`, metric [`Metric::TIME`].
+//! - Warm and cold times are per iteration; write [`Metric::ITERATIONS`] once per phase beside
+//!   them, or cold and warm can't be set against each other.
+//! - What could not be measured is a sample with a status, a reason and no value, in phase `warm`
+//!   and metric [`Metric::TIME`], so that it stands where the figure would have stood.
+//! - Metrics that a mode does not have (counters of a foreign VMM) are simply not written.
 
-pub mod status;
+mod error;
+mod exit_row;
+mod host;
+mod json;
+pub mod manifest;
+mod metric;
+mod run;
+mod sample;
+pub mod statistics;
+mod summary;
+mod table;
+mod words;
 
-pub use status::Status;
+pub use error::{Error, Fault};
+pub use exit_row::ExitRow;
+pub use host::{sha256_hex, tool_version};
+pub use manifest::{Circumstances, Manifest, ModeInfo, Role};
+pub use metric::Metric;
+pub use run::{EXITS, ExitWriter, MANIFEST, REPORT, Run, SAMPLES, SUMMARY, SampleWriter};
+pub use sample::Sample;
+pub use summary::{NATIVE, Summary, SummaryRow, summarise};
+pub use table::{Row, TableWriter, read_table};
+pub use words::{Class, Direction, Phase, Status, Unit};
+
+/// Version of the format of all files of a run; raised when an old reader would misread them.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// Name in column `workload` of samples that belong to no workload but to the guest's boot.
+pub const BOOT: &str = "boot";
