@@ -2,4 +2,223 @@
 //!
 //! Pure `no_std` logic: the same functions run in a guest, in a native process and as the oracle
 //! in tests. A workload never knows which mode it runs in.
+//!
+//! - `compute/`: kernels that need nothing but an arena. They are plain functions, compiled once
+//!   into this crate's object, so guest and native process contain the same machine code.
+//! - `nano/`: one privileged operation per iteration, generic over [`Platform`], so each machine
+//!   gets a loop in which its own way to do the operation is inlined.
+//! - [`session`]: the guest's side of the console protocol, shared by guest and native process.
+//!
+//! A workload is one file and one line of [`CATALOGUE`]. Its checksum depends on what every single
+//! iteration returned or changed: an operation that does not do what the architecture says gives
+//! another checksum than [`oracle`].
 #![no_std]
+// A fill loop must stay a loop: turned into a call of memset it would run the C library's code
+// natively and the guest's own in a guest, and the two would no longer be the same program.
+#![no_builtins]
+
+#[cfg(any(feature = "oracle", test))]
+extern crate alloc;
+
+mod compute;
+mod empty;
+#[cfg(any(feature = "oracle", test))]
+mod model;
+pub mod nano;
+mod platform;
+mod refusal;
+pub mod session;
+mod workload;
+
+#[cfg(any(feature = "oracle", test))]
+pub use model::{Model, oracle};
+pub use platform::{Kernel, Platform};
+pub use refusal::{Fault, Piece, Refusal};
+pub use workload::{Group, Prepared, Ring, Workload};
+
+/// Every workload.
+pub const CATALOGUE: &[Workload] = &[
+    empty::WORKLOAD,
+    compute::alu::WORKLOAD,
+    compute::sieve::WORKLOAD,
+    compute::sort::WORKLOAD,
+    compute::chase::WORKLOAD,
+    compute::fib::WORKLOAD,
+    compute::indirect::WORKLOAD,
+    compute::sse_matmul::WORKLOAD,
+    nano::syscall::WORKLOAD,
+    nano::port_in::WORKLOAD,
+    nano::port_out::WORKLOAD,
+    nano::cpuid::WORKLOAD,
+    nano::cr3_reload::WORKLOAD,
+    nano::invlpg::WORKLOAD,
+    nano::pgfault::WORKLOAD,
+    nano::divzero::WORKLOAD,
+    nano::callret::WORKLOAD,
+    nano::cr8wr::WORKLOAD,
+    nano::ptemod::WORKLOAD,
+    nano::cli_sti::WORKLOAD,
+];
+
+/// The workload of that name.
+pub fn find(name: &str) -> Option<&'static Workload> {
+    CATALOGUE.iter().find(|workload| workload.name == name)
+}
+
+/// Prepares and runs a workload; returns its checksum. Size 0 and iterations 0 stand for the
+/// catalogue's defaults.
+///
+/// # Errors
+/// A [`Refusal`] says why there is no checksum.
+pub fn run<P: Platform>(
+    platform: &mut P,
+    workload: &Workload,
+    size: u64,
+    iterations: u64,
+) -> Result<u64, Refusal> {
+    let prepared = Prepared::new(platform, workload, size, iterations)?;
+    let sum = prepared.execute(platform)?;
+    Ok(prepared.conclude(platform, sum))
+}
+
+/// Folds one value into a running checksum with two instructions, cheap enough to stand inside the
+/// loop of a nano operation. Multiplying by an odd number loses nothing: a wrong value anywhere
+/// changes the end, unless a second wrong value happens to undo it.
+#[inline(always)]
+pub(crate) fn fold(sum: u64, value: u64) -> u64 {
+    sum.wrapping_mul(3).wrapping_add(value)
+}
+
+/// Folds one value into a running checksum with full diffusion, for compute kernels.
+#[inline(always)]
+pub(crate) fn mix(sum: u64, value: u64) -> u64 {
+    (sum.rotate_left(23) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small size (0 where the workload takes none), iterations, checksum.
+    ///
+    /// The values were computed once by this code and are kept so that a change of a workload's
+    /// logic is seen: figures of two versions with different checksums can't be compared.
+    const KNOWN: &[(&str, u64, u64, u64)] = &[
+        ("empty", 0, 1, 0x656d_7074_7900_0000),
+        ("alu", 100, 3, 0xbf16_c7fd_3ca2_09d9),
+        ("sieve", 1000, 3, 0x2d9e_3e75_b807_a581),
+        ("sort", 500, 3, 0xcbef_66be_c516_374e),
+        ("chase", 1000, 3, 0x8d86_c4a5_fb0e_4500),
+        ("fib", 12, 3, 0xe69d_ca30_abcf_a26b),
+        ("indirect", 1000, 3, 0x79e3_1a72_e74a_a546),
+        ("sse_matmul", 8, 3, 0x717c_9844_1fae_603c),
+        ("syscall", 0, 5, 0xbfae_7ada_1ec3_d6f1),
+        ("in", 0, 5, 0x0000_0000_0000_7f9e),
+        ("out", 0, 5, 0x0000_0000_0000_0013),
+        ("cpuid", 0, 5, 0x0000_0009_edb7_8b3b),
+        ("cr3_reload", 0, 5, 0xbbbb_0000_6666_0011),
+        ("invlpg", 0, 5, 0xbbbb_0000_6666_0011),
+        ("pgfault", 0, 5, 0xff0e_0078_ff87_0389),
+        ("divzero", 0, 5, 0x0000_0000_0000_021e),
+        ("callret", 0, 5, 0x0000_0000_0000_016b),
+        ("cr8wr", 0, 5, 0x0000_0000_0000_0013),
+        ("ptemod", 0, 5, 0xaaaa_0000_5555_0010),
+        ("cli_sti", 0, 5, 0x0000_0000_0000_0010),
+    ];
+
+    #[test]
+    fn checksums_are_the_known_ones() {
+        for &(name, size, iterations, expected) in KNOWN {
+            let workload = find(name).unwrap();
+            let sum = oracle(workload, size, iterations).unwrap();
+            assert_eq!(sum, expected, "{name} {size} {iterations}: {sum:#018x}");
+        }
+        for workload in CATALOGUE {
+            assert!(
+                KNOWN.iter().any(|known| known.0 == workload.name),
+                "{} has no known checksum",
+                workload.name
+            );
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_one_word() {
+        for (index, workload) in CATALOGUE.iter().enumerate() {
+            assert!(!workload.name.contains(char::is_whitespace));
+            assert!(
+                CATALOGUE[..index]
+                    .iter()
+                    .all(|other| other.name != workload.name)
+            );
+        }
+        assert!(find("no such workload").is_none());
+    }
+
+    #[test]
+    fn every_iteration_changes_the_checksum() {
+        for workload in CATALOGUE.iter().filter(|w| w.group != Group::Empty) {
+            let sums: alloc::vec::Vec<u64> = (1..=4)
+                .map(|iterations| oracle(workload, 0, iterations).unwrap())
+                .collect();
+            for (index, sum) in sums.iter().enumerate() {
+                assert!(
+                    !sums[..index].contains(sum),
+                    "{}: {} iterations give an earlier checksum",
+                    workload.name,
+                    index + 1
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn runs_are_repeatable() {
+        for workload in CATALOGUE {
+            assert_eq!(oracle(workload, 0, 3), oracle(workload, 0, 3));
+        }
+    }
+
+    #[test]
+    fn sizes_beyond_the_arena_are_refused() {
+        for workload in CATALOGUE.iter().filter(|w| w.words(1) != w.words(1000)) {
+            let mut arena = alloc::vec![0; 64];
+            let mut model = Model::new(&mut arena);
+            for size in [1 << 20, u64::MAX / 2, u64::MAX] {
+                assert!(
+                    matches!(
+                        run(&mut model, workload, size, 1),
+                        Err(Refusal::TooLarge { .. })
+                    ),
+                    "{} {size}",
+                    workload.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_smallest_sizes_never_panic() {
+        for workload in CATALOGUE {
+            for size in 1..=20 {
+                let mut arena = alloc::vec![0; 1 << 13];
+                let mut model = Model::new(&mut arena);
+                match run(&mut model, workload, size, 2) {
+                    Ok(_) => assert!(workload.group == Group::Compute || size == 1),
+                    Err(Refusal::Beyond { .. }) => assert_ne!(workload.group, Group::Compute),
+                    Err(other) => panic!("{} {size}: {other}", workload.name),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn zero_stands_for_the_defaults() {
+        for workload in CATALOGUE.iter().filter(|w| w.group == Group::Nano) {
+            assert_eq!(
+                oracle(workload, 0, 0),
+                oracle(workload, workload.size, workload.iterations)
+            );
+        }
+    }
+}

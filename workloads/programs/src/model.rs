@@ -1,0 +1,221 @@
+//! A machine that does what the architecture says, in plain software: the oracle's platform.
+//!
+//! It models exactly the state that an operation can leave behind: a scratch register, one page
+//! with its entry and its cached translation, a count of faults, the task priority, the interrupt
+//! flag. Its rings are one, and nothing ever fails.
+
+use crate::{
+    Kernel, Platform, Refusal, Workload,
+    nano::{
+        Operation, WORD_A, WORD_B, cpuid, port_in,
+        syscall::{self, Syscalls},
+    },
+};
+
+/// What the probe page's entry points to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Frame {
+    A,
+    B,
+}
+
+/// The oracle's machine.
+#[derive(Debug)]
+pub struct Model<'a> {
+    arena: &'a mut [u64],
+    scratch: u8,
+    /// The probe page's entry; `None` is not present.
+    entry: Option<Frame>,
+    /// The translation in use, if one is cached: survives a change of the entry.
+    cached: Option<Frame>,
+    faults: u64,
+    priority: u64,
+    unmasked: bool,
+}
+
+impl<'a> Model<'a> {
+    /// A machine with that much memory.
+    pub fn new(arena: &'a mut [u64]) -> Self {
+        Model {
+            arena,
+            scratch: 0,
+            entry: None,
+            cached: None,
+            faults: 0,
+            priority: 0,
+            unmasked: false,
+        }
+    }
+
+    /// Reads the probe page; a fault maps it to frame A, as the guest's handler does.
+    fn probe(&mut self) -> u64 {
+        let frame = match self.cached.or(self.entry) {
+            Some(frame) => frame,
+            None => {
+                self.faults += 1;
+                self.entry = Some(Frame::A);
+                Frame::A
+            }
+        };
+        self.cached = Some(frame);
+        match frame {
+            Frame::A => WORD_A,
+            Frame::B => WORD_B,
+        }
+    }
+}
+
+impl Platform for Model<'_> {
+    fn arena_words(&self) -> u64 {
+        self.arena.len() as u64
+    }
+
+    fn compute(&mut self, kernel: Kernel, size: u64, iterations: u64) -> Result<u64, Refusal> {
+        Ok(kernel(self.arena, size, iterations))
+    }
+
+    fn arm(&mut self, operation: Operation) -> Result<(), Refusal> {
+        match operation {
+            Operation::In => self.scratch = port_in::VALUE,
+            Operation::Cr3Reload | Operation::Invlpg => {
+                self.cached = Some(Frame::A);
+                self.entry = Some(Frame::B);
+            }
+            Operation::PageFault => {
+                self.cached = None;
+                self.entry = None;
+                self.faults = 0;
+            }
+            Operation::DivZero => self.faults = 0,
+            Operation::PteMod => {
+                self.entry = Some(Frame::A);
+                self.cached = Some(Frame::A);
+            }
+            Operation::Syscall
+            | Operation::Out
+            | Operation::Cpuid
+            | Operation::CallRet
+            | Operation::Cr8Write
+            | Operation::CliSti => {}
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, operation: Operation) -> u64 {
+        match operation {
+            Operation::Out => self.scratch.into(),
+            Operation::Cr3Reload | Operation::Invlpg => self.probe(),
+            Operation::PageFault | Operation::DivZero => self.faults,
+            Operation::Cr8Write => self.priority,
+            Operation::PteMod => {
+                self.invalidate();
+                self.probe()
+            }
+            Operation::CliSti => self.unmasked.into(),
+            Operation::Syscall | Operation::In | Operation::Cpuid | Operation::CallRet => 0,
+        }
+    }
+
+    fn syscalls(&mut self, iterations: u64) -> Result<u64, Refusal> {
+        Ok(syscall::calls(self, iterations))
+    }
+
+    fn port_in(&mut self) -> u8 {
+        self.scratch
+    }
+
+    fn port_out(&mut self, value: u8) {
+        self.scratch = value;
+    }
+
+    fn cpuid(&mut self) -> u32 {
+        cpuid::ALWAYS
+    }
+
+    fn reload_root(&mut self) {
+        self.cached = None;
+    }
+
+    fn invalidate(&mut self) {
+        self.cached = None;
+    }
+
+    fn page_fault(&mut self) -> u64 {
+        let word = self.probe();
+        self.entry = None;
+        self.invalidate();
+        word.wrapping_add(self.faults)
+    }
+
+    fn divide_by_zero(&mut self) -> u64 {
+        self.faults += 1;
+        self.faults
+    }
+
+    fn call_return(&mut self, value: u64) -> u64 {
+        value.wrapping_mul(3).wrapping_add(1)
+    }
+
+    fn set_priority(&mut self, value: u64) {
+        self.priority = value;
+    }
+
+    fn modify_entry(&mut self, which: u64) {
+        self.entry = Some(if which & 1 == 0 { Frame::A } else { Frame::B });
+    }
+
+    fn mask_unmask(&mut self) {
+        self.unmasked = true;
+    }
+}
+
+impl Syscalls for Model<'_> {
+    fn syscall(&mut self, argument: u64) -> u64 {
+        syscall::answer(argument)
+    }
+}
+
+/// The checksum that every machine must come to. Size 0 and iterations 0 stand for the
+/// catalogue's defaults. Takes as long as the workload takes natively.
+///
+/// # Errors
+/// The size is refused, or there is no memory for it here.
+pub fn oracle(workload: &Workload, size: u64, iterations: u64) -> Result<u64, Refusal> {
+    let (size, iterations) = workload.resolve(size, iterations);
+    let words = workload.words(size).unwrap_or(u64::MAX);
+    let mut arena = alloc::vec::Vec::new();
+    if usize::try_from(words).map(|words| arena.try_reserve_exact(words)) != Ok(Ok(())) {
+        return Err(Refusal::TooLarge {
+            size,
+            words,
+            available: 0,
+        });
+    }
+    arena.resize(words as usize, 0);
+    crate::run(&mut Model::new(&mut arena), workload, size, iterations)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stale_translation_shows_in_the_checksum() {
+        // What a machine would settle with whose cr3 reload flushes nothing.
+        let mut model = Model::new(&mut []);
+        model.arm(Operation::Cr3Reload).unwrap();
+        assert_eq!(model.probe(), WORD_A);
+        model.reload_root();
+        assert_eq!(model.settle(Operation::Cr3Reload), WORD_B);
+    }
+
+    #[test]
+    fn every_page_fault_faults() {
+        let mut model = Model::new(&mut []);
+        model.arm(Operation::PageFault).unwrap();
+        for count in 1..5 {
+            assert_eq!(model.page_fault(), WORD_A + count);
+        }
+        assert_eq!(model.settle(Operation::PageFault), 4);
+    }
+}

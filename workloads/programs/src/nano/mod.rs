@@ -1,0 +1,80 @@
+//! Nano workloads: one privileged operation per iteration.
+//!
+//! Each file holds the loop of one operation, generic over the machine. What an operation returns
+//! is folded in the loop; what it leaves behind is folded once, by [`Platform::settle`].
+
+pub mod callret;
+pub mod cli_sti;
+pub mod cpuid;
+pub mod cr3_reload;
+pub mod cr8wr;
+pub mod divzero;
+pub mod invlpg;
+pub mod pgfault;
+pub mod port_in;
+pub mod port_out;
+pub mod ptemod;
+pub mod syscall;
+
+use crate::{Platform, Refusal};
+
+/// Word at the start of the probe page's frame A.
+pub const WORD_A: u64 = 0xaaaa_0000_5555_0001;
+/// Word at the start of the probe page's frame B.
+pub const WORD_B: u64 = 0xbbbb_0000_6666_0002;
+
+/// A privileged operation. Each says which state it starts from, and what settling returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Settles with 0.
+    Syscall,
+    /// Starts with [`port_in::VALUE`] in the scratch register; settles with 0.
+    In,
+    /// Settles with what the scratch register reads.
+    Out,
+    /// Settles with 0.
+    Cpuid,
+    /// Starts with the probe page's translation to frame A in use and its entry changed to frame
+    /// B; settles with the word that the page reads.
+    Cr3Reload,
+    /// As [`Operation::Cr3Reload`].
+    Invlpg,
+    /// Starts with the probe page not present and the count of faults 0; settles with the count.
+    PageFault,
+    /// Starts with the count of faults 0; settles with the count.
+    DivZero,
+    /// Settles with 0.
+    CallRet,
+    /// Settles with what CR8 reads.
+    Cr8Write,
+    /// Starts with the probe page mapped to frame A; settles with the word that the page reads
+    /// once invalidated.
+    PteMod,
+    /// Settles with 1 if interrupts are unmasked, else 0; leaves them masked.
+    CliSti,
+}
+
+impl Operation {
+    /// Does it `iterations` times.
+    #[inline]
+    pub(crate) fn run<P: Platform>(
+        self,
+        platform: &mut P,
+        iterations: u64,
+    ) -> Result<u64, Refusal> {
+        Ok(match self {
+            Operation::Syscall => platform.syscalls(iterations)?,
+            Operation::In => port_in::reads(platform, iterations),
+            Operation::Out => port_out::writes(platform, iterations),
+            Operation::Cpuid => cpuid::reads(platform, iterations),
+            Operation::Cr3Reload => cr3_reload::reloads(platform, iterations),
+            Operation::Invlpg => invlpg::invalidations(platform, iterations),
+            Operation::PageFault => pgfault::faults(platform, iterations),
+            Operation::DivZero => divzero::faults(platform, iterations),
+            Operation::CallRet => callret::calls(platform, iterations),
+            Operation::Cr8Write => cr8wr::writes(platform, iterations),
+            Operation::PteMod => ptemod::stores(platform, iterations),
+            Operation::CliSti => cli_sti::pairs(platform, iterations),
+        })
+    }
+}

@@ -1,0 +1,168 @@
+//! What a workload is, and the three steps of running one.
+//!
+//! The steps are apart because only the middle one stands in the measured window: data is laid out
+//! and operations are tried before it, results are verified after it.
+
+use crate::{Platform, Refusal, compute, nano::Operation, platform::Kernel};
+
+/// What a workload measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// Nothing: the cost of the window itself.
+    Empty,
+    /// An application's work: no privileged operation at all.
+    Compute,
+    /// One privileged operation per iteration. Has no native figure.
+    Nano,
+}
+
+/// The privilege that the measured code starts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ring {
+    /// Ring 3, as applications.
+    User,
+    /// Ring 0, as kernels.
+    Kernel,
+}
+
+/// One guest program.
+#[derive(Debug)]
+pub struct Workload {
+    /// Its name on the console, in csv and in reports.
+    pub name: &'static str,
+    /// What it measures.
+    pub group: Group,
+    /// Where the measured code runs.
+    pub ring: Ring,
+    /// Default size; the unit is the workload's own and stands in `operation`. 1 where the
+    /// workload takes no size.
+    pub size: u64,
+    /// Default number of iterations.
+    pub iterations: u64,
+    /// What one iteration is, in one line.
+    pub operation: &'static str,
+    pub(crate) program: Program,
+}
+
+/// The code of a workload.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Program {
+    Empty,
+    Compute {
+        /// Words of arena that a size needs; `None` on overflow.
+        words: fn(u64) -> Option<u64>,
+        /// Largest size for a reason other than the arena.
+        limit: u64,
+        /// Lays out the data, before the window.
+        prepare: Kernel,
+        /// The measured code.
+        run: Kernel,
+    },
+    Nano(Operation),
+}
+
+impl Workload {
+    /// Words of arena (8 bytes each) that `size` needs; `None` if that is beyond 2^64.
+    pub fn words(&self, size: u64) -> Option<u64> {
+        match self.program {
+            Program::Empty | Program::Nano(_) => Some(0),
+            Program::Compute { words, .. } => words(size),
+        }
+    }
+
+    /// Puts the catalogue's defaults where there is a 0.
+    pub fn resolve(&self, size: u64, iterations: u64) -> (u64, u64) {
+        (
+            if size == 0 { self.size } else { size },
+            if iterations == 0 {
+                self.iterations
+            } else {
+                iterations
+            },
+        )
+    }
+}
+
+/// A workload that can run now: sizes checked, data laid out, operation tried.
+#[derive(Debug)]
+pub struct Prepared {
+    program: Program,
+    size: u64,
+    iterations: u64,
+}
+
+impl Prepared {
+    /// Checks the size, lays out the data, tries the operation.
+    ///
+    /// # Errors
+    /// The size does not fit, the platform has no such operation, or the operation does not do
+    /// what the architecture says.
+    pub fn new<P: Platform>(
+        platform: &mut P,
+        workload: &Workload,
+        size: u64,
+        iterations: u64,
+    ) -> Result<Self, Refusal> {
+        let (size, iterations) = workload.resolve(size, iterations);
+        let program = workload.program;
+        match program {
+            Program::Empty => limit(size, workload.size)?,
+            Program::Compute {
+                words,
+                limit: most,
+                prepare,
+                run: _,
+            } => {
+                limit(size, most)?;
+                let available = platform.arena_words();
+                let needed = words(size).unwrap_or(u64::MAX);
+                if needed > available {
+                    return Err(Refusal::TooLarge {
+                        size,
+                        words: needed,
+                        available,
+                    });
+                }
+                platform.compute(compute::touch, needed, 1)?;
+                platform.compute(prepare, size, iterations)?;
+            }
+            Program::Nano(operation) => {
+                limit(size, workload.size)?;
+                platform.arm(operation)?;
+            }
+        }
+        Ok(Prepared {
+            program,
+            size,
+            iterations,
+        })
+    }
+
+    /// The measured part.
+    ///
+    /// # Errors
+    /// A fault of the workload that the platform survived.
+    #[inline]
+    pub fn execute<P: Platform>(&self, platform: &mut P) -> Result<u64, Refusal> {
+        match self.program {
+            Program::Empty => Ok(crate::empty::CHECKSUM),
+            Program::Compute { run, .. } => platform.compute(run, self.size, self.iterations),
+            Program::Nano(operation) => operation.run(platform, self.iterations),
+        }
+    }
+
+    /// Folds what the operations left behind into the checksum.
+    pub fn conclude<P: Platform>(&self, platform: &mut P, sum: u64) -> u64 {
+        match self.program {
+            Program::Empty | Program::Compute { .. } => sum,
+            Program::Nano(operation) => crate::fold(sum, platform.settle(operation)),
+        }
+    }
+}
+
+fn limit(size: u64, most: u64) -> Result<(), Refusal> {
+    if size > most {
+        return Err(Refusal::Beyond { size, most });
+    }
+    Ok(())
+}
