@@ -187,7 +187,6 @@ fn text(console: &mut impl Console, text: &str) {
 
 fn end(console: &mut impl Console) {
     console.write(b"\n");
-    console.flush();
 }
 
 fn refuse(console: &mut impl Console, refusal: Refusal) {

@@ -1,0 +1,144 @@
+//! The instructions that Rust has no words for, one function each, and the constants they need.
+
+use core::arch::asm;
+
+/// Selector of the kernel's code segment.
+pub(crate) const KERNEL_CODE: u16 = 0x08;
+/// Selector of the task-state segment.
+pub(crate) const TASK_STATE: u16 = 0x30;
+
+/// STAR: what syscall loads CS from (bits 32-47), and sysret (bits 48-63, plus 16; APM 2, 6.1.1).
+pub(crate) const STAR: u32 = 0xc000_0081;
+/// LSTAR: where syscall enters 64-bit kernels.
+pub(crate) const LSTAR: u32 = 0xc000_0082;
+/// SFMASK: flags that syscall clears.
+pub(crate) const SFMASK: u32 = 0xc000_0084;
+
+/// Reads a port.
+#[inline(always)]
+pub(crate) fn port_in(port: u16) -> u8 {
+    let value;
+    // SAFETY: no port of this machine writes memory.
+    unsafe {
+        asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags))
+    };
+    value
+}
+
+/// Writes a port.
+#[inline(always)]
+pub(crate) fn port_out(port: u16, value: u8) {
+    // SAFETY: no port of this machine writes memory.
+    unsafe {
+        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+    };
+}
+
+/// The time-stamp counter.
+#[inline(always)]
+pub(crate) fn time_stamp() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: reads a counter.
+    unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nostack, preserves_flags)) };
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// EDX of CPUID leaf 1.
+#[inline(always)]
+pub(crate) fn feature_flags() -> u32 {
+    let edx;
+    // SAFETY: reads registers; rbx, which the compiler keeps for itself, is put back.
+    unsafe {
+        asm!("mov r8, rbx", "cpuid", "mov rbx, r8", inout("eax") 1 => _, out("ecx") _,
+            out("edx") edx, out("r8") _, options(nomem, nostack, preserves_flags));
+    }
+    edx
+}
+
+/// Writes a model-specific register.
+///
+/// # Safety
+/// The value leaves the kernel running: entry points and segments in it are this kernel's own.
+pub(crate) unsafe fn write_msr(register: u32, value: u64) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        asm!("wrmsr", in("ecx") register, in("eax") value as u32, in("edx") (value >> 32) as u32,
+            options(nostack, preserves_flags));
+    }
+}
+
+/// The address that the last page fault was about.
+pub(crate) fn fault_address() -> u64 {
+    let value;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, cr2", out(reg) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// The paging root.
+#[inline(always)]
+pub(crate) fn root() -> u64 {
+    let value;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, cr3", out(reg) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Loads the paging root, which flushes all translations.
+///
+/// # Safety
+/// The tables at `root` map the kernel as it runs now.
+#[inline(always)]
+pub(crate) unsafe fn set_root(root: u64) {
+    // SAFETY: the caller's contract.
+    unsafe { asm!("mov cr3, {}", in(reg) root, options(nostack, preserves_flags)) };
+}
+
+/// Invalidates the translation of one page.
+#[inline(always)]
+pub(crate) fn invalidate(address: u64) {
+    // SAFETY: a flush changes no mapping.
+    unsafe { asm!("invlpg [{}]", in(reg) address, options(nostack, preserves_flags)) };
+}
+
+/// The task priority.
+pub(crate) fn priority() -> u64 {
+    let value;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, cr8", out(reg) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Sets the task priority, 0 to 15.
+#[inline(always)]
+pub(crate) fn set_priority(value: u64) {
+    // SAFETY: holds back interrupts, none of which is ever enabled here.
+    unsafe { asm!("mov cr8, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// Masks interrupts.
+pub(crate) fn mask() {
+    // SAFETY: nothing here waits for an interrupt.
+    unsafe { asm!("cli", options(nostack)) };
+}
+
+/// Masks interrupts, then unmasks them.
+#[inline(always)]
+pub(crate) fn mask_unmask() {
+    // SAFETY: both PICs are masked, so no interrupt arrives.
+    unsafe { asm!("cli", "sti", options(nostack)) };
+}
+
+/// RFLAGS.
+pub(crate) fn flags() -> u64 {
+    let value;
+    // SAFETY: one push and one pop.
+    unsafe { asm!("pushfq", "pop {}", out(reg) value, options(preserves_flags)) };
+    value
+}
+
+/// Tells the processor that this is a loop that waits.
+#[inline(always)]
+pub(crate) fn pause() {
+    core::hint::spin_loop();
+}

@@ -1,0 +1,167 @@
+//! Memory: rights of the image's pages, the arena and stack of ring 3, and the probe page.
+//!
+//! The map stands at the head of this crate. Invariant: no page is both writable and executable,
+//! and ring 3 reaches the programs' code and constants, its stack and its arena, nothing else.
+
+use crate::{cpu, start_info::Memory};
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Where the arena starts in physical memory; the image and ring 3's stack lie below.
+pub(crate) const ARENA_PHYSICAL: u64 = 4 << 20;
+/// Where the arena starts for ring 3.
+pub(crate) const ARENA: u64 = 0x4000_0000;
+/// Largest arena.
+const ARENA_MOST: u64 = 64 << 20;
+/// Smallest arena: what 64 MiB of memory leave, less what firmware keeps for itself.
+const ARENA_LEAST: u64 = 56 << 20;
+/// The probe page, whose entry the nano workloads change.
+pub(crate) const PROBE: u64 = 0x7fe0_0000;
+/// Physical memory that is mapped as itself.
+const REACH: u64 = 1 << 30;
+
+const PAGE: u64 = 4096;
+const LARGE_PAGE: u64 = 2 << 20;
+
+const PRESENT: u64 = 1;
+const WRITABLE: u64 = 2;
+const USER: u64 = 4;
+const LARGE: u64 = 0x80;
+const NO_EXECUTE: u64 = 1 << 63;
+
+type Table = [AtomicU64; 512];
+
+unsafe extern "C" {
+    static low_directory: Table;
+    static low_table: Table;
+    static user_directory: Table;
+    static probe_table: Table;
+    static probe_frame_a: [AtomicU64; 512];
+    static probe_frame_b: [AtomicU64; 512];
+    // Section borders, from the linker script.
+    static text_start: u8;
+    static text_end: u8;
+    static utext_start: u8;
+    static utext_end: u8;
+    static rodata_start: u8;
+    static rodata_end: u8;
+    static urodata_start: u8;
+    static urodata_end: u8;
+}
+
+/// The probe page's entry for frame A; the page-fault handler stores it.
+#[unsafe(no_mangle)]
+static probe_entry_a: AtomicU64 = AtomicU64::new(0);
+/// The probe page's entry for frame B.
+static PROBE_ENTRY_B: AtomicU64 = AtomicU64::new(0);
+
+/// Physical memory, mapped as itself by the boot tables: to be read before [`protect`], which
+/// takes page 0 away. QEMU's firmware leaves the memory map there.
+pub(crate) struct Physical;
+
+impl Memory for Physical {
+    fn byte(&self, address: u64) -> Option<u8> {
+        // Rust can't read address 0, and no structure starts there.
+        if !(1..REACH).contains(&address) {
+            return None;
+        }
+        // SAFETY: below REACH everything is mapped, and reading memory that Rust does not know of
+        // as bytes disturbs nothing.
+        Some(unsafe { (address as *const u8).read_volatile() })
+    }
+}
+
+/// Gives the image's pages the rights of their sections, and takes away the right to execute the
+/// low memory around them.
+pub(crate) fn protect() {
+    // SAFETY: symbols of the linker script: only their addresses are taken. The tables are
+    // written by the processor's walker alone besides.
+    let (sections, table, directory) = unsafe {
+        (
+            [
+                (&raw const text_start, &raw const text_end, 0),
+                (&raw const utext_start, &raw const utext_end, USER),
+                (&raw const rodata_start, &raw const rodata_end, NO_EXECUTE),
+                (
+                    &raw const urodata_start,
+                    &raw const urodata_end,
+                    NO_EXECUTE | USER,
+                ),
+            ],
+            &low_table,
+            &low_directory,
+        )
+    };
+    for (start, end, rights) in sections {
+        let (mut page, end) = (start as u64, end as u64);
+        while page < end {
+            if let Some(entry) = table.get((page / PAGE) as usize) {
+                entry.store(page | PRESENT | rights, Relaxed);
+            }
+            page += PAGE;
+        }
+    }
+    directory[0].store(table.as_ptr() as u64 | PRESENT | WRITABLE | USER, Relaxed);
+    // SAFETY: the same root; the new rights let this code execute and its stack be written.
+    unsafe { cpu::set_root(cpu::root()) };
+}
+
+/// Maps the arena and the stack of ring 3, given the end of the usable memory from
+/// [`ARENA_PHYSICAL`] on. Returns the arena's size in words.
+///
+/// # Errors
+/// There is too little memory.
+pub(crate) fn map_user(usable_end: u64) -> Result<u64, &'static str> {
+    let usable = usable_end.saturating_sub(ARENA_PHYSICAL) / LARGE_PAGE * LARGE_PAGE;
+    if usable < ARENA_LEAST {
+        return Err("less than 64 MiB of memory");
+    }
+    let size = usable.min(ARENA_MOST);
+    // SAFETY: the table is written here and read by the processor's walker alone.
+    let directory = unsafe { &user_directory };
+    let rights = PRESENT | WRITABLE | USER | LARGE | NO_EXECUTE;
+    for (index, entry) in (0..size / LARGE_PAGE).zip(directory) {
+        entry.store((ARENA_PHYSICAL + index * LARGE_PAGE) | rights, Relaxed);
+    }
+    // Ring 3's stack and the probe page are the last two entries.
+    directory[510].store(LARGE_PAGE | rights, Relaxed);
+    // SAFETY: as above.
+    let probe = unsafe { probe_table.as_ptr() } as u64;
+    directory[511].store(probe | PRESENT | WRITABLE, Relaxed);
+
+    // SAFETY: the frames are read through the probe page and written here alone.
+    let (a, b) = unsafe { (&probe_frame_a, &probe_frame_b) };
+    a[0].store(programs::nano::WORD_A, Relaxed);
+    b[0].store(programs::nano::WORD_B, Relaxed);
+    let entry = |frame: &Table| frame.as_ptr() as u64 | PRESENT | NO_EXECUTE;
+    probe_entry_a.store(entry(a), Relaxed);
+    PROBE_ENTRY_B.store(entry(b), Relaxed);
+    Ok(size / 8)
+}
+
+/// The probe page's entry for frame A (even) or B (odd).
+pub(crate) fn probe_entry(which: u64) -> u64 {
+    if which & 1 == 0 {
+        probe_entry_a.load(Relaxed)
+    } else {
+        PROBE_ENTRY_B.load(Relaxed)
+    }
+}
+
+/// Sets the probe page's entry, and flushes nothing.
+#[inline(always)]
+pub(crate) fn set_probe_entry(entry: u64) {
+    // SAFETY: the table is written here, by the fault handler, and by the processor's walker.
+    unsafe { probe_table[0].store(entry, Relaxed) };
+}
+
+/// Reads the probe page.
+#[inline(always)]
+pub(crate) fn read_probe() -> u64 {
+    let word;
+    // SAFETY: the page is mapped to a frame of the image, or the fault handler maps it.
+    unsafe {
+        core::arch::asm!("mov {}, [{}]", out(reg) word, in(reg) PROBE,
+            options(nostack, preserves_flags));
+    }
+    word
+}

@@ -1,0 +1,302 @@
+//! The machine that workloads see: every operation as its bare instruction, tried before it is
+//! measured.
+
+use crate::{
+    console::SCRATCH_PORT,
+    cpu, memory,
+    traps::{self, NO_FAULT, divide_armed, expected_fault, trap_count},
+    user,
+};
+use core::{
+    arch::asm,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
+use programs::{
+    Kernel, Platform, Refusal, Ring,
+    nano::{Operation, WORD_A, WORD_B, cpuid, port_in, syscall},
+};
+
+unsafe extern "C" {
+    static syscall_entry: u8;
+    static syscall_trial: u8;
+    static syscall_unraised: u8;
+}
+
+/// What the system call mixes into its answer: data of the kernel, which ring 3 can't read.
+#[unsafe(no_mangle)]
+static syscall_key: AtomicU64 = AtomicU64::new(syscall::KEY);
+
+/// RFLAGS.IF.
+const INTERRUPTS: u64 = 1 << 9;
+
+/// This machine.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    /// Size of the arena.
+    pub(crate) words: u64,
+}
+
+impl Platform for Machine {
+    fn arena_words(&self) -> u64 {
+        self.words
+    }
+
+    fn compute(&mut self, kernel: Kernel, size: u64, iterations: u64) -> Result<u64, Refusal> {
+        user::call(kernel, self.words, size, iterations).map_err(Refusal::Fault)
+    }
+
+    fn arm(&mut self, operation: Operation) -> Result<(), Refusal> {
+        if operation == Operation::Syscall {
+            return self.arm_syscall();
+        }
+        // The probe page is known to work before its operations are tried.
+        start(operation);
+        let tried = traps::guard(trial, &raw const operation as u64);
+        disarm();
+        let (expected, otherwise) = expectation(operation);
+        match tried {
+            Err(fault) => return Err(Refusal::Fault(fault)),
+            Ok(value) if value != expected => return Err(Refusal::Broken(otherwise)),
+            Ok(_) => {}
+        }
+        start(operation);
+        Ok(())
+    }
+
+    fn settle(&mut self, operation: Operation) -> u64 {
+        let left = match operation {
+            Operation::Out => cpu::port_in(SCRATCH_PORT).into(),
+            Operation::Cr3Reload | Operation::Invlpg => memory::read_probe(),
+            Operation::PageFault | Operation::DivZero => trap_count.load(Relaxed),
+            Operation::Cr8Write => cpu::priority(),
+            Operation::PteMod => {
+                cpu::invalidate(memory::PROBE);
+                memory::read_probe()
+            }
+            Operation::CliSti => (cpu::flags() & INTERRUPTS != 0).into(),
+            Operation::Syscall | Operation::In | Operation::Cpuid | Operation::CallRet => 0,
+        };
+        disarm();
+        if operation == Operation::Cr8Write {
+            cpu::set_priority(0);
+        }
+        left
+    }
+
+    fn syscalls(&mut self, iterations: u64) -> Result<u64, Refusal> {
+        self.compute(user::syscalls, 1, iterations)
+    }
+
+    #[inline(always)]
+    fn port_in(&mut self) -> u8 {
+        cpu::port_in(SCRATCH_PORT)
+    }
+
+    #[inline(always)]
+    fn port_out(&mut self, value: u8) {
+        cpu::port_out(SCRATCH_PORT, value);
+    }
+
+    #[inline(always)]
+    fn cpuid(&mut self) -> u32 {
+        cpu::feature_flags()
+    }
+
+    #[inline(always)]
+    fn reload_root(&mut self) {
+        let root = ROOT.load(Relaxed);
+        // SAFETY: `start` stored the root in use.
+        unsafe { cpu::set_root(root) };
+    }
+
+    #[inline(always)]
+    fn invalidate(&mut self) {
+        cpu::invalidate(memory::PROBE);
+    }
+
+    #[inline(always)]
+    fn page_fault(&mut self) -> u64 {
+        let word = memory::read_probe();
+        memory::set_probe_entry(0);
+        cpu::invalidate(memory::PROBE);
+        word.wrapping_add(trap_count.load(Relaxed))
+    }
+
+    #[inline(always)]
+    fn divide_by_zero(&mut self) -> u64 {
+        // SAFETY: the handler skips the instruction, whose length of 2 bytes it knows.
+        unsafe {
+            asm!("div ecx", in("ecx") 0, inout("eax") 1 => _, inout("edx") 0 => _,
+                options(nostack));
+        }
+        trap_count.load(Relaxed)
+    }
+
+    #[inline(always)]
+    fn call_return(&mut self, value: u64) -> u64 {
+        let result;
+        // SAFETY: callee changes rax alone; the kernel has no red zone.
+        unsafe {
+            asm!("call callee", inout("rax") value => result, options(nomem, preserves_flags))
+        };
+        result
+    }
+
+    #[inline(always)]
+    fn set_priority(&mut self, value: u64) {
+        cpu::set_priority(value);
+    }
+
+    #[inline(always)]
+    fn modify_entry(&mut self, which: u64) {
+        memory::set_probe_entry(memory::probe_entry(which));
+    }
+
+    #[inline(always)]
+    fn mask_unmask(&mut self) {
+        cpu::mask_unmask();
+    }
+}
+
+/// The paging root that the cr3_reload workload loads.
+static ROOT: AtomicU64 = AtomicU64::new(0);
+
+impl Machine {
+    /// Points syscall at the trial entry, makes one call, points it at the entry proper.
+    fn arm_syscall(&mut self) -> Result<(), Refusal> {
+        let trial_entry = (&raw const syscall_trial) as u64;
+        let unraised = (&raw const syscall_unraised) as u64;
+        // SAFETY: the selectors are the GDT's, the entries this kernel's; TF, IF, DF, IOPL, NT
+        // and AC are cleared on entry.
+        unsafe {
+            cpu::write_msr(cpu::STAR, 0x0018_0008 << 32);
+            cpu::write_msr(cpu::SFMASK, 0x4_7700);
+            cpu::write_msr(cpu::LSTAR, trial_entry);
+        }
+        match user::call(user::syscalls, self.words, 1, 1) {
+            Err(fault)
+                if fault.ring == Ring::User && [trial_entry, unraised].contains(&fault.rip) =>
+            {
+                return Err(Refusal::Broken("syscall does not raise privilege"));
+            }
+            Err(fault) => return Err(Refusal::Fault(fault)),
+            Ok(value) if value != syscall::answer(0) => {
+                return Err(Refusal::Broken(
+                    "syscall does not return the kernel's answer",
+                ));
+            }
+            Ok(_) => {}
+        }
+        // SAFETY: as above.
+        unsafe { cpu::write_msr(cpu::LSTAR, (&raw const syscall_entry) as u64) };
+        Ok(())
+    }
+}
+
+/// Brings about the state that an operation starts from, as [`Operation`] documents it.
+fn start(operation: Operation) {
+    trap_count.store(0, Relaxed);
+    ROOT.store(cpu::root(), Relaxed);
+    match operation {
+        Operation::In => cpu::port_out(SCRATCH_PORT, port_in::VALUE),
+        Operation::Cr3Reload | Operation::Invlpg => {
+            map_probe();
+            memory::set_probe_entry(memory::probe_entry(1));
+        }
+        Operation::PteMod => map_probe(),
+        Operation::PageFault => {
+            memory::set_probe_entry(0);
+            cpu::invalidate(memory::PROBE);
+            expected_fault.store(memory::PROBE, Relaxed);
+        }
+        Operation::DivZero => divide_armed.store(1, Relaxed),
+        Operation::Syscall
+        | Operation::Out
+        | Operation::Cpuid
+        | Operation::CallRet
+        | Operation::Cr8Write
+        | Operation::CliSti => {}
+    }
+}
+
+/// Maps the probe page to frame A and uses the translation.
+fn map_probe() {
+    memory::set_probe_entry(memory::probe_entry(0));
+    cpu::invalidate(memory::PROBE);
+    memory::read_probe();
+}
+
+/// Faults are crashes again, interrupts masked.
+fn disarm() {
+    expected_fault.store(NO_FAULT, Relaxed);
+    divide_armed.store(0, Relaxed);
+    cpu::mask();
+}
+
+/// What [`trial`] returns where the operation works, and what is wrong where it returns anything
+/// else.
+fn expectation(operation: Operation) -> (u64, &'static str) {
+    match operation {
+        Operation::Syscall => (0, ""),
+        Operation::In => (
+            port_in::VALUE.into(),
+            "in does not read the UART's scratch register",
+        ),
+        Operation::Out => (0xa5, "out does not write the UART's scratch register"),
+        Operation::Cpuid => (
+            cpuid::ALWAYS.into(),
+            "cpuid lacks features that every long-mode processor has",
+        ),
+        Operation::Cr3Reload => (WORD_B, "a load of CR3 does not flush translations"),
+        Operation::Invlpg => (WORD_B, "invlpg does not flush the translation"),
+        Operation::PageFault => (WORD_A + 1, "the page fault was not taken once"),
+        Operation::DivZero => (1, "the divide error was not taken once"),
+        Operation::CallRet => (22, "call and ret do not come back"),
+        Operation::Cr8Write => (5, "CR8 does not read what was written"),
+        Operation::PteMod => (WORD_B, "a changed page-table entry has no effect"),
+        Operation::CliSti => (1, "sti does not unmask interrupts"),
+    }
+}
+
+/// Does the operation once. `operation` is the address of an [`Operation`].
+extern "C" fn trial(operation: u64) -> u64 {
+    // SAFETY: `arm` passes the address of its argument.
+    let operation = unsafe { *(operation as *const Operation) };
+    // The arena is not used here.
+    let mut machine = Machine { words: 0 };
+    match operation {
+        Operation::Syscall => 0,
+        Operation::In => machine.port_in().into(),
+        Operation::Out => {
+            machine.port_out(0xa5);
+            machine.port_in().into()
+        }
+        Operation::Cpuid => (machine.cpuid() & cpuid::ALWAYS).into(),
+        Operation::Cr3Reload => {
+            machine.reload_root();
+            memory::read_probe()
+        }
+        Operation::Invlpg => {
+            machine.invalidate();
+            memory::read_probe()
+        }
+        Operation::PageFault => machine.page_fault(),
+        Operation::DivZero => machine.divide_by_zero(),
+        Operation::CallRet => machine.call_return(7),
+        Operation::Cr8Write => {
+            machine.set_priority(5);
+            let value = cpu::priority();
+            machine.set_priority(0);
+            value
+        }
+        Operation::PteMod => {
+            machine.modify_entry(1);
+            machine.invalidate();
+            memory::read_probe()
+        }
+        Operation::CliSti => {
+            machine.mask_unmask();
+            (cpu::flags() & INTERRUPTS != 0).into()
+        }
+    }
+}

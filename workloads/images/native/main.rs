@@ -1,0 +1,156 @@
+//! The baseline: workloads as an ordinary process, with the console protocol on standard input and
+//! output. There is no machine here but a process: what needs ring 0 is `unsupported`.
+
+use programs::{
+    Kernel, Platform, Refusal,
+    nano::Operation,
+    session::{self, Console, LINE, Next},
+};
+use std::io::{self, BufRead, Read, StdoutLock, Write};
+
+/// Words of the arena: 64 MiB, the guest's most.
+const ARENA: usize = 8 << 20;
+
+/// Why there is no privileged operation.
+const NO_RING_0: &str = "ring-0 operation has no native figure";
+
+struct Process {
+    arena: Vec<u64>,
+}
+
+impl Platform for Process {
+    fn arena_words(&self) -> u64 {
+        self.arena.len() as u64
+    }
+
+    fn compute(&mut self, kernel: Kernel, size: u64, iterations: u64) -> Result<u64, Refusal> {
+        Ok(kernel(&mut self.arena, size, iterations))
+    }
+
+    fn arm(&mut self, _operation: Operation) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(NO_RING_0))
+    }
+
+    fn settle(&mut self, operation: Operation) -> u64 {
+        refused(operation)
+    }
+
+    fn syscalls(&mut self, _iterations: u64) -> Result<u64, Refusal> {
+        Err(Refusal::Unsupported(NO_RING_0))
+    }
+
+    fn port_in(&mut self) -> u8 {
+        refused(Operation::In)
+    }
+
+    fn port_out(&mut self, _value: u8) {
+        refused(Operation::Out)
+    }
+
+    fn cpuid(&mut self) -> u32 {
+        refused(Operation::Cpuid)
+    }
+
+    fn reload_root(&mut self) {
+        refused(Operation::Cr3Reload)
+    }
+
+    fn invalidate(&mut self) {
+        refused(Operation::Invlpg)
+    }
+
+    fn page_fault(&mut self) -> u64 {
+        refused(Operation::PageFault)
+    }
+
+    fn divide_by_zero(&mut self) -> u64 {
+        refused(Operation::DivZero)
+    }
+
+    fn call_return(&mut self, _value: u64) -> u64 {
+        refused(Operation::CallRet)
+    }
+
+    fn set_priority(&mut self, _value: u64) {
+        refused(Operation::Cr8Write)
+    }
+
+    fn modify_entry(&mut self, _which: u64) {
+        refused(Operation::PteMod)
+    }
+
+    fn mask_unmask(&mut self) {
+        refused(Operation::CliSti)
+    }
+}
+
+/// No operation runs that was not armed, and none is.
+fn refused(operation: Operation) -> ! {
+    unreachable!("{operation:?} was never armed")
+}
+
+struct Pipe {
+    output: StdoutLock<'static>,
+}
+
+impl Console for Pipe {
+    fn write(&mut self, bytes: &[u8]) {
+        // Nobody listens: nothing is left to do.
+        if self.output.write_all(bytes).is_err() {
+            std::process::exit(1);
+        }
+    }
+
+    fn flush(&mut self) {
+        if self.output.flush().is_err() {
+            std::process::exit(1);
+        }
+    }
+
+    /// A process has no ports: only engines take marks.
+    fn mark(&mut self, _value: u8) {}
+
+    fn cycles(&mut self) -> u64 {
+        // SAFETY: every x86-64 processor has rdtsc, and Linux leaves it to processes.
+        unsafe { core::arch::x86_64::_rdtsc() }
+    }
+}
+
+fn main() -> io::Result<()> {
+    let mut console = Pipe {
+        output: io::stdout().lock(),
+    };
+    let mut process = Process {
+        arena: vec![0; ARENA],
+    };
+    session::greet(&mut console, "native");
+    // `native run WORKLOAD SIZE ITERATIONS`, as on a guest's command line.
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let ordered =
+        session::answer_command_line(&mut console, &mut process, arguments.join(" ").as_bytes());
+    if let Some(ran) = ordered {
+        console.flush();
+        std::process::exit(i32::from(!ran));
+    }
+    let mut input = io::stdin().lock();
+    loop {
+        console.flush();
+        let mut line = Vec::new();
+        let limit = LINE as u64 + 1;
+        if input.by_ref().take(limit).read_until(b'\n', &mut line)? == 0 {
+            return Ok(());
+        }
+        if line.last() != Some(&b'\n') && line.len() > LINE {
+            input.skip_until(b'\n')?;
+            session::fail(&mut console, "a line is longer than 256 bytes");
+            continue;
+        }
+        match session::answer(&mut console, &mut process, &line) {
+            Next::Go { ran: _ } => {}
+            Next::Quit(code) => {
+                console.flush();
+                std::process::exit(code.into());
+            }
+        }
+    }
+}
