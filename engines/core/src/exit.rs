@@ -11,16 +11,36 @@ use crate::GuestPhys;
 pub enum Exit<'a> {
     /// `in` or `ins`: `data` holds one or more items of `size` bytes, to be filled.
     PioIn {
+        /// The port.
         port: u16,
+        /// Bytes of one item: 1, 2 or 4.
         size: u8,
+        /// Items to be filled.
         data: &'a mut [u8],
     },
     /// `out` or `outs`: `data` holds one or more items of `size` bytes.
-    PioOut { port: u16, size: u8, data: &'a [u8] },
+    PioOut {
+        /// The port.
+        port: u16,
+        /// Bytes of one item: 1, 2 or 4.
+        size: u8,
+        /// Items that were written.
+        data: &'a [u8],
+    },
     /// Read of a guest-physical address that is not RAM; at most 8 bytes.
-    MmioRead { addr: GuestPhys, data: &'a mut [u8] },
+    MmioRead {
+        /// First byte that is read.
+        addr: GuestPhys,
+        /// To be filled.
+        data: &'a mut [u8],
+    },
     /// Write to a guest-physical address that is not RAM; at most 8 bytes.
-    MmioWrite { addr: GuestPhys, data: &'a [u8] },
+    MmioWrite {
+        /// First byte that is written.
+        addr: GuestPhys,
+        /// What was written.
+        data: &'a [u8],
+    },
     /// The guest executed `hlt` with nothing pending.
     Hlt,
     /// Interrupts can be taken now; asked for by [`crate::Vcpu::request_interrupt_window`].
@@ -30,7 +50,10 @@ pub enum Exit<'a> {
     /// A [`crate::Kick`] or a signal stopped the guest between two instructions.
     Interrupted,
     /// The engine can't go on: the text says what it met (KVM_EXIT_INTERNAL_ERROR, unsupported instruction).
-    Internal { message: String },
+    Internal {
+        /// What it met.
+        message: String,
+    },
 }
 
 macro_rules! reasons {
@@ -177,6 +200,11 @@ impl ExitCounts {
     #[inline]
     pub fn add(&mut self, reason: ExitReason) {
         self.0[reason as usize] += 1;
+    }
+
+    /// Takes one back: what opens or closes a measured window is not part of it.
+    pub(crate) fn remove(&mut self, reason: ExitReason) {
+        self.0[reason as usize] -= 1;
     }
 
     /// The count of one reason.

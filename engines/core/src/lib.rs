@@ -5,14 +5,27 @@
 //! what time a measurement took.
 
 mod addr;
+pub mod bus;
+pub mod cpuid;
+pub mod devices;
 pub mod exit;
+pub mod host;
 pub mod kick;
+pub mod loader;
+pub mod machine;
+pub mod memory;
+pub mod run;
 pub mod state;
+pub mod tally;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod vcpu;
 
 pub use addr::{GuestPhys, GuestVirt};
 pub use exit::{Exit, ExitCounts, ExitKind, ExitReason};
 pub use kick::Kick;
+pub use machine::{Machine, MachineOptions};
+pub use run::{Limit, Limits, Outcome, drive};
 pub use state::{CpuState, DescriptorTable, Segment};
 pub use vcpu::{Error, Unavailable, Vcpu};
 

@@ -1,6 +1,8 @@
 //! Architectural CPU state as every engine exposes it: what a crash report prints, what a loader
 //! sets at boot, what lockstep compares.
 
+use std::fmt;
+
 /// A segment register with its hidden part (SDM 3A 3.4.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Segment {
@@ -126,5 +128,47 @@ impl CpuState {
         };
         state.gpr[3] = start_info.into();
         state
+    }
+}
+
+/// The names of [`CpuState::gpr`], in its order.
+const GPR_NAMES: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
+];
+/// The names of [`CpuState::segments`], in its order.
+const SEGMENT_NAMES: [&str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];
+
+impl fmt::Display for CpuState {
+    /// Several lines, without a newline at the end: what a crash report shows.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "rip={:016x} rflags={:08x}", self.rip, self.rflags)?;
+        for (names, values) in GPR_NAMES.chunks(4).zip(self.gpr.chunks(4)) {
+            for (column, (name, value)) in names.iter().zip(values).enumerate() {
+                let space = if column == 0 { "" } else { " " };
+                write!(f, "{space}{name:3}={value:016x}")?;
+            }
+            writeln!(f)?;
+        }
+        let named = SEGMENT_NAMES.into_iter().zip(self.segments);
+        for (name, segment) in named.chain([("ldtr", self.ldtr), ("tr", self.tr)]) {
+            writeln!(
+                f,
+                "{name:4}={:04x} base={:016x} limit={:08x} attributes={:04x}",
+                segment.selector, segment.base, segment.limit, segment.attributes
+            )?;
+        }
+        for (name, table) in [("gdtr", self.gdtr), ("idtr", self.idtr)] {
+            writeln!(
+                f,
+                "{name} base={:016x} limit={:04x}",
+                table.base, table.limit
+            )?;
+        }
+        write!(
+            f,
+            "cr0={:08x} cr2={:016x} cr3={:016x} cr4={:08x} cr8={:x} efer={:04x}",
+            self.cr0, self.cr2, self.cr3, self.cr4, self.cr8, self.efer
+        )
     }
 }

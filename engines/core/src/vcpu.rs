@@ -1,6 +1,6 @@
 //! The boundary between the run loop and an engine.
 
-use crate::{CpuState, Exit, ExitCounts, kick::KickHandle};
+use crate::{CpuState, Exit, ExitCounts, ExitReason, kick::KickHandle, tally::HostStat};
 
 /// One virtual CPU of one engine. Used by the run loop alone; `dyn` at this crate boundary.
 pub trait Vcpu {
@@ -37,8 +37,23 @@ pub trait Vcpu {
     /// Task priority (CR8), for engines whose guest changes it without an exit.
     fn task_priority(&mut self) -> u8;
 
-    /// Statistics kept by the host's kernel for this VM and vCPU: (source, name, value), cumulative.
-    fn host_stats(&mut self) -> Vec<(&'static str, String, u64)> {
+    /// Sets the task priority (CR8), when the guest writes it through the local APIC.
+    ///
+    /// # Errors
+    /// Those of [`state`](Vcpu::state) and [`set_state`](Vcpu::set_state).
+    fn set_task_priority(&mut self, priority: u8) -> Result<(), Error> {
+        let mut state = self.state()?;
+        state.cr8 = priority.into();
+        self.set_state(&state)
+    }
+
+    /// What this engine calls an exit to the VMM.
+    fn exit_name(&self, reason: ExitReason) -> &'static str {
+        reason.name()
+    }
+
+    /// Statistics kept by the host's kernel for this VM and vCPU.
+    fn host_stats(&mut self) -> Vec<HostStat> {
         Vec::new()
     }
 }

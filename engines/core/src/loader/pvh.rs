@@ -1,0 +1,124 @@
+//! The PVH boot information: `hvm_start_info` version 1 with a memory map and a command line.
+//!
+//! Layout: Xen public/arch-x86/hvm/start_info.h. Everything lies below 64 KiB, where no image may:
+//! a guest reads it early and may then use the memory.
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::LoadError;
+use crate::{GuestRam, memory};
+
+/// Physical address of `hvm_start_info`, which `rbx` holds at entry.
+pub(super) const START_INFO: u32 = 0x6000;
+const MEMORY_MAP: u64 = 0x6100;
+const COMMAND_LINE: u64 = 0x7000;
+const COMMAND_LINE_BYTES: usize = 0x1000;
+/// First address after the boot information.
+pub(super) const END: u64 = COMMAND_LINE + COMMAND_LINE_BYTES as u64;
+
+const MAGIC: u32 = 0x336e_c578;
+const VERSION: u32 = 1;
+
+/// Where a PC's BIOS keeps its own data, and what lies up to 1 MiB: not for the guest to use as RAM.
+const LOW_RAM_END: u64 = 0x9_fc00;
+const ONE_MIB: u64 = 0x10_0000;
+
+const RAM: u32 = 1;
+const RESERVED: u32 = 2;
+
+/// The guest's memory map: (start, length in bytes, E820 type), sorted.
+fn memory_map(ram: &GuestRam) -> Vec<(u64, u64, u32)> {
+    let mut map = vec![
+        (0, LOW_RAM_END, RAM),
+        (LOW_RAM_END, ONE_MIB - LOW_RAM_END, RESERVED),
+    ];
+    for (start, length) in memory::regions(ram) {
+        let first = start.0.max(ONE_MIB);
+        let end = start.0 + length;
+        if end > first {
+            map.push((first, end - first, RAM));
+        }
+    }
+    map
+}
+
+pub(super) fn write_start_info(ram: &GuestRam, command_line: &str) -> Result<(), LoadError> {
+    let text = command_line.as_bytes();
+    let limit = COMMAND_LINE_BYTES - 1;
+    if text.len() > limit || text.contains(&0) {
+        return Err(LoadError::CommandLine {
+            length: text.len(),
+            limit,
+        });
+    }
+    let map = memory_map(ram);
+    let mut info = Vec::with_capacity(56);
+    info.extend_from_slice(&MAGIC.to_le_bytes());
+    info.extend_from_slice(&VERSION.to_le_bytes());
+    info.extend_from_slice(&0u32.to_le_bytes()); // flags
+    info.extend_from_slice(&0u32.to_le_bytes()); // nr_modules
+    info.extend_from_slice(&0u64.to_le_bytes()); // modlist_paddr
+    info.extend_from_slice(&COMMAND_LINE.to_le_bytes());
+    info.extend_from_slice(&0u64.to_le_bytes()); // rsdp_paddr: no ACPI
+    info.extend_from_slice(&MEMORY_MAP.to_le_bytes());
+    info.extend_from_slice(&(map.len() as u32).to_le_bytes());
+    info.extend_from_slice(&0u32.to_le_bytes()); // reserved
+
+    let mut entries = Vec::with_capacity(map.len() * 24);
+    for (start, length, kind) in map {
+        entries.extend_from_slice(&start.to_le_bytes());
+        entries.extend_from_slice(&length.to_le_bytes());
+        entries.extend_from_slice(&kind.to_le_bytes());
+        entries.extend_from_slice(&0u32.to_le_bytes());
+    }
+    let mut line = text.to_vec();
+    line.push(0);
+    for (at, bytes) in [
+        (START_INFO.into(), &info),
+        (MEMORY_MAP, &entries),
+        (COMMAND_LINE, &line),
+    ] {
+        ram.write_slice(bytes, GuestAddress(at))
+            .map_err(|_| LoadError::NoRoom)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn start_info_points_to_map_and_command_line() {
+        let ram = memory::create(4).unwrap();
+        write_start_info(&ram, "run alu 1 2").unwrap();
+        let word = |at: u64| ram.read_obj::<u32>(GuestAddress(at)).unwrap();
+        let long = |at: u64| ram.read_obj::<u64>(GuestAddress(at)).unwrap();
+        let base = u64::from(START_INFO);
+        assert_eq!((word(base), word(base + 4)), (MAGIC, 1));
+        let mut text = [0; 12];
+        ram.read_slice(&mut text, GuestAddress(long(base + 24)))
+            .unwrap();
+        assert_eq!(&text, b"run alu 1 2\0");
+        let map = long(base + 40);
+        assert_eq!(word(base + 48), 3);
+        assert_eq!(
+            (long(map + 48), long(map + 56), word(map + 64)),
+            (ONE_MIB, 3 << 20, RAM)
+        );
+    }
+
+    #[test]
+    fn a_command_line_that_does_not_fit_is_refused() {
+        let ram = memory::create(1).unwrap();
+        assert!(write_start_info(&ram, &"x".repeat(4095)).is_ok());
+        let long = "x".repeat(4096);
+        assert!(matches!(
+            write_start_info(&ram, &long),
+            Err(LoadError::CommandLine {
+                length: 4096,
+                limit: 4095
+            })
+        ));
+    }
+}

@@ -1,0 +1,210 @@
+//! Counting exits: by reason, by port and by device, as totals and between two marks.
+//!
+//! Two sources are kept apart because their units differ: exits to the VMM ("vmm"), and what the
+//! engine itself counts (its translator's callouts, the host kernel's statistics).
+//!
+//! Ports get a counter of their own on first use; counting an exit is one table look-up and two
+//! additions.
+
+use crate::exit::ExitKind;
+use crate::{ExitCounts, ExitReason, Vcpu};
+
+/// One counter's value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// Who counted: `vmm`, `translator`, or what the engine calls its host statistics.
+    pub source: &'static str,
+    /// Mode-neutral kind.
+    pub kind: ExitKind,
+    /// The reason in the engine's own terms.
+    pub reason: String,
+    /// How often.
+    pub count: u64,
+}
+
+/// Statistic of the host about a vCPU, cumulative.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostStat {
+    /// Who counted ("kvm-stats").
+    pub source: &'static str,
+    /// Mode-neutral kind.
+    pub kind: ExitKind,
+    /// The host's name for it.
+    pub name: String,
+    /// Value since the vCPU was created.
+    pub value: u64,
+}
+
+/// A device's memory accesses.
+#[derive(Clone, Copy, Debug, Default)]
+struct Accesses {
+    reads: u64,
+    writes: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct PortCounter {
+    port: u16,
+    write: bool,
+    count: u64,
+}
+
+/// Counters of the run loop.
+#[derive(Debug)]
+pub struct Tally {
+    exits: ExitCounts,
+    total: u64,
+    /// For each port and direction: index into `ports` plus one, 0 for none yet.
+    index: Box<[u32]>,
+    ports: Vec<PortCounter>,
+    /// By device slot; the last one is for addresses without a device.
+    memory: Vec<(&'static str, Accesses)>,
+}
+
+/// Counters at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    exits: ExitCounts,
+    ports: Vec<u64>,
+    memory: Vec<Accesses>,
+    callouts: ExitCounts,
+    host: Vec<HostStat>,
+}
+
+impl Tally {
+    /// Nothing counted; `devices` names the devices by slot.
+    pub fn new(devices: impl Iterator<Item = &'static str>) -> Self {
+        Tally {
+            exits: ExitCounts::default(),
+            total: 0,
+            index: vec![0; 2 << 16].into_boxed_slice(),
+            ports: Vec::with_capacity(64),
+            memory: devices
+                .chain(["unassigned"])
+                .map(|name| (name, Accesses::default()))
+                .collect(),
+        }
+    }
+
+    /// Exits so far.
+    #[inline]
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Exits so far, by reason.
+    pub fn exits(&self) -> &ExitCounts {
+        &self.exits
+    }
+
+    /// Counts an exit.
+    #[inline]
+    pub fn exit(&mut self, reason: ExitReason) {
+        self.exits.add(reason);
+        self.total += 1;
+    }
+
+    /// Counts the port of an exit that [`exit`](Tally::exit) has counted.
+    #[inline]
+    pub fn port(&mut self, port: u16, write: bool) {
+        let index = &mut self.index[usize::from(port) << 1 | usize::from(write)];
+        if *index == 0 {
+            self.ports.push(PortCounter {
+                port,
+                write,
+                count: 0,
+            });
+            *index = self.ports.len() as u32;
+        }
+        self.ports[*index as usize - 1].count += 1;
+    }
+
+    /// Counts the device of a memory exit; `None` where there is no device.
+    #[inline]
+    pub fn memory(&mut self, slot: Option<u8>, write: bool) {
+        let last = self.memory.len() - 1;
+        let accesses = &mut self.memory[slot.map_or(last, usize::from)].1;
+        if write {
+            accesses.writes += 1;
+        } else {
+            accesses.reads += 1;
+        }
+    }
+
+    /// Takes one write to `port` out of a snapshot.
+    pub(crate) fn forget_port_write(&self, port: u16, snapshot: &mut Snapshot) {
+        let index = self.index[usize::from(port) << 1 | 1];
+        if index != 0 {
+            snapshot.ports[index as usize - 1] -= 1;
+            snapshot.exits.remove(ExitReason::PioOut);
+        }
+    }
+
+    /// All counters as they stand.
+    pub fn snapshot(&self, vcpu: &mut dyn Vcpu) -> Snapshot {
+        Snapshot {
+            exits: self.exits.clone(),
+            ports: self.ports.iter().map(|counter| counter.count).collect(),
+            memory: self.memory.iter().map(|entry| entry.1).collect(),
+            callouts: vcpu.counts(),
+            host: vcpu.host_stats(),
+        }
+    }
+
+    /// What was counted between two snapshots of this tally, zeros left out.
+    pub fn between(&self, from: &Snapshot, to: &Snapshot, vcpu: &dyn Vcpu) -> Vec<Count> {
+        let mut counts = Vec::new();
+        let mut add = |source, kind, reason: String, count| {
+            if count > 0 {
+                counts.push(Count {
+                    source,
+                    kind,
+                    reason,
+                    count,
+                });
+            }
+        };
+        for (reason, count) in to.exits.since(&from.exits).iter() {
+            let name = vcpu.exit_name(reason);
+            // Port and memory exits come with more detail below.
+            if !matches!(reason.kind(), ExitKind::Pio | ExitKind::Mmio) {
+                add("vmm", reason.kind(), name.to_owned(), count);
+            }
+        }
+        for (index, &count) in to.ports.iter().enumerate() {
+            let before = from.ports.get(index).copied().unwrap_or(0);
+            let PortCounter { port, write, .. } = self.ports[index];
+            let reason = if write {
+                ExitReason::PioOut
+            } else {
+                ExitReason::PioIn
+            };
+            let name = format!("{} {port:#x}", vcpu.exit_name(reason));
+            add("vmm", ExitKind::Pio, name, count - before);
+        }
+        for (index, now) in to.memory.iter().enumerate() {
+            let before = from.memory.get(index).copied().unwrap_or_default();
+            let device = self.memory[index].0;
+            for (reason, count) in [
+                (ExitReason::MmioRead, now.reads - before.reads),
+                (ExitReason::MmioWrite, now.writes - before.writes),
+            ] {
+                let name = format!("{} {device}", vcpu.exit_name(reason));
+                add("vmm", ExitKind::Mmio, name, count);
+            }
+        }
+        for (reason, count) in to.callouts.since(&from.callouts).iter() {
+            add("translator", reason.kind(), reason.name().to_owned(), count);
+        }
+        for stat in &to.host {
+            let before = from
+                .host
+                .iter()
+                .find(|other| (other.source, &other.name) == (stat.source, &stat.name))
+                .map_or(0, |other| other.value);
+            let count = stat.value.saturating_sub(before);
+            add(stat.source, stat.kind, stat.name.clone(), count);
+        }
+        counts
+    }
+}
