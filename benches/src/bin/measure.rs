@@ -1,0 +1,231 @@
+//! `measure`: one comparison, from the command line to the run's directory.
+//!
+//! Chooses contenders and workloads, lets the harness measure, and closes the files. Builds
+//! nothing and renders no report: that is `cargo xtask compare`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, bail};
+use benches::contender::{Contender, MODES, Parts, QEMU};
+use benches::plan::Plan;
+use benches::progress::Progress;
+use benches::record::Recorder;
+use benches::session::{EMPTY, Ending, Session};
+use benches::table::{Format, render};
+use benches::{glob, interrupt};
+use clap::Parser;
+use programs::Workload;
+use reports_data::{
+    Circumstances, MANIFEST, Manifest, SUMMARY, sha256_hex, summarise, tool_version,
+};
+
+/// Exit status of a run that the user cut short: 128 + SIGINT, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// Measures workloads in every mode and writes manifest.json, samples.csv, exits.csv and
+/// summary.json.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES)]
+struct Arguments {
+    /// Short windows, fewer rounds, and an end within two minutes.
+    #[arg(long)]
+    quick: bool,
+    /// Modes, comma-separated: full, hardware, native.
+    #[arg(long, value_delimiter = ',', default_values_t = MODES.iter().map(|m| (*m).to_owned()))]
+    modes: Vec<String>,
+    /// Peers, comma-separated: qemu-tcg, qemu-kvm; `none` for none.
+    #[arg(long, value_delimiter = ',', default_value = "qemu-tcg")]
+    peers: Vec<String>,
+    /// Workloads by name, comma-separated patterns with * and ?.
+    #[arg(long, value_name = "GLOB", default_value = "*")]
+    workloads: String,
+    /// Directory for the run's files; created if it is not there.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Rounds of fresh virtual machines.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// Seed of the orders and of the bootstrap.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// The binary `trapline`; by default the one beside this program.
+    #[arg(long, value_name = "PATH")]
+    trapline: Option<PathBuf>,
+    /// How to print the results.
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+const EXAMPLES: &str = "Examples:
+  measure --quick --out out/run
+  measure --modes full,native --peers none --workloads 'alu,s*' --out out/alu --format tsv
+
+Exit status: 0 measured, 1 could not measure, 2 wrong usage, 130 interrupted (what was measured
+until then is kept).";
+
+fn main() -> ExitCode {
+    match measure(&Arguments::parse()) {
+        Ok(Ending::Complete) => ExitCode::SUCCESS,
+        Ok(Ending::Interrupted) => {
+            eprintln!("measure: interrupted; what was measured until then is kept");
+            ExitCode::from(INTERRUPTED)
+        }
+        Err(error) => {
+            let usage = error.is::<Usage>();
+            eprintln!("measure: {error:#}");
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}
+
+/// The command line asks for something that there is not.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
+    interrupt::install();
+    let workloads = choose_workloads(&arguments.workloads)?;
+    std::fs::create_dir_all(&arguments.out)
+        .with_context(|| format!("create {}", arguments.out.display()))?;
+    let images = Images::write()?;
+    let manifest_path = arguments.out.join(MANIFEST);
+    let run = format!("{}-{}", unix_seconds()?, std::process::id());
+    let mut manifest = Manifest::collect(Circumstances {
+        run: &run,
+        started_unix_s: unix_seconds()?,
+        command: std::env::args().collect(),
+        seed: arguments.seed,
+        profile: if cfg!(debug_assertions) {
+            "dev"
+        } else {
+            "release"
+        },
+        source_tree: Path::new(env!("CARGO_MANIFEST_DIR")),
+    });
+    let parts = Parts {
+        trapline: find_trapline(arguments.trapline.as_deref())?,
+        unaware_image: images.path.clone(),
+        kvm_backend: manifest.kvm.backend.clone(),
+    };
+    let contenders = choose_contenders(arguments, &parts)?;
+    manifest.modes = contenders.iter().map(Contender::info).collect();
+    manifest.images = [("unaware", images::unaware()), ("native", images::native())]
+        .map(|(name, bytes)| (name.to_owned(), sha256_hex(bytes)))
+        .into();
+    if let Some(version) = tool_version(QEMU, "--version") {
+        manifest.tools.insert(QEMU.to_owned(), version);
+    }
+    manifest.write(&manifest_path)?;
+
+    let mut plan = if arguments.quick {
+        Plan::quick()
+    } else {
+        Plan::thorough()
+    };
+    plan.seed = arguments.seed;
+    if let Some(rounds) = arguments.rounds {
+        plan.rounds = rounds;
+        plan.min_rounds = plan.min_rounds.min(rounds);
+    }
+    let progress = Progress::new();
+    let mut recorder = Recorder::create(&arguments.out, &run)?;
+    let session = Session::new(&plan, contenders, &workloads, &mut recorder, &progress);
+    let ending = session.run()?;
+    progress.finish();
+
+    manifest.finish(progress.elapsed().as_secs_f64());
+    manifest.write(&manifest_path)?;
+    let summary = summarise(recorder.samples(), arguments.seed);
+    summary.write(&arguments.out.join(SUMMARY))?;
+    print!("{}", render(arguments.format, &manifest, &summary)?);
+    Ok(ending)
+}
+
+/// The chosen workloads in catalogue order. `empty` is always among them: all else rests on it.
+fn choose_workloads(patterns: &str) -> anyhow::Result<Vec<&'static Workload>> {
+    let chosen: Vec<&Workload> = programs::CATALOGUE
+        .iter()
+        .filter(|workload| workload.name == EMPTY || glob::matches(patterns, workload.name))
+        .collect();
+    if !chosen
+        .iter()
+        .any(|workload| glob::matches(patterns, workload.name))
+    {
+        let names: Vec<&str> = programs::CATALOGUE.iter().map(|w| w.name).collect();
+        bail!(Usage(format!(
+            "no workload matches {patterns:?}; there are {}",
+            names.join(", ")
+        )));
+    }
+    Ok(chosen)
+}
+
+fn choose_contenders(arguments: &Arguments, parts: &Parts) -> anyhow::Result<Vec<Contender>> {
+    let mut contenders: Vec<Contender> = Vec::new();
+    let named = |names: &[String]| -> Vec<String> {
+        let none = ["", "none"];
+        names
+            .iter()
+            .map(|name| name.trim().to_owned())
+            .filter(|name| !none.contains(&name.as_str()))
+            .collect()
+    };
+    for name in named(&arguments.modes) {
+        contenders.push(Contender::mode(&name, parts).map_err(|e| Usage(e.to_string()))?);
+    }
+    for name in named(&arguments.peers) {
+        contenders.push(Contender::peer(&name, parts).map_err(|e| Usage(e.to_string()))?);
+    }
+    for (index, contender) in contenders.iter().enumerate() {
+        if contenders[..index].iter().any(|c| c.name == contender.name) {
+            bail!(Usage(format!("{} is named twice", contender.name)));
+        }
+    }
+    if contenders.is_empty() {
+        bail!(Usage("neither a mode nor a peer to measure".to_owned()));
+    }
+    Ok(contenders)
+}
+
+fn find_trapline(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let path = match given {
+        Some(path) => path.to_owned(),
+        None => std::env::current_exe()
+            .context("find this program")?
+            .with_file_name("trapline"),
+    };
+    if !path.is_file() {
+        bail!(
+            "{} is not there: cargo build --release -p engines --bin trapline",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+/// The image as a file, because peers take theirs by path. Removed at the end.
+struct Images {
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Images {
+    fn write() -> anyhow::Result<Images> {
+        let dir = tempfile::Builder::new()
+            .prefix("trapline-")
+            .tempdir()
+            .context("create a directory for the image")?;
+        let path = dir.path().join("unaware.elf");
+        std::fs::write(&path, images::unaware())
+            .with_context(|| format!("write {}", path.display()))?;
+        Ok(Images { path, _dir: dir })
+    }
+}
+
+fn unix_seconds() -> anyhow::Result<u64> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    Ok(now.context("the clock stands before 1970")?.as_secs())
+}

@@ -1,0 +1,269 @@
+//! Who takes part in a comparison: modes, the native baseline and peers, and how each is started.
+//!
+//! Starts nothing itself. Invariant: all contenders run the same program logic and speak the same
+//! protocol; a name stands for one command line.
+
+use std::path::{Path, PathBuf};
+
+use reports_data::{ModeInfo, Role};
+
+use crate::process::{CommandLine, STATS_FD};
+use crate::verdict::{Traits, software_backend};
+use crate::vm::Launch;
+
+/// Guest memory of every virtual machine in MiB.
+pub const MEMORY_MIB: u32 = 256;
+
+/// The emulator that peers are made of.
+pub const QEMU: &str = "qemu-system-x86_64";
+
+/// Modes that `trapline` runs, with the baseline, in the order to show them.
+pub const MODES: &[&str] = &["full", "hardware", "native"];
+/// Foreign virtual machine monitors.
+pub const PEERS: &[&str] = &["qemu-tcg", "qemu-kvm"];
+
+/// One participant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contender {
+    /// Value of column `mode`.
+    pub name: String,
+    /// What to show: carries the backend where KVM is involved.
+    pub label: String,
+    /// What runs the guest.
+    pub engine: String,
+    /// How the guest reaches its machine.
+    pub flavour: String,
+    /// What it is to the comparison.
+    pub role: Role,
+    /// How it is started.
+    pub launch: Launch,
+    /// How its faults are read.
+    pub traits: Traits,
+}
+
+/// What contenders are made from.
+#[derive(Clone, Debug)]
+pub struct Parts {
+    /// The binary `trapline`.
+    pub trapline: PathBuf,
+    /// A file that holds the unaware image, for peers.
+    pub unaware_image: PathBuf,
+    /// What stands behind /dev/kvm on this host.
+    pub kvm_backend: Option<String>,
+}
+
+/// No contender has that name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown {what} {name:?}, known: {}", known.join(", "))]
+pub struct UnknownContender {
+    what: &'static str,
+    name: String,
+    known: &'static [&'static str],
+}
+
+impl Contender {
+    /// The contender called `name`.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn mode(name: &str, parts: &Parts) -> Result<Contender, UnknownContender> {
+        let trapline = &parts.trapline;
+        Ok(match name {
+            "full" => Contender {
+                label: "full".to_owned(),
+                engine: "bt".to_owned(),
+                flavour: "unaware".to_owned(),
+                role: Role::Mode,
+                launch: trapline_run(trapline, name, Some("builtin:unaware")),
+                traits: Traits::default(),
+                name: name.to_owned(),
+            },
+            "hardware" => Contender {
+                label: kvm_label("hardware", parts),
+                engine: "kvm".to_owned(),
+                flavour: "unaware".to_owned(),
+                role: Role::Mode,
+                launch: trapline_run(trapline, name, Some("builtin:unaware")),
+                traits: Traits {
+                    software_kvm: software_backend(parts.kvm_backend.as_deref()),
+                    ..Traits::default()
+                },
+                name: name.to_owned(),
+            },
+            "native" => Contender {
+                label: "native".to_owned(),
+                engine: "native".to_owned(),
+                flavour: "native".to_owned(),
+                role: Role::Baseline,
+                launch: trapline_run(trapline, name, None),
+                traits: Traits {
+                    native: true,
+                    ..Traits::default()
+                },
+                name: name.to_owned(),
+            },
+            _ => {
+                return Err(UnknownContender {
+                    what: "mode",
+                    name: name.to_owned(),
+                    known: MODES,
+                });
+            }
+        })
+    }
+
+    /// The peer called `name`.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn peer(name: &str, parts: &Parts) -> Result<Contender, UnknownContender> {
+        let install = Some(format!(
+            "{QEMU} not installed: apt-get install qemu-system-x86"
+        ));
+        let (label, accelerator, cpu, software_kvm) = match name {
+            // `max` is everything that TCG implements.
+            "qemu-tcg" => ("QEMU TCG".to_owned(), "tcg", "max", None),
+            "qemu-kvm" => (
+                kvm_label("QEMU KVM", parts),
+                "kvm",
+                "host",
+                software_backend(parts.kvm_backend.as_deref()),
+            ),
+            _ => {
+                return Err(UnknownContender {
+                    what: "peer",
+                    name: name.to_owned(),
+                    known: PEERS,
+                });
+            }
+        };
+        Ok(Contender {
+            name: name.to_owned(),
+            label,
+            engine: "qemu".to_owned(),
+            flavour: "unaware".to_owned(),
+            role: Role::Peer,
+            launch: qemu(&parts.unaware_image, accelerator, cpu),
+            traits: Traits {
+                software_kvm,
+                install,
+                native: false,
+            },
+        })
+    }
+
+    /// What the manifest says of it.
+    pub fn info(&self) -> ModeInfo {
+        ModeInfo {
+            name: self.name.clone(),
+            label: self.label.clone(),
+            engine: self.engine.clone(),
+            flavour: self.flavour.clone(),
+            role: self.role,
+        }
+    }
+}
+
+fn kvm_label(name: &str, parts: &Parts) -> String {
+    match (&parts.kvm_backend, name) {
+        (Some(backend), "hardware") => format!("hardware, KVM ({backend})"),
+        (Some(backend), _) => format!("{name} ({backend})"),
+        (None, _) => name.to_owned(),
+    }
+}
+
+fn trapline_run(trapline: &Path, mode: &str, image: Option<&str>) -> Launch {
+    let mut args = vec!["run".to_owned(), "--mode".to_owned(), mode.to_owned()];
+    if let Some(image) = image {
+        args.extend(["--image".to_owned(), image.to_owned()]);
+        args.extend(["--memory".to_owned(), MEMORY_MIB.to_string()]);
+        args.extend(["--stats-fd".to_owned(), STATS_FD.to_owned()]);
+    }
+    Launch {
+        command: CommandLine {
+            program: trapline.display().to_string(),
+            args,
+        },
+        counts_windows: image.is_some(),
+    }
+}
+
+/// The image is entered through PVH; port 0xf4 ends the guest as in our own machine.
+fn qemu(image: &Path, accelerator: &str, cpu: &str) -> Launch {
+    let memory = MEMORY_MIB.to_string();
+    let image = image.display().to_string();
+    let args = [
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-accel",
+        accelerator,
+        "-cpu",
+        cpu,
+        "-m",
+        &memory,
+        "-serial",
+        "stdio",
+        "-device",
+        "isa-debug-exit,iobase=0xf4,iosize=0x04",
+        "-kernel",
+        &image,
+    ];
+    Launch {
+        command: CommandLine {
+            program: QEMU.to_owned(),
+            args: args.map(str::to_owned).to_vec(),
+        },
+        counts_windows: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(backend: Option<&str>) -> Parts {
+        Parts {
+            trapline: "/bin/trapline".into(),
+            unaware_image: "/images/unaware".into(),
+            kvm_backend: backend.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn every_listed_name_is_a_contender_and_others_are_not() {
+        let parts = parts(None);
+        for name in MODES {
+            assert_eq!(
+                Contender::mode(name, &parts).map(|c| c.name),
+                Ok((*name).to_owned())
+            );
+        }
+        for name in PEERS {
+            assert_eq!(
+                Contender::peer(name, &parts).map(|c| c.name),
+                Ok((*name).to_owned())
+            );
+        }
+        let error = Contender::mode("fast", &parts).expect_err("no such mode");
+        assert_eq!(
+            error.to_string(),
+            "unknown mode \"fast\", known: full, hardware, native"
+        );
+        assert!(Contender::peer("full", &parts).is_err());
+    }
+
+    #[test]
+    fn kvm_columns_carry_their_backend() {
+        let parts = parts(Some("pvm"));
+        let hardware = Contender::mode("hardware", &parts).expect("known");
+        assert_eq!(hardware.label, "hardware, KVM (pvm)");
+        assert_eq!(hardware.traits.software_kvm.as_deref(), Some("pvm"));
+        let peer = Contender::peer("qemu-kvm", &parts).expect("known");
+        assert_eq!(peer.label, "QEMU KVM (pvm)");
+        let tcg = Contender::peer("qemu-tcg", &parts).expect("known");
+        assert_eq!(tcg.traits.software_kvm, None);
+    }
+}

@@ -1,0 +1,35 @@
+//! What a checksum must be: the same logic, run in this process over a model machine.
+//!
+//! Not a measurement: it runs while every virtual machine is paused, so that it takes no time from
+//! a window. Each answer is computed once.
+
+use std::collections::HashMap;
+
+use programs::Workload;
+
+/// Remembers what it has computed.
+#[derive(Debug, Default)]
+pub struct Oracle {
+    known: HashMap<(&'static str, u64, u64), Result<u64, String>>,
+}
+
+impl Oracle {
+    /// The checksum of a run.
+    ///
+    /// # Errors
+    /// The workload can't be run with this size.
+    pub fn checksum(
+        &mut self,
+        workload: &'static Workload,
+        size: u64,
+        iterations: u64,
+    ) -> Result<u64, String> {
+        self.known
+            .entry((workload.name, size, iterations))
+            .or_insert_with(|| {
+                programs::oracle(workload, size, iterations)
+                    .map_err(|refusal| format!("oracle: {refusal}"))
+            })
+            .clone()
+    }
+}
