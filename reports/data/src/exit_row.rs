@@ -1,6 +1,7 @@
 //! `exits.csv`: what was counted inside a measured window, one row per reason.
 //!
-//! A row belongs to one window (run, workload, mode, phase, round). Reasons that did not occur
+//! A row belongs to one window (run, workload, mode, phase, round): where a round holds several
+//! windows of a phase, one of them leaves its counts. Reasons that did not occur
 //! have no row. Exits of different sources, and of different engines, are never added up: a
 //! translator's callout (source `translator`) is not a VM exit.
 

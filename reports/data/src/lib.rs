@@ -41,7 +41,7 @@ pub use manifest::{Circumstances, Manifest, ModeInfo, Role};
 pub use metric::Metric;
 pub use run::{EXITS, ExitWriter, MANIFEST, REPORT, Run, SAMPLES, SUMMARY, SampleWriter};
 pub use sample::Sample;
-pub use summary::{NATIVE, Summary, SummaryRow, summarise};
+pub use summary::{EMPTY, NATIVE, Summary, SummaryRow, summarise};
 pub use table::{Row, TableWriter, read_table};
 pub use words::{Class, Direction, Phase, Status, Unit};
 

@@ -11,7 +11,7 @@
 //! # Derived rows
 //!
 //! `slowdown` (unit `x`, phase `warm`) stands for every mode but `native` where native's warm
-//! `time` is `ok`; if the mode's own row is not, the derived row has its status and reason.
+//! `time` is `ok`, but not for workload [`EMPTY`], which is the harness's own cost; if the mode's own row is not, the derived row has its status and reason.
 
 use std::path::Path;
 
@@ -24,6 +24,8 @@ use crate::{Metric, Phase, SCHEMA_VERSION, Sample, Status, Unit, json};
 
 /// Name of the baseline in column `mode`.
 pub const NATIVE: &str = "native";
+/// The workload that does nothing: what its window takes is subtracted from all others.
+pub const EMPTY: &str = "empty";
 
 /// Everything that `summary.json` holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -210,7 +212,9 @@ pub fn summarise(samples: &[Sample], seed: u64) -> Summary {
     let slowdowns: Vec<SummaryRow> = groups
         .iter()
         .zip(&rows)
-        .filter(|(group, _)| is_warm_time(group) && group.first.mode != NATIVE)
+        .filter(|(group, _)| 
+            is_warm_time(group) && group.first.mode != NATIVE && group.first.workload != EMPTY
+        })
         .filter_map(|(group, row)| {
             let native = groups.iter().find(|native| {
                 is_warm_time(native)
