@@ -12,6 +12,9 @@ use std::{
     process::Command,
 };
 
+/// One image for each.
+const FLAVOURS: &[&str] = &["unaware"];
+
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// For every crate. The processor is the oldest with long mode, whatever the host has.
@@ -52,8 +55,7 @@ fn main() {
         &[("abi", &abi), ("programs", &programs)],
         &[NO_REDZONE, NO_SSE],
     );
-    // One image per flavour.
-    for flavour in ["unaware"] {
+    for flavour in FLAVOURS {
         let script = build.workloads.join(format!("guest/image/{flavour}.ld"));
         build.program(
             &format!("guest/image/{flavour}.rs"),

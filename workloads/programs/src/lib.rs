@@ -61,6 +61,7 @@ pub const CATALOGUE: &[Workload] = &[
 ];
 
 /// The workload of that name.
+#[inline]
 pub fn find(name: &str) -> Option<&'static Workload> {
     CATALOGUE.iter().find(|workload| workload.name == name)
 }

@@ -61,6 +61,7 @@ pub enum Piece {
 
 impl Refusal {
     /// The word of the console protocol that announces it.
+    #[inline]
     pub fn word(&self) -> &'static str {
         match self {
             Refusal::Unsupported(_) => abi::word::UNSUPPORTED,

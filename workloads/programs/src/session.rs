@@ -1,7 +1,8 @@
 //! The guest's side of the console protocol: one line in, the answer out.
 //!
 //! Shared by the guest kernel and the native process, so both answer alike. The grammar stands in
-//! [`abi`]. No formatting machinery is used, for the reason given in [`crate::Refusal`].
+//! [`abi`]. No formatting machinery is used, for the reason given in [`crate::Refusal`], and every
+//! function is `#[inline]` or generic, so that the guest compiles it with its own flags (no SSE).
 
 use crate::{CATALOGUE, Piece, Platform, Prepared, Refusal, find};
 use abi::{mark, word};
@@ -181,14 +182,17 @@ fn run<P: Platform>(
     }
 }
 
+#[inline]
 fn text(console: &mut impl Console, text: &str) {
     console.write(text.as_bytes());
 }
 
+#[inline]
 fn end(console: &mut impl Console) {
     console.write(b"\n");
 }
 
+#[inline]
 fn refuse(console: &mut impl Console, refusal: Refusal) {
     text(console, refusal.word());
     console.write(b" ");
@@ -197,6 +201,7 @@ fn refuse(console: &mut impl Console, refusal: Refusal) {
 }
 
 /// Writes a piece of a sentence.
+#[inline]
 pub fn say(console: &mut impl Console, piece: Piece) {
     match piece {
         Piece::Text(words) => text(console, words),
@@ -208,6 +213,7 @@ pub fn say(console: &mut impl Console, piece: Piece) {
     }
 }
 
+#[inline]
 fn digits(console: &mut impl Console, mut value: u64, base: u64) {
     // 2^64 has 20 decimal digits.
     let mut buffer = [0; 20];
@@ -224,6 +230,7 @@ fn digits(console: &mut impl Console, mut value: u64, base: u64) {
 }
 
 /// 16 hex digits.
+#[inline]
 fn checksum(sum: u64) -> [u8; 16] {
     let mut text = [0; 16];
     for (index, digit) in text.iter_mut().enumerate() {
@@ -232,6 +239,7 @@ fn checksum(sum: u64) -> [u8; 16] {
     text
 }
 
+#[inline]
 fn hex(digit: u8) -> u8 {
     if digit < 10 {
         b'0' + digit
@@ -241,6 +249,7 @@ fn hex(digit: u8) -> u8 {
 }
 
 /// A decimal number; `None` for anything else and on overflow.
+#[inline]
 fn number(word: &[u8]) -> Option<u64> {
     if word.is_empty() {
         return None;

@@ -63,6 +63,7 @@ pub(crate) enum Program {
 
 impl Workload {
     /// Words of arena (8 bytes each) that `size` needs; `None` if that is beyond 2^64.
+    #[inline]
     pub fn words(&self, size: u64) -> Option<u64> {
         match self.program {
             Program::Empty | Program::Nano(_) => Some(0),
@@ -71,6 +72,7 @@ impl Workload {
     }
 
     /// Puts the catalogue's defaults where there is a 0.
+    #[inline]
     pub fn resolve(&self, size: u64, iterations: u64) -> (u64, u64) {
         (
             if size == 0 { self.size } else { size },
@@ -152,6 +154,7 @@ impl Prepared {
     }
 
     /// Folds what the operations left behind into the checksum.
+    #[inline]
     pub fn conclude<P: Platform>(&self, platform: &mut P, sum: u64) -> u64 {
         match self.program {
             Program::Empty | Program::Compute { .. } => sum,
@@ -160,6 +163,7 @@ impl Prepared {
     }
 }
 
+#[inline]
 fn limit(size: u64, most: u64) -> Result<(), Refusal> {
     if size > most {
         return Err(Refusal::Beyond { size, most });

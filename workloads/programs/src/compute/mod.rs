@@ -12,6 +12,7 @@ pub(crate) mod sort;
 pub(crate) mod sse_matmul;
 
 /// A kernel for workloads that have nothing to lay out.
+#[inline(never)]
 pub(crate) fn nothing(_arena: &mut [u64], _size: u64, _iterations: u64) -> u64 {
     0
 }
