@@ -1,0 +1,301 @@
+//! The image under QEMU and the native process, driven over the console as a harness drives them:
+//! one body of checks for both.
+
+use programs::{CATALOGUE, Group, find, oracle};
+use std::{
+    ffi::OsStr,
+    fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::fs::PermissionsExt,
+    path::PathBuf,
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
+    sync::mpsc::{self, Receiver},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// For everything that a guest is waited for. Far more than it takes on a loaded machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A running guest and its console. Killed when dropped.
+struct Guest {
+    child: Child,
+    input: Option<ChildStdin>,
+    lines: Receiver<String>,
+}
+
+impl Guest {
+    fn start(command: &mut Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Guest {
+            input: child.stdin.take(),
+            child,
+            lines,
+        }
+    }
+
+    #[track_caller]
+    fn line(&self) -> String {
+        self.lines
+            .recv_timeout(LIMIT)
+            .expect("the guest says nothing")
+    }
+
+    fn send(&mut self, line: &str) {
+        let input = self.input.as_mut().unwrap();
+        writeln!(input, "{line}").unwrap();
+        input.flush().unwrap();
+    }
+
+    #[track_caller]
+    fn check(&mut self, command: &str, answer: &[&str]) {
+        self.send(command);
+        for expected in answer {
+            assert_eq!(self.line(), *expected, "answer to {command}");
+        }
+    }
+
+    /// Runs a workload; returns its last line without the cycles.
+    fn run(&mut self, name: &str, size: u64, iterations: u64) -> String {
+        self.send(&format!("run {name} {size} {iterations}"));
+        loop {
+            let line = self.line();
+            if line == "begin" || line == "end" {
+                continue;
+            }
+            return match line.strip_prefix("done ") {
+                Some(result) => {
+                    let (sum, cycles) = result.split_once(' ').unwrap();
+                    assert!(cycles.parse::<u64>().is_ok(), "{line}");
+                    format!("done {sum}")
+                }
+                None => line,
+            };
+        }
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < LIMIT, "the guest does not end");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A file of this name with these bytes, for programs that want a path.
+fn file(name: &str, bytes: &[u8]) -> PathBuf {
+    // Tests run in parallel: each thread writes its own.
+    let name = format!("{name}-{:?}", thread::current().id());
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    fs::write(&path, bytes).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+/// The image under QEMU's translator; `None`, with a word about it, where QEMU is not installed.
+fn qemu(memory_mib: u32, command_line: &str) -> Option<Guest> {
+    const QEMU: &str = "qemu-system-x86_64";
+    if Command::new(QEMU).arg("--version").output().is_err() {
+        eprintln!("skipped: {QEMU} is not installed");
+        return None;
+    }
+    let mut command = Command::new(QEMU);
+    command
+        .args("-accel tcg -display none -nodefaults -no-reboot -serial stdio".split(' '))
+        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
+        .args(["-m", &memory_mib.to_string(), "-append", command_line])
+        .arg("-kernel")
+        .arg(file("unaware.elf", images::unaware()));
+    Some(Guest::start(&mut command))
+}
+
+/// What isa-debug-exit makes of a code.
+fn qemu_status(code: i32) -> Option<i32> {
+    Some(code << 1 | 1)
+}
+
+fn native<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Guest {
+    let program = file("native.elf", images::native());
+    Guest::start(Command::new(program).args(arguments))
+}
+
+/// Every workload with few iterations, twice: a run leaves nothing behind that changes the next.
+fn check_workloads(guest: &mut Guest, ring_0: bool) {
+    for round in 0..2 {
+        for workload in CATALOGUE {
+            for iterations in [1, 2, 7 + round] {
+                let answer = guest.run(workload.name, 0, iterations);
+                if workload.group == Group::Nano && !ring_0 {
+                    assert_eq!(answer, "unsupported ring-0 operation has no native figure");
+                    continue;
+                }
+                let sum = oracle(workload, 0, iterations).unwrap();
+                assert_eq!(
+                    answer,
+                    format!("done {sum:016x}"),
+                    "{} {iterations}",
+                    workload.name
+                );
+            }
+        }
+    }
+    // More than one page, one large page, one stack page: sizes that are not the defaults.
+    for (name, size) in [("sort", 100_000), ("chase", 1), ("sieve", 3), ("fib", 24)] {
+        let sum = oracle(find(name).unwrap(), size, 1).unwrap();
+        assert_eq!(guest.run(name, size, 1), format!("done {sum:016x}"));
+    }
+}
+
+/// Lines that are not well-formed or can't be obeyed, and that the guest lives on after.
+fn check_protocol(guest: &mut Guest) {
+    let mut names: Vec<String> = CATALOGUE
+        .iter()
+        .map(|workload| format!("workload {}", workload.name))
+        .collect();
+    names.push("listed".into());
+    guest.check(
+        "list",
+        &names.iter().map(String::as_str).collect::<Vec<_>>(),
+    );
+    guest.check("", &[]);
+    guest.check("run nothing 0 0", &["unknown nothing"]);
+    guest.check(
+        "run alu zero 0",
+        &["failed SIZE and ITERATIONS are decimal numbers below 2^64"],
+    );
+    guest.check(
+        "run sort 8388609 1",
+        &["failed size 8388609 needs 8388609 words of memory, there are 8388608"],
+    );
+    guest.check(
+        &"x".repeat(1000),
+        &["failed a line is longer than 256 bytes"],
+    );
+    guest.check(
+        "\u{0}\u{1}ü",
+        &["failed no such command; there are run, list and quit"],
+    );
+    guest.send("run empty 0 0");
+    assert_eq!(guest.line(), "begin");
+    assert_eq!(guest.line(), "end");
+    assert!(guest.line().starts_with("done 656d707479000000 "));
+}
+
+#[test]
+fn the_image_agrees_with_the_oracle() {
+    let Some(mut guest) = qemu(256, "") else {
+        return;
+    };
+    assert_eq!(guest.line(), "ready 1 unaware");
+    check_workloads(&mut guest, true);
+    guest.send("quit 0");
+    assert_eq!(guest.wait().code(), qemu_status(0));
+}
+
+#[test]
+fn the_image_survives_bad_lines() {
+    let Some(mut guest) = qemu(256, "quiet") else {
+        return;
+    };
+    assert_eq!(guest.line(), "ready 1 unaware");
+    check_protocol(&mut guest);
+    guest.send("quit 7");
+    assert_eq!(guest.wait().code(), qemu_status(7));
+}
+
+#[test]
+fn the_image_runs_in_64_mib_and_says_so_in_less() {
+    let Some(mut guest) = qemu(64, "") else {
+        return;
+    };
+    assert_eq!(guest.line(), "ready 1 unaware");
+    let sum = oracle(find("chase").unwrap(), 0, 1).unwrap();
+    assert_eq!(guest.run("chase", 0, 1), format!("done {sum:016x}"));
+    for memory_mib in [8, 32] {
+        let mut guest = qemu(memory_mib, "").unwrap();
+        assert_eq!(guest.line(), "failed less than 64 MiB of memory");
+        assert_eq!(guest.wait().code(), qemu_status(1));
+    }
+}
+
+#[test]
+fn the_image_obeys_its_command_line() {
+    let sum = oracle(find("alu").unwrap(), 100, 3).unwrap();
+    for (command_line, last, code) in [
+        ("quiet run alu 100 3", format!("done {sum:016x}"), 0),
+        ("run nothing 0 0", "unknown nothing".into(), 1),
+        (
+            "run alu",
+            "failed usage on the command line: run WORKLOAD SIZE ITERATIONS".into(),
+            1,
+        ),
+    ] {
+        let Some(mut guest) = qemu(256, command_line) else {
+            return;
+        };
+        let status = guest.wait();
+        let lines: Vec<String> = guest.lines.iter().collect();
+        assert_eq!(lines[0], "ready 1 unaware");
+        assert!(lines.last().unwrap().starts_with(&last), "{lines:?}");
+        assert_eq!(status.code(), qemu_status(code), "{command_line}");
+    }
+}
+
+#[test]
+fn the_native_process_agrees_with_the_oracle() {
+    let mut guest = native::<&str>([]);
+    assert_eq!(guest.line(), "ready 1 native");
+    check_workloads(&mut guest, false);
+    guest.send("quit 0");
+    assert_eq!(guest.wait().code(), Some(0));
+}
+
+#[test]
+fn the_native_process_survives_bad_lines() {
+    let mut guest = native::<&str>([]);
+    assert_eq!(guest.line(), "ready 1 native");
+    check_protocol(&mut guest);
+    guest.send("quit 7");
+    assert_eq!(guest.wait().code(), Some(7));
+}
+
+#[test]
+fn the_native_process_ends_with_its_input() {
+    let mut guest = native::<&str>([]);
+    assert_eq!(guest.line(), "ready 1 native");
+    guest.input = None;
+    assert_eq!(guest.wait().code(), Some(0));
+}
+
+#[test]
+fn the_native_process_obeys_its_arguments() {
+    for (arguments, code) in [("run fib 5 2", 0), ("run nothing 0 0", 1)] {
+        let mut guest = native(arguments.split(' '));
+        assert_eq!(guest.wait().code(), Some(code));
+    }
+}
