@@ -9,7 +9,7 @@ pub(crate) fn figure(value: f64) -> String {
         return "0".into();
     }
     let magnitude = value.abs().log10().floor();
-    if magnitude < -4.0 || magnitude > 14.0 {
+    if !(-4.0..=14.0).contains(&magnitude) {
         return format!("{value:.2e}");
     }
     // Within -4..=14: the conversion is exact.

@@ -184,9 +184,9 @@ pub(crate) fn css() -> String {
         block(|pair| pair.0),
         block(|pair| pair.1)
     );
-    let _ = write!(
+    let _ = writeln!(
         css,
-        "@media print{{:root{{{}--page:#ffffff;}}}}\n",
+        "@media print{{:root{{{}--page:#ffffff;}}}}",
         block(|pair| pair.0)
     );
     for index in 0..HEAT.len() {

@@ -212,7 +212,7 @@ pub fn summarise(samples: &[Sample], seed: u64) -> Summary {
     let slowdowns: Vec<SummaryRow> = groups
         .iter()
         .zip(&rows)
-        .filter(|(group, _)| 
+        .filter(|(group, _)| {
             is_warm_time(group) && group.first.mode != NATIVE && group.first.workload != EMPTY
         })
         .filter_map(|(group, row)| {
