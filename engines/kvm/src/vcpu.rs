@@ -1,0 +1,369 @@
+//! One VM with one vCPU behind [`Vcpu`].
+//!
+//! KVM_RUN's exit is read from the shared kvm_run page rather than from kvm-ioctls' own exit
+//! enum, which leaves out the item size of a port access and the details of an internal error.
+//!
+//! Invariant: `kvm_run` is only looked at between two KVM_RUN ioctls, on the thread that runs it.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
+
+use engine_core::kick::KickHandle;
+use engine_core::tally::HostStat;
+use engine_core::{
+    CpuState, Error, Exit, ExitReason, GuestPhys, GuestRam, GuestVirt, Unavailable, Vcpu,
+};
+use kvm_bindings as kb;
+use kvm_ioctls::{VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
+
+use crate::backend::{self, Backend, DEVICE};
+use crate::kick::KvmKick;
+use crate::stats::Statistics;
+use crate::{cpuid, registers};
+
+// Not wrapped by kvm-ioctls (api.rst 4.16).
+ioctl_iow_nr!(KVM_INTERRUPT, kb::KVMIO, 0x86, kb::kvm_interrupt);
+
+/// Where KVM on Intel keeps four pages of its own, above any RAM (api.rst 4.37, 4.40).
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+const TSS: usize = 0xfffb_d000;
+
+/// Longest x86 instruction.
+const INSTRUCTION_BYTES: usize = 15;
+
+/// How to set up the VM.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The device node.
+    pub device: PathBuf,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            device: DEVICE.into(),
+        }
+    }
+}
+
+/// A VM with one vCPU, through /dev/kvm.
+#[derive(Debug)]
+pub struct KvmVcpu {
+    // Fields drop in this order: the VM last, and RAM after everything that maps it.
+    vcpu: VcpuFd,
+    statistics: Vec<Statistics>,
+    kick: Arc<KvmKick>,
+    backend: Backend,
+    _vm: VmFd,
+    ram: Arc<GuestRam>,
+}
+
+fn host(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |error| Error::Host {
+        operation,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
+}
+
+impl KvmVcpu {
+    /// Creates a VM over `ram` and its vCPU, in KVM's reset state.
+    ///
+    /// # Errors
+    /// [`Error`]: the probe's words if KVM can't be used, or the ioctl that failed.
+    pub fn new(ram: Arc<GuestRam>, options: Options) -> Result<Self, Error> {
+        let (kvm, found) = backend::open(&options.device)
+            .map_err(|unavailable: Unavailable| Error::Engine(unavailable.to_string()))?;
+        KvmKick::prepare().map_err(|source| Error::Host {
+            operation: "sigaction",
+            source,
+        })?;
+        let vm = kvm.create_vm().map_err(host("KVM_CREATE_VM"))?;
+        if found.backend == Backend::Intel {
+            vm.set_identity_map_address(IDENTITY_MAP)
+                .map_err(host("KVM_SET_IDENTITY_MAP_ADDR"))?;
+            vm.set_tss_address(TSS).map_err(host("KVM_SET_TSS_ADDR"))?;
+        }
+        map_ram(&vm, &ram)?;
+        let vcpu = vm.create_vcpu(0).map_err(host("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(&cpuid::entries())
+            .map_err(host("KVM_SET_CPUID2"))?;
+        let statistics = if found.statistics {
+            // A kernel may know the capability and still refuse, under a seccomp filter say:
+            // statistics are an extra, the guest runs without them.
+            [Statistics::open(&vm), Statistics::open(&vcpu)]
+                .into_iter()
+                .flatten()
+                .collect()
+        } else {
+            Vec::new()
+        };
+        Ok(KvmVcpu {
+            vcpu,
+            statistics,
+            kick: Arc::new(KvmKick::default()),
+            backend: found.backend,
+            _vm: vm,
+            ram,
+        })
+    }
+
+    /// The implementation that runs this guest.
+    pub fn backend(&self) -> Backend {
+        self.backend
+    }
+
+    /// Enters the guest. True if it came back with an exit, false if it was interrupted.
+    fn enter(&mut self) -> Result<bool, Error> {
+        let immediate_exit: *const AtomicU8 =
+            (&raw mut self.vcpu.get_kvm_run().immediate_exit).cast();
+        // SAFETY: the kvm_run page stays mapped as long as `self.vcpu`, which outlives the guard.
+        // KVM reads the byte only on entry, and everyone else writes it through this atomic.
+        let Some(running) = (unsafe { self.kick.enter(immediate_exit) }) else {
+            return Ok(false);
+        };
+        match self.vcpu.run() {
+            Ok(_) => Ok(true),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                running.interrupted();
+                Ok(false)
+            }
+            Err(error) => Err(host("KVM_RUN")(error)),
+        }
+    }
+
+    /// Where the guest is and which bytes lie there: the end of an error message.
+    fn location(&self) -> String {
+        let Ok(state) = self.state() else {
+            return String::new();
+        };
+        let linear = GuestVirt(state.segments[CpuState::CS].base.wrapping_add(state.rip));
+        let mut bytes = [0; INSTRUCTION_BYTES];
+        let read = self
+            .vcpu
+            .translate_gva(linear.0)
+            .ok()
+            .filter(|found| found.valid != 0);
+        let count = read.map_or(0, |found| {
+            let start = GuestAddress(found.physical_address);
+            // An instruction at the end of RAM is shorter.
+            self.ram.read(&mut bytes, start).unwrap_or(0)
+        });
+        let text: Vec<String> = bytes[..count]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        format!(" at rip {:#x}, bytes {}", state.rip, text.join(" "))
+    }
+
+    fn internal_error(&mut self) -> String {
+        let run = self.vcpu.get_kvm_run();
+        // SAFETY: the exit reason says that `internal` is the union's valid member.
+        let internal = unsafe { run.__bindgen_anon_1.internal };
+        let name = match internal.suberror {
+            kb::KVM_INTERNAL_ERROR_EMULATION => "emulation failed",
+            kb::KVM_INTERNAL_ERROR_SIMUL_EX => "simultaneous exceptions",
+            kb::KVM_INTERNAL_ERROR_DELIVERY_EV => "exit during event delivery",
+            kb::KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => "unexpected exit reason",
+            _ => "unknown suberror",
+        };
+        format!(
+            "KVM_EXIT_INTERNAL_ERROR ({} backend): {name} (suberror {}){}",
+            self.backend,
+            internal.suberror,
+            self.location()
+        )
+    }
+}
+
+/// One memory slot per region.
+fn map_ram(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
+    for (slot, region) in ram.iter().enumerate() {
+        let slot = kb::kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region is mapped at that address with that size, and `KvmVcpu` keeps the
+        // RAM alive until the VM is gone.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(host("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self) -> Result<Exit<'_>, Error> {
+        if !self.enter()? {
+            return Ok(Exit::Interrupted);
+        }
+        let backend = self.backend;
+        match self.vcpu.get_kvm_run().exit_reason {
+            kb::KVM_EXIT_IO | kb::KVM_EXIT_MMIO => Ok(access(self.vcpu.get_kvm_run())),
+            kb::KVM_EXIT_HLT => Ok(Exit::Hlt),
+            kb::KVM_EXIT_IRQ_WINDOW_OPEN => Ok(Exit::InterruptWindow),
+            kb::KVM_EXIT_SHUTDOWN => Ok(Exit::Shutdown),
+            // The guest lowered its task priority: the run loop looks at pending interrupts again.
+            kb::KVM_EXIT_INTR | kb::KVM_EXIT_SET_TPR => Ok(Exit::Interrupted),
+            kb::KVM_EXIT_INTERNAL_ERROR => Ok(Exit::Internal {
+                message: self.internal_error(),
+            }),
+            kb::KVM_EXIT_FAIL_ENTRY => {
+                let run = self.vcpu.get_kvm_run();
+                // SAFETY: the exit reason says that `fail_entry` is the union's valid member.
+                let failure = unsafe { run.__bindgen_anon_1.fail_entry };
+                let reason = failure.hardware_entry_failure_reason;
+                let message = format!(
+                    "KVM_EXIT_FAIL_ENTRY ({backend} backend): reason {reason:#x}{}",
+                    self.location()
+                );
+                Ok(Exit::Internal { message })
+            }
+            other => Ok(Exit::Internal {
+                message: format!(
+                    "KVM exit reason {other} ({backend} backend){}",
+                    self.location()
+                ),
+            }),
+        }
+    }
+
+    fn state(&self) -> Result<CpuState, Error> {
+        let regs = self.vcpu.get_regs().map_err(host("KVM_GET_REGS"))?;
+        let sregs = self.vcpu.get_sregs().map_err(host("KVM_GET_SREGS"))?;
+        Ok(registers::to_state(&regs, &sregs))
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {
+        let old = self.vcpu.get_sregs().map_err(host("KVM_GET_SREGS"))?;
+        let sregs = registers::to_sregs(state, &old);
+        self.vcpu.set_sregs(&sregs).map_err(host("KVM_SET_SREGS"))?;
+        self.vcpu
+            .set_regs(&registers::to_regs(state))
+            .map_err(host("KVM_SET_REGS"))?;
+        // Without an in-kernel irqchip KVM_RUN takes CR8 from here (api.rst 5, cr8).
+        self.vcpu.get_kvm_run().cr8 = state.cr8;
+        Ok(())
+    }
+
+    fn interruptible(&mut self) -> bool {
+        let run = self.vcpu.get_kvm_run();
+        run.ready_for_interrupt_injection != 0 && run.if_flag != 0
+    }
+
+    fn interrupt(&mut self, vector: u8) -> Result<(), Error> {
+        if !self.interruptible() {
+            return Err(Error::Engine("the vCPU takes no interrupt now".into()));
+        }
+        let interrupt = kb::kvm_interrupt { irq: vector.into() };
+        // SAFETY: the ioctl reads one kvm_interrupt and keeps no reference.
+        if unsafe { ioctl_with_ref(&self.vcpu, KVM_INTERRUPT(), &interrupt) } < 0 {
+            return Err(Error::Host {
+                operation: "KVM_INTERRUPT",
+                source: io::Error::last_os_error(),
+            });
+        }
+        // KVM queues one interrupt at a time, and says so again only at the next exit.
+        self.vcpu.get_kvm_run().ready_for_interrupt_injection = 0;
+        Ok(())
+    }
+
+    fn request_interrupt_window(&mut self, wanted: bool) {
+        self.vcpu.get_kvm_run().request_interrupt_window = wanted.into();
+    }
+
+    fn kick_handle(&self) -> KickHandle {
+        Arc::clone(&self.kick) as KickHandle
+    }
+
+    fn task_priority(&mut self) -> u8 {
+        self.vcpu.get_kvm_run().cr8 as u8
+    }
+
+    fn set_task_priority(&mut self, priority: u8) -> Result<(), Error> {
+        self.vcpu.get_kvm_run().cr8 = priority.into();
+        Ok(())
+    }
+
+    fn exit_name(&self, reason: ExitReason) -> &'static str {
+        match reason {
+            ExitReason::PioIn => "KVM_EXIT_IO in",
+            ExitReason::PioOut => "KVM_EXIT_IO out",
+            ExitReason::MmioRead => "KVM_EXIT_MMIO read",
+            ExitReason::MmioWrite => "KVM_EXIT_MMIO write",
+            ExitReason::Hlt => "KVM_EXIT_HLT",
+            ExitReason::InterruptWindow => "KVM_EXIT_IRQ_WINDOW_OPEN",
+            ExitReason::Shutdown => "KVM_EXIT_SHUTDOWN",
+            ExitReason::Interrupted => "KVM_EXIT_INTR",
+            ExitReason::Internal => "KVM_EXIT_INTERNAL_ERROR",
+            // The translator's, which this engine never counts.
+            ExitReason::Helper
+            | ExitReason::Cpuid
+            | ExitReason::Msr
+            | ExitReason::ControlRegister
+            | ExitReason::GuestFault
+            | ExitReason::Interrupt
+            | ExitReason::TlbMiss
+            | ExitReason::Bounce
+            | ExitReason::Translate
+            | ExitReason::Chain
+            | ExitReason::IndirectMiss
+            | ExitReason::SmcFlush
+            | ExitReason::CacheFlush => reason.name(),
+        }
+    }
+
+    fn host_stats(&mut self) -> Vec<HostStat> {
+        let mut stats = Vec::with_capacity(64);
+        for statistics in &mut self.statistics {
+            statistics.read_into(&mut stats);
+        }
+        stats
+    }
+}
+
+/// The port or memory access that `run` describes.
+fn access(run: &mut kb::kvm_run) -> Exit<'_> {
+    if run.exit_reason == kb::KVM_EXIT_MMIO {
+        // SAFETY: the exit reason says that `mmio` is the union's valid member.
+        let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
+        let addr = GuestPhys(mmio.phys_addr);
+        let length = (mmio.len as usize).min(mmio.data.len());
+        let data = &mut mmio.data[..length];
+        return if mmio.is_write != 0 {
+            Exit::MmioWrite { addr, data }
+        } else {
+            Exit::MmioRead { addr, data }
+        };
+    }
+    // SAFETY: the exit reason says that `io` is the union's valid member.
+    let io = unsafe { run.__bindgen_anon_1.io };
+    let length = usize::from(io.size) * io.count as usize;
+    // SAFETY: `data_offset` leads from the start of kvm_run to `size * count` bytes inside the
+    // same mapping (api.rst 5, KVM_EXIT_IO), which is longer than the structure. The slice borrows
+    // `run` and so the vCPU, and KVM leaves the bytes alone until the next KVM_RUN.
+    let data = unsafe {
+        let start = std::ptr::from_mut(run)
+            .cast::<u8>()
+            .add(io.data_offset as usize);
+        std::slice::from_raw_parts_mut(start, length)
+    };
+    if u32::from(io.direction) == kb::KVM_EXIT_IO_IN {
+        Exit::PioIn {
+            port: io.port,
+            size: io.size,
+            data,
+        }
+    } else {
+        Exit::PioOut {
+            port: io.port,
+            size: io.size,
+            data,
+        }
+    }
+}
