@@ -8,12 +8,13 @@ pub(crate) fn figure(value: f64) -> String {
     if value == 0.0 {
         return "0".into();
     }
-    let magnitude = value.abs().log10().floor();
-    if !(-4.0..=14.0).contains(&magnitude) {
-        return format!("{value:.2e}");
-    }
-    // Within -4..=14: the conversion is exact.
-    let decimals = (2.0 - magnitude).max(0.0) as usize;
+    // The exponent of the rounded value: 0.9997 is shown as 1.00, not as 1.000.
+    let scientific = format!("{value:.2e}");
+    let exponent = scientific.rsplit_once('e').map(|(_, e)| e.parse::<i32>());
+    let Some(Ok(exponent @ -4..=14)) = exponent else {
+        return scientific;
+    };
+    let decimals = usize::try_from(2 - exponent).unwrap_or(0);
     let text = format!("{value:.decimals$}");
     match text.split_once('.') {
         Some(_) => text,

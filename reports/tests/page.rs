@@ -1,0 +1,473 @@
+//! Properties of the rendered page: it is whole, it is safe, and it hides nothing.
+
+mod fixture;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use reports_data::{Metric, Phase, SUMMARY, Sample, Status};
+
+fn page_of(manifest_of: &[&str], samples: &[Sample]) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    fixture::write_with(dir.path(), &fixture::manifest(manifest_of), samples, &[]);
+    let page = reports::render(dir.path()).unwrap();
+    check(&page);
+    page
+}
+
+fn page_with(columns: &[&str]) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    fixture::write(dir.path(), columns);
+    let page = reports::render(dir.path()).unwrap();
+    check(&page);
+    page
+}
+
+/// What holds for every page, whatever the run.
+fn check(page: &str) {
+    check_nothing_is_loaded(page);
+    check_nesting(page);
+    check_anchors(page);
+    check_charts(page);
+    check_tables(page);
+    for unformatted in ["NaN", "inf×", "inf ns", "None", "Some("] {
+        assert!(
+            !visible_text(page).contains(unformatted),
+            "{unformatted} on the page"
+        );
+    }
+}
+
+fn check_nothing_is_loaded(page: &str) {
+    let markup = tags(page);
+    for tag in &markup {
+        assert!(
+            !tag.contains("http://") && !tag.contains("https://"),
+            "{tag}"
+        );
+        for element in [
+            "<link", "<img", "<iframe", "<object", "<embed", "<base", "<image", "<use",
+        ] {
+            assert!(!tag.starts_with(element), "{tag}");
+        }
+        assert!(
+            !tag.starts_with("<script ") && !tag.contains(" src="),
+            "{tag}"
+        );
+        if let Some(href) = attribute(tag, "href") {
+            assert!(
+                href.starts_with('#') || href.starts_with("data:text/csv;base64,"),
+                "{tag}"
+            );
+        }
+    }
+    assert!(!page.contains("@import") && !page.contains("url("));
+}
+
+/// Every element that opens closes, in order.
+fn check_nesting(page: &str) {
+    const VOID: &[&str] = &["meta", "br", "hr", "input"];
+    let mut open: Vec<String> = Vec::new();
+    for tag in tags(page) {
+        if tag.starts_with("<!") || tag.ends_with("/>") {
+            continue;
+        }
+        let name: String = tag[1..]
+            .trim_start_matches('/')
+            .chars()
+            .take_while(|c| c.is_ascii_alphanumeric())
+            .collect();
+        if tag.starts_with("</") {
+            assert_eq!(open.pop().as_deref(), Some(name.as_str()), "at {tag}");
+        } else if !VOID.contains(&name.as_str()) {
+            open.push(name);
+        }
+    }
+    assert!(open.is_empty(), "never closed: {open:?}");
+}
+
+fn check_anchors(page: &str) {
+    let tags = tags(page);
+    let ids: Vec<&str> = tags.iter().filter_map(|tag| attribute(tag, "id")).collect();
+    let unique: BTreeSet<&str> = ids.iter().copied().collect();
+    assert_eq!(ids.len(), unique.len(), "an id stands twice");
+    for tag in &tags {
+        if let Some(anchor) = attribute(tag, "href").and_then(|href| href.strip_prefix('#')) {
+            assert!(unique.contains(anchor), "nothing at #{anchor}");
+        }
+        for reference in attribute(tag, "aria-labelledby")
+            .into_iter()
+            .flat_map(str::split_whitespace)
+        {
+            assert!(unique.contains(reference), "no label {reference}");
+        }
+    }
+    for section in [
+        "verdict",
+        "environment",
+        "slowdown",
+        "ring0",
+        "nano",
+        "exits",
+        "translator",
+        "warmup",
+        "boot",
+        "rows",
+        "limits",
+        "data",
+    ] {
+        assert!(unique.contains(section), "no section {section}");
+    }
+}
+
+fn check_charts(page: &str) {
+    for svg in page.split("<svg").skip(1) {
+        let svg = svg.split("</svg>").next().unwrap();
+        assert!(svg.starts_with(" role=\"img\""), "{}", &svg[..80]);
+        assert!(svg.contains("<title") && svg.contains("<desc"));
+        assert!(!svg.contains("=\"#"), "a colour that is no variable");
+        assert!(svg.contains("var(--"));
+    }
+}
+
+fn check_tables(page: &str) {
+    for table in page.split("<table").skip(1) {
+        let table = table.split("</table>").next().unwrap();
+        assert!(table.contains("<caption"));
+        for head in table
+            .split("<th")
+            .skip(1)
+            .filter(|head| !head.starts_with("ead"))
+        {
+            assert!(
+                head.split('>').next().unwrap().contains("scope="),
+                "{}",
+                &head[..40]
+            );
+        }
+        let width = |row: &str| -> usize {
+            row.split("<t")
+                .skip(1)
+                .filter(|cell| cell.starts_with('d') || cell.starts_with('h'))
+                .map(|cell| {
+                    let span = cell
+                        .split('>')
+                        .next()
+                        .and_then(|tag| attribute(tag, "colspan"));
+                    span.map_or(1, |n| n.parse().unwrap())
+                })
+                .sum()
+        };
+        let widths: BTreeSet<usize> = table.split("<tr").skip(1).map(width).collect();
+        assert_eq!(
+            widths.len(),
+            1,
+            "rows of {widths:?} cells in <table{}",
+            &table[..60]
+        );
+    }
+}
+
+/// Every tag of the page, those inside script and style left out.
+fn tags(page: &str) -> Vec<&str> {
+    let mut tags = Vec::new();
+    let mut rest = page;
+    while let Some(start) = rest.find('<') {
+        let end = start + rest[start..].find('>').expect("a tag that never ends") + 1;
+        let tag = &rest[start..end];
+        tags.push(tag);
+        rest = &rest[end..];
+        for raw in ["script", "style"] {
+            if tag == format!("<{raw}>") {
+                rest = &rest[rest.find(&format!("</{raw}>")).unwrap()..];
+            }
+        }
+    }
+    tags
+}
+
+fn attribute<'a>(tag: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = tag.split_once(&format!(" {name}=\""))?;
+    rest.split_once('"').map(|(value, _)| value)
+}
+
+/// The page's text without tags, style and script.
+fn visible_text(page: &str) -> String {
+    let body = page.split_once("<body>").unwrap().1;
+    let body = body.split("<script>").next().unwrap();
+    let mut text = String::new();
+    for piece in body.split('<') {
+        text.push_str(piece.split_once('>').map_or(piece, |(_, text)| text));
+        text.push(' ');
+    }
+    text
+}
+
+/// The content of one section, as text.
+fn section(page: &str, id: &str) -> String {
+    let start = page.find(&format!("<section id=\"{id}\"")).unwrap();
+    let section = &page[start..start + page[start..].find("</section>").unwrap()];
+    visible_text(&format!("<body>{section}"))
+}
+
+fn ok(workload: &str, mode: &str, value: f64, round: u32) -> Sample {
+    Sample {
+        value: Some(value),
+        round,
+        ..fixture::sample(workload, mode, Phase::Warm, Metric::TIME)
+    }
+}
+
+fn failed(workload: &str, mode: &str, reason: &str) -> Sample {
+    Sample {
+        status: Status::Failed,
+        reason: reason.into(),
+        ..fixture::sample(workload, mode, Phase::Warm, Metric::TIME)
+    }
+}
+
+#[test]
+fn pages_of_four_and_eight_columns_are_whole() {
+    for columns in [fixture::FOUR, fixture::EIGHT] {
+        let page = page_with(columns);
+        assert_eq!(
+            page.matches("<svg").count(),
+            4,
+            "plot, exits, callouts, boot"
+        );
+        let head = page.split_once("<table id=\"rows-table\"").unwrap().1;
+        let rows = head
+            .split("</table>")
+            .next()
+            .unwrap()
+            .matches("<tr>")
+            .count();
+        assert!(rows > columns.len() * 20, "{rows} rows");
+    }
+}
+
+#[test]
+fn rendering_is_a_pure_function_of_the_files() {
+    assert_eq!(page_with(fixture::FOUR), page_with(fixture::FOUR));
+}
+
+#[test]
+fn a_missing_summary_is_made_from_the_samples() {
+    let dir = tempfile::tempdir().unwrap();
+    fixture::write(dir.path(), fixture::FOUR);
+    let with = reports::render(dir.path()).unwrap();
+    std::fs::remove_file(dir.path().join(SUMMARY)).unwrap();
+    assert_eq!(reports::render(dir.path()).unwrap(), with);
+}
+
+#[test]
+fn hostile_names_stay_text() {
+    let script = "<script>alert(1)</script>";
+    let quotes = "\"><img src=x onerror='alert(2)'>";
+    let samples: Vec<Sample> = (0..3)
+        .flat_map(|round| {
+            [
+                ok(script, "native", 10.0, round),
+                ok(script, quotes, 20.0 + f64::from(round), round),
+                ok("in", "<svg onload=alert(3)>", 30.0, round),
+                failed("\"#01005A\" ]]> --><b>", quotes, "</title></style><script>"),
+            ]
+        })
+        .collect();
+    let mut manifest = fixture::manifest(fixture::FOUR);
+    manifest.run = "</title><script>alert(4)</script>".into();
+    manifest.modes[1].name = quotes.into();
+    manifest.modes[1].label = "</text></svg><script>alert(5)".into();
+    manifest.command = vec!["javascript:alert(6)".into(), "<iframe>".into()];
+    let dir = tempfile::tempdir().unwrap();
+    fixture::write_with(
+        dir.path(),
+        &manifest,
+        &samples,
+        &fixture::exits(fixture::FOUR),
+    );
+    let page = reports::render(dir.path()).unwrap();
+    check(&page);
+    assert_eq!(page.matches("<script").count(), 1, "the page's own alone");
+    assert!(page.contains("&lt;script&gt;alert(1)&lt;/script&gt;"));
+    assert!(!page.contains("<img") && !page.contains("<b>,"));
+}
+
+#[test]
+fn an_empty_run_says_so_in_every_section() {
+    let page = page_of(&[], &[]);
+    assert!(section(&page, "verdict").contains("No verdict"));
+    assert!(section(&page, "rows").contains("This run has no row."));
+    assert!(!page.contains("<svg"));
+}
+
+#[test]
+fn a_run_of_failures_gives_reasons_and_no_figure() {
+    let samples: Vec<Sample> = ["alu", "in"]
+        .iter()
+        .flat_map(|workload| {
+            ["native", "full", "hardware"].map(|mode| failed(workload, mode, "the guest tripped"))
+        })
+        .collect();
+    let page = page_of(&["native", "full", "hardware"], &samples);
+    assert!(section(&page, "verdict").contains("No verdict"));
+    assert!(section(&page, "rows").matches("the guest tripped").count() >= 6);
+    assert!(
+        !page.contains("class=\"num heat"),
+        "a coloured cell without a figure"
+    );
+    assert!(!page.contains("<svg"));
+}
+
+#[test]
+fn one_mode_alone_is_shown_without_a_comparison() {
+    let samples: Vec<Sample> = (0..5)
+        .map(|round| ok("in", "full", 100.0 + f64::from(round), round))
+        .collect();
+    let page = page_of(&["full"], &samples);
+    let verdict = section(&page, "verdict");
+    assert!(verdict.contains("nothing to compare"), "{verdict}");
+    assert!(section(&page, "ring0").contains("102"));
+    assert!(section(&page, "slowdown").contains("no native figure"));
+}
+
+#[test]
+fn a_mode_that_left_no_row_is_named() {
+    let samples = [ok("alu", "native", 1.0, 0)];
+    let page = page_of(&["native", "full"], &samples);
+    assert!(section(&page, "rows").contains("without any row in this run: full"));
+}
+
+#[test]
+fn a_failed_sample_takes_its_row_out_of_every_mean() {
+    let page = page_with(fixture::FOUR);
+    // The fixture's qemu-tcg fails once in `indirect`: seven compute workloads, six in the mean.
+    let verdict = section(&page, "verdict");
+    assert!(verdict.contains("QEMU TCG takes"), "{verdict}");
+    assert!(
+        verdict.contains("geomean of  6  of  7") || verdict.contains("geomean of 6 of 7"),
+        "{verdict}"
+    );
+    assert!(section(&page, "rows").contains("oracle says 1122334455667788"));
+}
+
+#[test]
+fn the_hybrid_claim_is_judged_only_where_it_was_measured() {
+    assert!(section(&page_with(fixture::FOUR), "verdict").contains("not measured in this run"));
+    let verdict = section(&page_with(fixture::EIGHT), "verdict");
+    assert!(!verdict.contains("not measured"));
+    assert!(verdict.contains("beats every other mode"));
+}
+
+#[test]
+fn a_kvm_column_carries_its_backend() {
+    let page = page_with(fixture::FOUR);
+    for id in ["slowdown", "ring0", "nano", "exits", "boot"] {
+        assert!(section(&page, id).contains("KVM (pvm)"), "{id}");
+    }
+    assert!(section(&page, "environment").contains("software: no VMX or SVM"));
+}
+
+#[test]
+fn callouts_are_not_among_the_exits() {
+    let page = page_with(fixture::FOUR);
+    let exits = section(&page, "exits");
+    assert!(exits.contains("A translator's callout is not a VM exit"));
+    assert!(exits.contains("never added up"));
+    assert!(exits.contains("KVM_EXIT_IO out 0x2f8") && !exits.contains("tlb-miss"));
+    let translator = section(&page, "translator");
+    assert!(translator.contains("tlb-miss") && !translator.contains("KVM_EXIT_IO"));
+}
+
+#[test]
+fn the_csv_files_are_inside_byte_for_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    fixture::write(dir.path(), fixture::FOUR);
+    let page = reports::render(dir.path()).unwrap();
+    for name in ["samples.csv", "exits.csv"] {
+        let link = page.split(&format!("download=\"{name}\"")).nth(1).unwrap();
+        let data = link
+            .split("base64,")
+            .nth(1)
+            .unwrap()
+            .split('"')
+            .next()
+            .unwrap();
+        assert_eq!(decode(data), std::fs::read(dir.path().join(name)).unwrap());
+    }
+}
+
+/// Base 64 by the letter, for the test alone.
+fn decode(text: &str) -> Vec<u8> {
+    let value = |c: u8| match c {
+        b'A'..=b'Z' => c - b'A',
+        b'a'..=b'z' => c - b'a' + 26,
+        b'0'..=b'9' => c - b'0' + 52,
+        b'+' => 62,
+        _ => 63,
+    };
+    let mut bytes = Vec::new();
+    for chunk in text.as_bytes().chunks(4) {
+        let digits: Vec<u8> = chunk
+            .iter()
+            .filter(|c| **c != b'=')
+            .map(|c| value(*c))
+            .collect();
+        let bits = digits
+            .iter()
+            .fold(0_u32, |bits, d| bits << 6 | u32::from(*d));
+        let bits = bits << (6 * (4 - digits.len()));
+        bytes.extend_from_slice(&bits.to_be_bytes()[1..digits.len()]);
+    }
+    bytes
+}
+
+#[test]
+fn workloads_stand_in_catalogue_order_with_unknown_ones_last() {
+    let samples: Vec<Sample> = ["zeta", "in", "sieve", "alu", "syscall"]
+        .iter()
+        .flat_map(|workload| {
+            (0..3).flat_map(|round| {
+                [
+                    ok(workload, "native", 1.0, round),
+                    ok(workload, "full", 2.0, round),
+                ]
+            })
+        })
+        .collect();
+    let text = section(&page_of(&["native", "full"], &samples), "slowdown");
+    let at = |name: &str| text.find(&format!(" {name} ")).unwrap();
+    assert!(at("alu") < at("sieve"));
+    assert!(at("sieve") < at("syscall"));
+    assert!(at("syscall") < at("in"));
+    assert!(at("in") < at("zeta"));
+}
+
+#[test]
+fn the_report_is_written_beside_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    fixture::write(dir.path(), fixture::FOUR);
+    let path = reports::write_report(dir.path()).unwrap();
+    assert_eq!(path, dir.path().join("report.html"));
+    let page = std::fs::read_to_string(path).unwrap();
+    assert_eq!(page, reports::render(dir.path()).unwrap());
+}
+
+#[test]
+fn a_directory_without_a_run_is_an_error_that_names_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = reports::render(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("manifest.json"), "{error}");
+}
+
+/// Leaves the fixtures' pages in the directory that TRAPLINE_FIXTURE_PAGES names, to be looked at.
+#[test]
+fn pages_can_be_looked_at() {
+    let Some(dir) = std::env::var_os("TRAPLINE_FIXTURE_PAGES") else {
+        return;
+    };
+    for columns in [fixture::FOUR, fixture::EIGHT] {
+        let page = Path::new(&dir).join(format!("fixture-{}.html", columns.len()));
+        std::fs::write(page, page_with(columns)).unwrap();
+    }
+}
