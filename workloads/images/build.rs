@@ -36,7 +36,8 @@ const COMMON: &[&str] = &[
 /// For what runs in the image. A trap in ring 0 without IST would overwrite a red zone.
 const NO_REDZONE: &str = "-Cno-redzone=yes";
 
-/// For what runs in ring 0 only; see the rules at the head of `guest`.
+/// For what runs in ring 0 only; see the rules at the head of `guest`. The compiler warns that
+/// floats could not be passed in registers then (rust-lang/rust issue 116344): a kernel has none.
 const NO_SSE: &str = "-Ctarget-feature=-sse,-sse2";
 
 fn main() {
@@ -148,8 +149,7 @@ impl Build {
         command
             .args(COMMON)
             .args(flags)
-            // Lints are Cargo's to check; here they would only repeat themselves. -sse2 is warned
-            // of because of floats in signatures, which a kernel has none of.
+            // Lints are Cargo's to check; here they would only repeat themselves.
             .args(["--cap-lints=allow", "-Awarnings"])
             .arg("-o")
             .arg(output)

@@ -19,7 +19,13 @@
 //! Instead of `begin` or `done` the guest may answer `failed REASON`, `unsupported REASON` or
 //! `unknown WORKLOAD`; the rest of the line is the reason. `begin` and `end` bracket the
 //! measured window for a host that has nothing but the console: the window opens when the
-//! newline of `begin` arrives and closes when the first byte of `end` does.
+//! newline of `begin` arrives and closes when the first byte of `end` does. A run that goes wrong
+//! inside its window answers `begin`, `end`, `failed REASON`, and the guest takes the next line. A
+//! guest whose kernel is beyond help says one line `failed kernel ...` and writes 1 to
+//! [`port::EXIT`].
+//!
+//! A guest whose command line holds `run WORKLOAD SIZE ITERATIONS` obeys that after its greeting,
+//! as if it came from the console, and ends: with 0 after `done`, else with 1.
 #![no_std]
 
 /// Version of this protocol, sent in the greeting.

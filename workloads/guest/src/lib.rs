@@ -9,8 +9,9 @@
 //! 1. The VMM enters `pvh_entry` (asm/entry.s) in 32-bit protected mode, paging off, `ebx` pointing
 //!    to `hvm_start_info` (Xen docs/misc/pvh.pandoc).
 //! 2. `pvh_entry` loads the GDT, CR4, the static boot tables, EFER and CR0, jumps to 64-bit code,
-//!    takes the kernel stack and calls [`unaware::start`].
-//! 3. [`traps`] fills IDT and TSS, [`unaware`] masks the PICs and sets up the UART, [`memory`]
+//!    takes the kernel stack and calls `kernel_start`
+//!    ([`unaware`]).
+//! 3. `traps` fills IDT and TSS, [`unaware`] masks the PICs and sets up the UART, `memory`
 //!    finds the arena in the memory map and replaces the boot tables' rights by W^X ones.
 //! 4. The console says `ready`, and the session runs until `quit`.
 //!

@@ -6,7 +6,7 @@ use std::{
     ffi::OsStr,
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, net::UnixStream},
     path::PathBuf,
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver},
@@ -119,6 +119,11 @@ fn file(name: &str, bytes: &[u8]) -> PathBuf {
 
 /// The image under QEMU's translator; `None`, with a word about it, where QEMU is not installed.
 fn qemu(memory_mib: u32, command_line: &str) -> Option<Guest> {
+    qemu_with(memory_mib, command_line, &[])
+}
+
+/// As [`qemu`], with more options.
+fn qemu_with(memory_mib: u32, command_line: &str, options: &[&str]) -> Option<Guest> {
     const QEMU: &str = "qemu-system-x86_64";
     if Command::new(QEMU).arg("--version").output().is_err() {
         eprintln!("skipped: {QEMU} is not installed");
@@ -129,6 +134,7 @@ fn qemu(memory_mib: u32, command_line: &str) -> Option<Guest> {
         .args("-accel tcg -display none -nodefaults -no-reboot -serial stdio".split(' '))
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
         .args(["-m", &memory_mib.to_string(), "-append", command_line])
+        .args(options)
         .arg("-kernel")
         .arg(file("unaware.elf", images::unaware()));
     Some(Guest::start(&mut command))
@@ -264,6 +270,44 @@ fn the_image_obeys_its_command_line() {
         assert!(lines.last().unwrap().starts_with(&last), "{lines:?}");
         assert_eq!(status.code(), qemu_status(code), "{command_line}");
     }
+}
+
+#[test]
+fn the_image_survives_a_fault_of_ring_3() {
+    // A processor without syscall: the trial of the workload takes an invalid opcode in ring 3.
+    let Some(mut guest) = qemu_with(256, "", &["-cpu", "qemu64,-syscall"]) else {
+        return;
+    };
+    assert_eq!(guest.line(), "ready 1 unaware");
+    for _ in 0..3 {
+        let answer = guest.run("syscall", 0, 5);
+        assert!(
+            answer.starts_with("failed fault in ring 3: vector 6 error 0x0 rip 0x10"),
+            "{answer}"
+        );
+        let sum = oracle(find("divzero").unwrap(), 0, 5).unwrap();
+        assert_eq!(guest.run("divzero", 0, 5), format!("done {sum:016x}"));
+    }
+}
+
+#[test]
+fn the_image_ends_with_one_line_when_the_kernel_faults() {
+    // An NMI, which nobody asks for, injected through QEMU's monitor.
+    let socket = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("monitor");
+    let monitor = format!("unix:{},server=on,wait=off", socket.display());
+    let Some(mut guest) = qemu_with(256, "", &["-monitor", &monitor]) else {
+        return;
+    };
+    assert_eq!(guest.line(), "ready 1 unaware");
+    let mut monitor = UnixStream::connect(socket).unwrap();
+    monitor.write_all(b"nmi\n").unwrap();
+    let line = guest.line();
+    assert!(
+        line.starts_with("failed kernel fault: vector 0x2 error 0x0 rip 0x10"),
+        "{line}"
+    );
+    assert!(line.contains(" cs 0x8 "), "{line}");
+    assert_eq!(guest.wait().code(), qemu_status(1));
 }
 
 #[test]
