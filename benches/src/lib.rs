@@ -15,6 +15,7 @@ pub mod glob;
 pub mod interrupt;
 pub mod oracle;
 pub mod plan;
+pub mod priority;
 pub mod process;
 pub mod progress;
 pub mod record;

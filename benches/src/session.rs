@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use programs::Workload;
-use reports_data::{BOOT, Error, Metric, Phase, Status};
+use reports_data::{BOOT, EMPTY, Error, Metric, Phase, Status};
 
 use crate::contender::Contender;
 use crate::interrupt;
@@ -22,8 +22,6 @@ use crate::verdict::Refusal;
 /// Least time in which a turn is worth starting.
 const SHORTEST_TURN: Duration = Duration::from_millis(200);
 
-/// Name of the workload that measures the marks.
-pub const EMPTY: &str = "empty";
 /// Workload that the native control runs in every round.
 const CONTROL: &str = "alu";
 

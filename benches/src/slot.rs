@@ -10,6 +10,7 @@ use reports_data::{Phase, Status};
 use crate::console::Done;
 use crate::contender::Contender;
 use crate::oracle::Oracle;
+use crate::priority::Delays;
 use crate::record::Place;
 use crate::stats::Count;
 use crate::verdict::{Refusal, Traits, software_backend};
@@ -17,6 +18,11 @@ use crate::vm::{Fault, Request, Vm};
 
 /// Boots in a row that may fail before a contender is given up.
 const BOOT_TRIES: u32 = 2;
+
+/// The harness's own delay may be one part in this many of a window,
+const MOST_DELAY: u32 = 50;
+/// on top of what a dozen undisturbed wake-ups add up to.
+const USUAL_DELAY: Duration = Duration::from_micros(200);
 
 /// Window of the `empty` workload: what the marks themselves cost.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -47,6 +53,16 @@ pub struct Verified {
     pub done: Done,
     /// Counters of the window.
     pub counts: Option<Vec<Count>>,
+    /// How long the harness stood ready without a processor meanwhile.
+    pub delay: Duration,
+}
+
+impl Verified {
+    /// Whether the harness may have seen the window's ends too late to call it measured.
+    pub fn is_disturbed(&self) -> bool {
+        let window = self.done.window;
+        window.is_zero() || self.delay > USUAL_DELAY + window / MOST_DELAY
+    }
 }
 
 /// Why a run gave nothing.
@@ -56,6 +72,16 @@ pub struct Failure {
     pub refusal: Refusal,
     /// The time limit was the reason.
     pub timed_out: bool,
+}
+
+impl Failure {
+    /// A failure that another try would not mend.
+    pub fn lasting(refusal: Refusal) -> Failure {
+        Failure {
+            refusal,
+            timed_out: false,
+        }
+    }
 }
 
 /// A contender and its virtual machine.
@@ -72,6 +98,7 @@ pub struct Slot {
     vm: Option<Vm>,
     traits: Traits,
     failed_boots: u32,
+    delays: Delays,
 }
 
 impl Slot {
@@ -85,6 +112,7 @@ impl Slot {
             out: None,
             vm: None,
             failed_boots: 0,
+            delays: Delays::open(),
         }
     }
 
@@ -157,10 +185,10 @@ impl Slot {
         oracle: &mut Oracle,
     ) -> Result<Verified, Failure> {
         let Some(vm) = &mut self.vm else {
-            return Err(Failure {
-                refusal: Refusal::new(Status::Failed, "the virtual machine is not up"),
-                timed_out: false,
-            });
+            return Err(Failure::lasting(Refusal::new(
+                Status::Failed,
+                "the virtual machine is not up",
+            )));
         };
         let request = Request {
             workload: workload.name,
@@ -168,24 +196,31 @@ impl Slot {
             iterations,
         };
         vm.resume();
+        let before = self.delays.total();
         let answer = vm.run(request, limit);
+        let after = self.delays.total();
         vm.pause();
         let answer = answer.map_err(|fault| {
             self.drop_vm();
             self.failure(&fault)
         })?;
-        let lasting = |refusal| Failure {
-            refusal,
-            timed_out: false,
-        };
-        let (done, counts) = self.traits.answer(answer).map_err(lasting)?;
+        let (done, counts) = self.traits.answer(answer).map_err(Failure::lasting)?;
         let expected = oracle
             .checksum(workload, 0, iterations)
-            .map_err(|error| lasting(Refusal::new(Status::Failed, error)))?;
+            .map_err(|error| Failure::lasting(Refusal::new(Status::Failed, error)))?;
         if done.checksum != expected {
-            return Err(lasting(self.traits.wrong_checksum(done.checksum, expected)));
+            let refusal = self.traits.wrong_checksum(done.checksum, expected);
+            return Err(Failure::lasting(refusal));
         }
-        Ok(Verified { done, counts })
+        let delay = match (before, after) {
+            (Some(before), Some(after)) => after.saturating_sub(before),
+            (None, _) | (_, None) => Duration::ZERO,
+        };
+        Ok(Verified {
+            done,
+            counts,
+            delay,
+        })
     }
 
     /// Ends the virtual machine, if one is up.

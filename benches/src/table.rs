@@ -118,7 +118,6 @@ fn means(summary: &Summary, modes: &[&str]) -> Vec<String> {
             .rows
             .iter()
             .filter(|row| row.mode == *mode && row.metric == Metric::SLOWDOWN.name)
-            .filter(|row| row.workload != crate::session::EMPTY)
             .collect();
         let logs: Vec<f64> = rows
             .iter()

@@ -11,7 +11,7 @@ use reports_data::{Error, Metric, Phase, Status};
 
 use crate::calibrate::{MAX_TRIES, Step, first_try, step};
 use crate::interrupt;
-use crate::session::{EMPTY, Session};
+use crate::session::Session;
 use crate::slot::{Empty, Failure, Verified};
 use crate::verdict::Refusal;
 
@@ -23,6 +23,8 @@ const COLD_CLEARANCE: u32 = 2;
 /// translator's or a hypervisor's first-time work still shows.
 const COLD_NANO_ITERATIONS: u64 = 1000;
 
+/// How often a window is measured until the harness was in time for it.
+const DISTURBED_TRIES: u32 = 4;
 /// Source of the counts that are exits to the VMM; a translator's callouts are none.
 const VM_EXITS: &str = "vmm";
 
@@ -35,11 +37,6 @@ impl Session<'_> {
         let program = self.workloads[workload];
         let pair = &self.slots[index].pairs[workload];
         if pair.given_up {
-            return Ok(());
-        }
-        if program.name == EMPTY && self.slots[index].empty.is_some() {
-            // Its rows were written when the round began.
-            self.slots[index].pairs[workload].recorded = true;
             return Ok(());
         }
         if !self.slots[index].is_up() {
@@ -109,11 +106,17 @@ impl Session<'_> {
             if interrupt::requested() {
                 break;
             }
-            let warm = match self.once(index, program, iterations) {
-                Ok(warm) => warm,
-                Err(failure) => return Ok(Err(failure)),
-            };
-            self.write_warm(index, program, iterations, &warm, empty, window)?;
+            for _ in 0..DISTURBED_TRIES {
+                let warm = match self.once(index, program, iterations) {
+                    Ok(warm) => warm,
+                    Err(failure) => return Ok(Err(failure)),
+                };
+                if !warm.is_disturbed() {
+                    self.write_warm(index, program, iterations, &warm, empty, window)?;
+                    break;
+                }
+                self.skip(index, workload, &disturbed(&warm))?;
+            }
         }
         Ok(Ok(()))
     }
@@ -149,7 +152,13 @@ impl Session<'_> {
         let target = self.plan.target;
         let mut tried = first_try(cold_iterations, cold_window, target);
         for _ in 0..MAX_TRIES {
-            let run = self.once(index, program, tried)?;
+            let mut run = self.once(index, program, tried)?;
+            for _ in 1..DISTURBED_TRIES {
+                if !run.is_disturbed() {
+                    break;
+                }
+                run = self.once(index, program, tried)?;
+            }
             let window = run.done.window.saturating_sub(empty.window);
             match step(tried, window, target) {
                 Step::Use(iterations) => return Ok(iterations),
@@ -178,6 +187,9 @@ impl Session<'_> {
             let metric = &Metric::ITERATIONS;
             self.recorder
                 .value(place, metric, iterations as f64, None)?;
+        }
+        if run.is_disturbed() {
+            return self.recorder.refusal(place, &disturbed(run));
         }
         match cleared(run, empty, COLD_CLEARANCE) {
             Ok(window) => {
@@ -242,12 +254,25 @@ impl Session<'_> {
             | Status::Failed
             | Status::Invalid => {
                 self.slots[index].pairs[workload].given_up = true;
-                let contender = &self.slots[index].contender.name;
-                self.progress.refused(contender, name, &refusal);
+                // What is so by design is no news.
+                if refusal.status != Status::Unsupported {
+                    let contender = &self.slots[index].contender.name;
+                    self.progress.refused(contender, name, &refusal);
+                }
             }
         }
         Ok(())
     }
+}
+
+/// What becomes of a window that the harness saw too late: it does not count, and that is said.
+fn disturbed(run: &Verified) -> Refusal {
+    let Verified { done, delay, .. } = run;
+    let window = done.window;
+    Refusal::new(
+        Status::Skipped,
+        format!("the host kept the harness waiting for {delay:.1?} about a window of {window:.1?}"),
+    )
 }
 
 /// The window without the marks' own cost, if there is enough of it.
@@ -278,6 +303,7 @@ mod tests {
                 cycles: 0,
             },
             counts: None,
+            delay: Duration::ZERO,
         };
         let empty = Empty {
             window: Duration::from_micros(empty_us),

@@ -10,15 +10,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail};
 use benches::contender::{Contender, MODES, Parts, QEMU};
 use benches::plan::Plan;
+use benches::priority::{self, Priority};
 use benches::progress::Progress;
 use benches::record::Recorder;
-use benches::session::{EMPTY, Ending, Session};
+use benches::session::{Ending, Session};
 use benches::table::{Format, render};
 use benches::{glob, interrupt};
 use clap::Parser;
 use programs::Workload;
 use reports_data::{
-    Circumstances, MANIFEST, Manifest, SUMMARY, sha256_hex, summarise, tool_version,
+    Circumstances, EMPTY, MANIFEST, Manifest, SUMMARY, sha256_hex, summarise, tool_version,
 };
 
 /// Exit status of a run that the user cut short: 128 + SIGINT, as shells have it.
@@ -132,6 +133,11 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
     }
     let progress = Progress::new();
     let mut recorder = Recorder::create(&arguments.out, &run)?;
+    match priority::raise() {
+        Priority::RealTime => {}
+        Priority::Nice | Priority::Ordinary => progress
+            .line("no real-time priority (CAP_SYS_NICE): other programs disturb this run more"),
+    }
     let session = Session::new(&plan, contenders, &workloads, &mut recorder, &progress);
     let ending = session.run()?;
     progress.finish();
@@ -144,23 +150,21 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
     Ok(ending)
 }
 
-/// The chosen workloads in catalogue order. `empty` is always among them: all else rests on it.
+/// The chosen workloads in catalogue order. `empty` is not among them: it is measured in any case,
+/// because everything else rests on it.
 fn choose_workloads(patterns: &str) -> anyhow::Result<Vec<&'static Workload>> {
-    let chosen: Vec<&Workload> = programs::CATALOGUE
+    let (empty, rest): (Vec<&Workload>, Vec<&Workload>) = programs::CATALOGUE
         .iter()
-        .filter(|workload| workload.name == EMPTY || glob::matches(patterns, workload.name))
-        .collect();
-    if !chosen
-        .iter()
-        .any(|workload| glob::matches(patterns, workload.name))
-    {
+        .filter(|workload| glob::matches(patterns, workload.name))
+        .partition(|workload| workload.name == EMPTY);
+    if empty.is_empty() && rest.is_empty() {
         let names: Vec<&str> = programs::CATALOGUE.iter().map(|w| w.name).collect();
         bail!(Usage(format!(
             "no workload matches {patterns:?}; there are {}",
             names.join(", ")
         )));
     }
-    Ok(chosen)
+    Ok(rest)
 }
 
 fn choose_contenders(arguments: &Arguments, parts: &Parts) -> anyhow::Result<Vec<Contender>> {
