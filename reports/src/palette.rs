@@ -39,21 +39,21 @@ pub(crate) const SERIES: &[Pair] = &[
 
 /// One per kind of exit, in the order of [`KINDS`].
 const KIND_COLOURS: &[Pair] = &[
-    Pair(0x0072b2, 0x5db4ea),
-    Pair(0x1f7a8c, 0x6fd0de),
-    Pair(0xc75300, 0xf28e4b),
+    Pair(0x0069a6, 0x5db4ea),
+    Pair(0x1c7180, 0x6fd0de),
+    Pair(0xb84c00, 0xf28e4b),
     Pair(0x5a3fb0, 0xb09cf5),
-    Pair(0xa8477f, 0xe292c0),
-    Pair(0x5f6670, 0xb4bac2),
-    Pair(0x806300, 0xe0bd3e),
-    Pair(0x9b1c31, 0xf47b86),
-    Pair(0x007d5a, 0x3cc79d),
-    Pair(0x3f4f9e, 0x8fa2f7),
-    Pair(0x007d5a, 0x3cc79d),
-    Pair(0x0072b2, 0x5db4ea),
-    Pair(0x9b1c31, 0xf47b86),
-    Pair(0xc75300, 0xf28e4b),
+    Pair(0xa0417a, 0xe292c0),
     Pair(0x59626c, 0xa3abb3),
+    Pair(0x7a5e00, 0xe0bd3e),
+    Pair(0x9b1c31, 0xf47b86),
+    Pair(0x007554, 0x3cc79d),
+    Pair(0x3f4f9e, 0x8fa2f7),
+    Pair(0x3a6420, 0xa6d98a),
+    Pair(0x00456e, 0xa4d3ff),
+    Pair(0x6b2a10, 0xd9a58c),
+    Pair(0x9c5531, 0xecb896),
+    Pair(0x6c737b, 0xc9ced4),
 ];
 
 /// Kinds of exits, in the taxonomy's order; the last stands for any that is not in the list.
@@ -248,8 +248,12 @@ mod tests {
 
     #[test]
     fn series_and_kinds_stand_out_from_the_page() {
-        for pair in SERIES.iter().chain(KIND_COLOURS) {
+        for pair in SERIES {
             check("series", NAMED[0].1, *pair, 3.0);
+        }
+        // The name of a kind is written on its bar, in the page's colour.
+        for (kind, pair) in KINDS.iter().zip(KIND_COLOURS) {
+            check(kind, NAMED[0].1, *pair, 4.5);
         }
         assert_eq!(KINDS.len(), KIND_COLOURS.len());
     }

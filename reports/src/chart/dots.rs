@@ -62,7 +62,7 @@ pub(crate) fn dot_plot(
         + 16;
     let (from, to) = (left + 8, WIDTH - 28);
     let place = |value: f64| {
-        let share = (value.max(low).log10() - first) / (last - first);
+        let share = ((value.log10() - first) / (last - first)).clamp(0.0, 1.0);
         from + (share * f64::from(to - from)).round() as i32
     };
     let labels: Vec<&str> = columns.iter().map(|(label, _)| *label).collect();
@@ -110,7 +110,8 @@ pub(crate) fn dot_plot(
                 let lane = middle + (2 * dot.place as i32 - (lanes - 1)) * LANE / 2;
                 let series = columns[dot.place].1;
                 if let Some((low, high)) = dot.figure.interval {
-                    let (low, high) = (place(low), place(high));
+                    // No logarithm below zero: such a whisker runs to the axis' start.
+                    let (low, high) = (place(low.max(f64::MIN_POSITIVE)), place(high));
                     let ink = Ink::Series(series);
                     line(area, (low, lane), (high, lane), ink, 2)?;
                     line(area, (low, lane - 4), (low, lane + 4), ink, 1)?;

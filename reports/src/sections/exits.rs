@@ -246,7 +246,7 @@ fn without_exits(view: &View<'_>, tallies: &[Tally<'_>]) -> Markup {
     html! {
         @for (label, quiet) in &lines {
             @if !quiet.is_empty() {
-                p { b { (label) } " had no exit at all in the warm windows of " (quiet.join(", ")) "." }
+                p { b { (label) } " had no exit to the VMM in the warm windows of " (quiet.join(", ")) "." }
             }
         }
     }

@@ -7,7 +7,7 @@ use super::nothing;
 use crate::Result;
 use crate::chart::{Dot, DotRow, dot_plot};
 use crate::format;
-use crate::table::{Tools, cell, column_heads, head, series, table};
+use crate::table::{Tools, cell, column_heads, head, reasons, series, table};
 use crate::view::View;
 use crate::workloads::Group;
 
@@ -54,10 +54,15 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
             }
         }
     };
+    let cells = operations.iter().flat_map(|workload| {
+        let columns = view.columns.iter();
+        columns.map(|c| (*workload, c.name, view.time(workload, c.name, Phase::Warm)))
+    });
     Ok(html! {
         p {
             "Markers are medians, whiskers 95 % bootstrap intervals. The axis is logarithmic: equal \
-            distances are equal factors. Operations without a marker have no figure; the table has the reason."
+            distances are equal factors. A whisker that is not seen lies within its marker. Operations \
+            without a marker have no figure; the reasons stand below the table."
         }
         @match plot {
             Some(plot) => (plot),
@@ -70,5 +75,6 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
             html! { tr { (head("Operation")) (column_heads(view.columns.iter())) } },
             body,
         ))
+        (reasons(view, cells))
     })
 }

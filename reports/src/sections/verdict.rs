@@ -25,12 +25,18 @@ pub(super) fn content(view: &View<'_>) -> Markup {
             p { (state_of_rows(view)) }
         };
     }
-    let statements = statements(view);
+    let groups: Vec<(Group, Vec<Markup>)> = GROUPS
+        .iter()
+        .map(|group| (*group, statements(view, *group)))
+        .filter(|(_, statements)| !statements.is_empty())
+        .collect();
     html! {
-        @if statements.is_empty() {
+        @if groups.is_empty() {
             p.lead { "Fewer than two columns have figures in common, so there is nothing to compare." }
-        } @else {
-            ul.verdict { @for statement in &statements { li { (statement) } } }
+        }
+        @for (group, statements) in &groups {
+            h3 { (group.title()) }
+            ul.verdict { @for statement in statements { li { (statement) } } }
         }
         p { (hybrid(view)) }
         p { (state_of_rows(view)) }
@@ -39,34 +45,30 @@ pub(super) fn content(view: &View<'_>) -> Markup {
     }
 }
 
-/// The sentences, at most one per pair and group.
-fn statements(view: &View<'_>) -> Vec<Markup> {
+/// The sentences of a group: the slowdowns, then at most one per pair.
+///
+/// With up to three modes every pair is worth a sentence; beyond that each mode is held against
+/// the group's leader, and the table of pairs has the rest.
+fn statements(view: &View<'_>, group: Group) -> Vec<Markup> {
     let modes: Vec<&Column<'_>> = view.guests().filter(|c| c.role == Role::Mode).collect();
-    let mut statements = Vec::new();
-    for &group in GROUPS {
-        if let Some(statement) = against_native(view, group) {
-            statements.push(statement);
-        }
-        // Every pair of up to three modes; beyond that each mode against the group's leader, and
-        // the whole field in the table below.
-        let leader = modes
-            .iter()
-            .copied()
-            .max_by_key(|mode| (fastest(view, mode, group), std::cmp::Reverse(mode.series)));
-        for (index, a) in modes.iter().enumerate() {
-            for b in &modes[index + 1..] {
-                let with_leader =
-                    |leader: &Column<'_>| leader.name == a.name || leader.name == b.name;
-                if modes.len() <= 3 || leader.is_some_and(with_leader) {
-                    statements.extend(pair(view, a, b, group));
-                }
+    let peers: Vec<&Column<'_>> = view.guests().filter(|c| c.role == Role::Peer).collect();
+    let mut statements: Vec<Markup> = against_native(view, group).into_iter().collect();
+    let leader = modes
+        .iter()
+        .map(|mode| mode.name)
+        .max_by_key(|mode| (fastest(view, mode, group), std::cmp::Reverse(*mode)));
+    let leads = |column: &Column<'_>| leader == Some(column.name);
+    for (index, a) in modes.iter().enumerate() {
+        for b in &modes[index + 1..] {
+            if modes.len() <= 3 || leads(a) || leads(b) {
+                statements.extend(pair(view, a, b, group));
             }
         }
-        for peer in view.guests().filter(|c| c.role == Role::Peer) {
-            for mode in &modes {
-                if modes.len() <= 2 {
-                    statements.extend(pair(view, mode, peer, group));
-                }
+    }
+    for peer in &peers {
+        for mode in &modes {
+            if modes.len() <= 2 || leads(mode) {
+                statements.extend(pair(view, mode, peer, group));
             }
         }
     }
@@ -74,14 +76,14 @@ fn statements(view: &View<'_>) -> Vec<Markup> {
 }
 
 /// In how many workloads of the group a mode is faster than every other mode, beyond the intervals.
-fn fastest(view: &View<'_>, mode: &Column<'_>, group: Group) -> usize {
+fn fastest(view: &View<'_>, mode: &str, group: Group) -> usize {
     let wins = |workload: &&str| {
-        let Some(own) = view.warm(workload, mode.name) else {
+        let Some(own) = view.warm(workload, mode) else {
             return false;
         };
         let others = view
             .guests()
-            .filter(|c| c.role == Role::Mode && c.name != mode.name);
+            .filter(|c| c.role == Role::Mode && c.name != mode);
         let mut figures = others
             .filter_map(|c| view.warm(workload, c.name))
             .peekable();
@@ -105,7 +107,7 @@ fn against_native(view: &View<'_>, group: Group) -> Option<Markup> {
         return None;
     }
     Some(html! {
-        b { (group.title()) " against native: " }
+        b { "Against native: " }
         @for (index, (column, slowdowns, mean)) in ranked.iter().enumerate() {
             @if index > 0 { "; " }
             (column.label) " takes " b { (format::ratio(*mean)) } " the time (geomean of "
@@ -130,9 +132,23 @@ fn pair(view: &View<'_>, a: &Column<'_>, b: &Column<'_>, group: Group) -> Option
     } else {
         (b, a, ratio, duel.losses, duel.wins)
     };
+    let over = html! { " (geomean of " (duel.shared) " of " (duel.of) ")" };
+    if duel.wins == 0 && duel.losses == 0 {
+        return Some(html! {
+            "Between " (subject.label) " and " (object.label) " there is no difference beyond the intervals in any \
+            workload: " b { (format::ratio(factor)) } (over) "."
+        });
+    }
+    if factor < 1.005 {
+        return Some(html! {
+            (subject.label) " and " (object.label) " are level on the whole" (over) ", with "
+            (subject.label) " ahead in " (ahead) ", behind in " (behind) ", undecided in "
+            (duel.undecided()) "."
+        });
+    }
     Some(html! {
-        b { (group.title()) ": " } (subject.label) " is " b { (times(factor)) } " as fast as "
-        (object.label) " (geomean of " (duel.shared) " of " (duel.of) "), ahead in " (ahead)
+        (subject.label) " is " b { (times(factor)) } " as fast as "
+        (object.label) (over) ", ahead in " (ahead)
         @if behind > 0 { ", behind in " (behind) }
         @if duel.undecided() > 0 { ", undecided in " (duel.undecided()) }
         "."
@@ -246,7 +262,7 @@ fn glance(view: &View<'_>) -> Markup {
         let slowdowns = Slowdowns::new(view, column.name, compute());
         let wins: usize = GROUPS
             .iter()
-            .map(|group| fastest(view, column, *group))
+            .map(|group| fastest(view, column.name, *group))
             .sum();
         let rows = || {
             view.run
@@ -329,12 +345,25 @@ fn duels(view: &View<'_>) -> Markup {
             }
         }
     };
-    table(
+    // A handful of rows is found by eye; a long table would push the rest of the page away.
+    let long = rows.len() > 12;
+    let table = table(
         "duels",
         "Head to head, warm time: a ratio below 1 means that the first one is faster; undecided \
          where the intervals overlap",
-        Tools::SortAndFilter,
+        if long {
+            Tools::SortAndFilter
+        } else {
+            Tools::Sort
+        },
         head,
         body,
-    )
+    );
+    html! {
+        @if long {
+            details { summary { "Every pair, head to head: " (plural(rows.len(), "row")) } (table) }
+        } @else {
+            (table)
+        }
+    }
 }

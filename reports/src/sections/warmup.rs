@@ -1,7 +1,7 @@
 //! Cold against warm, and how many iterations it takes until translation pays.
 //!
 //! The cost of warming up is (cold time - warm time) x iterations of the cold window, and 0 where
-//! that is negative. Against another column, the break-even n solves
+//! the two intervals overlap: a difference within the noise is no cost. Against another column, the break-even n solves
 //! `warmup(a) + n * warm(a) = warmup(b) + n * warm(b)`.
 
 use maud::{Markup, html};
@@ -10,8 +10,8 @@ use reports_data::{Metric, Phase};
 use super::exits::TRANSLATOR;
 use super::nothing;
 use crate::format;
-use crate::table::{Tools, cell, column_heads, head, number_head, spread, table};
-use crate::view::{Column, Figure, View};
+use crate::table::{Tools, cell, column_heads, head, number_head, reasons, spread, table};
+use crate::view::{Cell, Column, Figure, View, clearly_faster};
 
 pub(super) fn content(view: &View<'_>) -> Markup {
     let workloads: Vec<&str> = view
@@ -30,7 +30,7 @@ pub(super) fn content(view: &View<'_>) -> Markup {
                 tr {
                     th scope="row" { (workload) }
                     @for column in &view.columns {
-                        (cell(view.time(workload, column.name, Phase::Cold), |cold| {
+                        (cell(cold_or_reason(view, workload, column.name), |cold| {
                             both(cold, view.warm(workload, column.name), warmup(view, workload, column.name))
                         }))
                     }
@@ -38,6 +38,10 @@ pub(super) fn content(view: &View<'_>) -> Markup {
             }
         }
     };
+    let cells = workloads.iter().flat_map(|workload| {
+        let columns = view.columns.iter();
+        columns.map(|c| (*workload, c.name, cold_or_reason(view, workload, c.name)))
+    });
     html! {
         p {
             "Cold is the first window of a workload in a fresh guest, per iteration: translation, first \
@@ -51,7 +55,20 @@ pub(super) fn content(view: &View<'_>) -> Markup {
             html! { tr { (head("Workload")) (column_heads(view.columns.iter())) } },
             body,
         ))
+        (reasons(view, cells))
         (break_even(view, &workloads))
+    }
+}
+
+/// The cold cell; where there is none, the reason why the pair has no figure at all stands in the
+/// warm one.
+fn cold_or_reason<'a>(view: &View<'a>, workload: &str, mode: &str) -> Cell<'a> {
+    match view.time(workload, mode, Phase::Cold) {
+        Cell::Absent => match view.time(workload, mode, Phase::Warm) {
+            without @ Cell::Without(..) => without,
+            Cell::Figure(_) | Cell::Absent => Cell::Absent,
+        },
+        cell => cell,
     }
 }
 
@@ -63,7 +80,9 @@ fn both(cold: Figure, warm: Option<Figure>, warmup: Option<f64>) -> Markup {
             span.against { (format::ratio(cold.value / warm.value)) " warm" }
         }
         @if let Some(warmup) = warmup {
-            span.spread { "warm-up " (format::time(warmup)) }
+            span.spread {
+                @if warmup > 0.0 { "warm-up " (format::time(warmup)) } @else { "warm-up within noise" }
+            }
         }
     }
 }
@@ -73,7 +92,11 @@ fn warmup(view: &View<'_>, workload: &str, mode: &str) -> Option<f64> {
     let cold = view.time(workload, mode, Phase::Cold).figure()?;
     let warm = view.warm(workload, mode)?;
     let iterations = view.cell(workload, mode, Phase::Cold, &Metric::ITERATIONS);
-    Some(((cold.value - warm.value) * iterations.figure()?.value).max(0.0))
+    let iterations = iterations.figure()?.value;
+    Some(match clearly_faster(warm, cold) {
+        Some(true) => (cold.value - warm.value) * iterations,
+        Some(false) | None => 0.0,
+    })
 }
 
 /// What comes of holding a translating column against another one.
