@@ -1,1 +1,78 @@
-//! Registry of modes, and the VMM binary trapline.
+//! Registry of modes, and the VMM binary `trapline`.
+//!
+//! A mode is an engine running an image of one flavour; it is one row of [`MODES`] and nothing
+//! else knows the engines by name. `native` is the baseline and not a mode.
+
+use std::sync::Arc;
+
+use engine_core::{Error, GuestRam, Unavailable, Vcpu};
+
+/// An engine that this host can run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Available {
+    /// What stands behind the engine, where there is a choice; part of every label.
+    pub backend: Option<&'static str>,
+}
+
+/// Creates an engine's vCPU over guest memory.
+pub type Boot = fn(Arc<GuestRam>) -> Result<Box<dyn Vcpu>, Error>;
+
+/// A way to run a guest.
+#[derive(Debug)]
+pub struct Mode {
+    /// Its name on the command line, in csv and in reports.
+    pub name: &'static str,
+    /// What runs the guest.
+    pub engine: &'static str,
+    /// How the guest reaches its machine.
+    pub flavour: &'static str,
+    /// What it is, in one line.
+    pub about: &'static str,
+    /// The embedded image of that flavour.
+    pub image: fn() -> &'static [u8],
+    /// Whether this host can run it.
+    pub probe: fn() -> Result<Available, Unavailable>,
+    /// Creates the vCPU over guest memory; its state is set next.
+    pub boot: Boot,
+}
+
+/// Every mode, in the order in which reports name them.
+pub const MODES: &[Mode] = &[Mode {
+    name: "hardware",
+    engine: "kvm",
+    flavour: "unaware",
+    about: "privileged instructions run in the processor's virtual context, through /dev/kvm",
+    image: images::unaware,
+    probe: || {
+        kvm::probe().map(|host| Available {
+            backend: Some(host.backend.name()),
+        })
+    },
+    boot: |ram| Ok(Box::new(kvm::KvmVcpu::new(ram, kvm::Options::default())?)),
+}];
+
+/// The mode called `name`.
+pub fn find(name: &str) -> Option<&'static Mode> {
+    MODES.iter().find(|mode| mode.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_found() {
+        for mode in MODES {
+            let found = find(mode.name).unwrap();
+            assert!(std::ptr::eq(found, mode));
+        }
+        assert!(find("native").is_none());
+    }
+
+    #[test]
+    fn every_image_can_be_loaded() {
+        for mode in MODES {
+            engine_core::loader::check((mode.image)()).unwrap();
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Parser, Subcommand};
+
+/// The baseline's name on the command line.
+pub(crate) const NATIVE: &str = "native";
+/// Names an embedded image instead of a file.
+pub(crate) const BUILTIN: &str = "builtin:";
+
+const EXAMPLES: &str = "\
+Examples:
+  trapline probe
+  trapline run --mode hardware --workload alu
+  trapline run --mode hardware --workload sieve --size 100000 --iterations 10 --timeout 30
+  trapline run --mode hardware --image builtin:unaware        (then type: run alu 0 0, quit 0)
+  trapline run --mode hardware --image vmlinux --cmdline 'console=ttyS0' --stats-fd 3 3>stats.json
+
+Exit status:
+  0 guest success      1 guest failure      2 usage      3 mode unavailable on this host
+  4 guest crashed      5 limit reached      128+N ended by signal N";
+
+/// Runs one guest in one virtualization mode, and counts what traps.
+#[derive(Debug, Parser)]
+#[command(name = "trapline", version, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a guest: its console is stdin and stdout
+    #[command(after_help = EXAMPLES)]
+    Run(Run),
+    /// Say what this host can run, and how to mend what it can't
+    Probe(Probe),
+    /// List modes and workloads
+    List,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Run {
+    /// How to run it
+    #[arg(long, value_parser = modes())]
+    pub(crate) mode: String,
+    #[command(flatten)]
+    pub(crate) guest: Guest,
+    /// Size of the workload; 0 is its default
+    #[arg(long, requires = "workload", default_value_t = 0)]
+    pub(crate) size: u64,
+    /// Iterations of the workload; 0 is its default
+    #[arg(long, requires = "workload", default_value_t = 0)]
+    pub(crate) iterations: u64,
+    /// Guest memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    pub(crate) memory: u64,
+    /// End the guest after this many seconds
+    #[arg(long, value_name = "SECS", value_parser = seconds)]
+    pub(crate) timeout: Option<Duration>,
+    /// End the guest after this many exits to the VMM
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) max_exits: Option<u64>,
+    /// Write counters as JSON lines to this descriptor
+    #[arg(long, value_name = "FD")]
+    pub(crate) stats_fd: Option<i32>,
+    /// Command line for the guest
+    #[arg(long, value_name = "TEXT", conflicts_with = "workload")]
+    pub(crate) cmdline: Option<String>,
+}
+
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Guest {
+    /// ELF image with a PVH note, or builtin:unaware
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: Option<PathBuf>,
+    /// Workload of the embedded image; `trapline list` names them
+    #[arg(long, value_name = "NAME")]
+    pub(crate) workload: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Probe {
+    /// One JSON object instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn modes() -> PossibleValuesParser {
+    let names = engines::MODES.iter().map(|mode| mode.name);
+    PossibleValuesParser::new(names.chain([NATIVE]))
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("'{text}' is not a number of seconds above 0");
+    let seconds: f64 = text.parse().map_err(|_| wrong())?;
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn only_positive_times_are_taken() {
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for text in ["0", "-1", "nan", "inf", "1e300", "soon", ""] {
+            assert!(seconds(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! `trapline`: a VMM. One VM is one process.
+//!
+//! The guest's console is stdin and stdout, counters go to a descriptor of the caller's choice,
+//! and the exit status says how the guest ended (see [`status`]).
+
+mod cli;
+mod list;
+mod native;
+mod probe;
+mod run;
+mod status;
+mod wire;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let done = match cli::Cli::parse().command {
+        cli::Command::Run(arguments) => run::run(&arguments),
+        cli::Command::Probe(arguments) => probe::run(&arguments),
+        cli::Command::List => list::run(),
+    };
+    done.unwrap_or_else(|error| {
+        if broken_pipe(&error) {
+            return status::signalled(libc::SIGPIPE as u32);
+        }
+        say(&format!("{error:#}"));
+        ExitCode::from(status::USAGE)
+    })
+}
+
+/// The last line on stderr. A stderr that nobody reads is no reason to fail.
+fn say(message: &str) {
+    let _ = writeln!(std::io::stderr(), "trapline: {message}");
+}
+
+fn broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,255 @@
+//! `trapline run`: one guest from image to exit status.
+//!
+//! What the command line names is checked before the host is: a bad image is a bad image on every
+//! host and in every mode.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::fmt;
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use engine_core::host::console::Sink;
+use engine_core::machine::Source;
+use engine_core::tally::Count;
+use engine_core::{CpuState, Limit, Limits, Machine, MachineOptions, Outcome, Vcpu, drive};
+use engines::Mode;
+
+use crate::wire::{Counter, Event, Stats};
+use crate::{cli, native, say, status};
+
+/// An engine that has not stopped this long after its time limit never will.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// A workload as the console protocol orders it.
+#[derive(Debug)]
+pub(crate) struct Order {
+    name: &'static str,
+    size: u64,
+    iterations: u64,
+}
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Order {
+            name,
+            size,
+            iterations,
+        } = self;
+        write!(f, "{} {name} {size} {iterations}", abi::word::RUN)
+    }
+}
+
+/// Runs what the arguments say.
+pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
+    let stats = Stats::open(arguments.stats_fd)?;
+    let order = order(arguments)?;
+    match engines::find(&arguments.mode) {
+        Some(mode) => run_mode(mode, arguments, order.as_ref(), stats),
+        None => native::run(arguments, order.as_ref(), stats),
+    }
+}
+
+fn order(arguments: &cli::Run) -> anyhow::Result<Option<Order>> {
+    let Some(name) = &arguments.guest.workload else {
+        return Ok(None);
+    };
+    let Some(workload) = programs::find(name) else {
+        let names: Vec<&str> = programs::CATALOGUE.iter().map(|known| known.name).collect();
+        bail!(
+            "no workload is called '{name}'; there are {}",
+            names.join(", ")
+        );
+    };
+    Ok(Some(Order {
+        name: workload.name,
+        size: arguments.size,
+        iterations: arguments.iterations,
+    }))
+}
+
+fn image(mode: &Mode, arguments: &cli::Run) -> anyhow::Result<Cow<'static, [u8]>> {
+    let Some(path) = &arguments.guest.image else {
+        return Ok((mode.image)().into());
+    };
+    match path
+        .to_str()
+        .and_then(|text| text.strip_prefix(cli::BUILTIN))
+    {
+        Some(flavour) if flavour == mode.flavour => Ok((mode.image)().into()),
+        Some(flavour) => bail!(
+            "no built-in image '{flavour}' for mode {}; there is {}{}",
+            mode.name,
+            cli::BUILTIN,
+            mode.flavour
+        ),
+        None => {
+            let bytes = fs::read(path).with_context(|| format!("image {}", path.display()))?;
+            Ok(bytes.into())
+        }
+    }
+}
+
+fn run_mode(
+    mode: &'static Mode,
+    arguments: &cli::Run,
+    order: Option<&Order>,
+    mut stats: Stats,
+) -> anyhow::Result<ExitCode> {
+    let image = image(mode, arguments)?;
+    let command_line = match order {
+        Some(order) => order.to_string(),
+        None => arguments.cmdline.clone().unwrap_or_default(),
+    };
+    let ram = engine_core::memory::create(arguments.memory)?;
+    let entry = engine_core::loader::load(&ram, &image, &command_line)?;
+
+    let found = match (mode.probe)() {
+        Ok(found) => found,
+        Err(unavailable) => {
+            let message = format!("mode {} is unavailable: {unavailable}", mode.name);
+            let code = ExitCode::from(status::UNAVAILABLE);
+            return Ok(report_end(&mut stats, "unavailable", &message, &[], code));
+        }
+    };
+    let mut machine = Machine::new(MachineOptions {
+        input: Source::Descriptor(std::io::stdin().as_fd().try_clone_to_owned()?),
+        output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
+        signals: true,
+    })?;
+    let mut vcpu = match (mode.boot)(ram).and_then(|mut vcpu| {
+        vcpu.set_state(&entry)?;
+        Ok(vcpu)
+    }) {
+        Ok(vcpu) => vcpu,
+        Err(error) => {
+            let message = format!("engine {} could not start: {error}", mode.engine);
+            let code = ExitCode::from(status::CRASHED);
+            return Ok(report_end(&mut stats, "crashed", &message, &[], code));
+        }
+    };
+    stats.write(&Event::Start {
+        mode: mode.name,
+        engine: mode.engine,
+        backend: found.backend,
+        memory_mib: arguments.memory,
+    });
+    let stats = Rc::new(RefCell::new(stats));
+    let windows = Rc::clone(&stats);
+    machine.observe_windows(move |window| {
+        let counts = window.counts.iter().map(Counter::from).collect();
+        windows.borrow_mut().write(&Event::Window {
+            seq: window.seq,
+            counts,
+        });
+    });
+    if let Some(timeout) = arguments.timeout {
+        watch(timeout);
+    }
+    let limits = Limits {
+        timeout: arguments.timeout,
+        max_exits: arguments.max_exits,
+    };
+    let outcome = drive(&mut *vcpu, &mut machine, &limits);
+    let counts = machine.totals(&mut *vcpu);
+    let mut stats = stats.borrow_mut();
+    Ok(conclude(&outcome, &*vcpu, arguments, &mut stats, &counts))
+}
+
+/// Ends the process should the engine itself be stuck: `--timeout` holds whatever happens.
+fn watch(timeout: Duration) {
+    std::thread::spawn(move || {
+        std::thread::sleep(timeout.saturating_add(GRACE));
+        say("time limit reached, and the engine does not stop: ended from outside");
+        std::process::exit(status::LIMIT.into());
+    });
+}
+
+/// Says how the run ended, on stderr, to the stats descriptor and as the exit status.
+fn conclude(
+    outcome: &Outcome,
+    vcpu: &dyn Vcpu,
+    arguments: &cli::Run,
+    stats: &mut Stats,
+    counts: &[Count],
+) -> ExitCode {
+    let at = |state: Option<&CpuState>| {
+        state.map_or(String::new(), |state| format!(" at rip {:#x}", state.rip))
+    };
+    let (name, message, code) = match outcome {
+        Outcome::Success => ("success", String::new(), status::SUCCESS),
+        Outcome::Failure(code) => (
+            "failure",
+            format!("the guest failed with code {code}"),
+            status::FAILURE,
+        ),
+        Outcome::Crashed { state, message } => {
+            show(state.as_deref());
+            let at = if message.contains("rip") {
+                String::new()
+            } else {
+                at(state.as_deref())
+            };
+            (
+                "crashed",
+                format!("the guest crashed: {message}{at}"),
+                status::CRASHED,
+            )
+        }
+        Outcome::Limit(limit) => {
+            let bound = match (limit, arguments.timeout, arguments.max_exits) {
+                (Limit::Timeout, Some(timeout), _) => format!(" ({} s)", timeout.as_secs_f64()),
+                (Limit::Exits, _, Some(most)) => format!(" ({most})"),
+                (Limit::Timeout | Limit::Exits | Limit::Input, _, _) => String::new(),
+            };
+            let at = at(vcpu.state().ok().as_ref());
+            (
+                "limit",
+                format!("{}{bound}{at}", limit.message()),
+                status::LIMIT,
+            )
+        }
+        Outcome::Interrupted { signal } => {
+            let message = format!("ended by signal {signal}");
+            let code = status::signalled(*signal);
+            return report_end(stats, "interrupted", &message, counts, code);
+        }
+        Outcome::EngineError { state, error } => {
+            show(state.as_deref());
+            let message = format!("the engine failed: {error}{}", at(state.as_deref()));
+            ("crashed", message, status::CRASHED)
+        }
+    };
+    report_end(stats, name, &message, counts, ExitCode::from(code))
+}
+
+fn show(state: Option<&CpuState>) {
+    if let Some(state) = state {
+        let _ = writeln!(std::io::stderr(), "{state}");
+    }
+}
+
+/// The end event and the last line.
+pub(crate) fn report_end(
+    stats: &mut Stats,
+    outcome: &str,
+    message: &str,
+    counts: &[Count],
+    code: ExitCode,
+) -> ExitCode {
+    let counts = counts.iter().map(Counter::from).collect();
+    stats.write(&Event::End {
+        outcome,
+        message,
+        counts,
+    });
+    if !message.is_empty() {
+        say(message);
+    }
+    code
+}
