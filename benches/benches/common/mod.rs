@@ -30,7 +30,7 @@ const RUN_LIMIT: Duration = Duration::from_secs(60);
 const TRIAL_ITERATIONS: u64 = 2;
 
 /// Benchmarks every workload that `mode` can run, each named group/workload.
-pub fn bench_mode(mode: &str) {
+pub(crate) fn bench_mode(mode: &str) {
     interrupt::install();
     let mut criterion = Criterion::default()
         .without_plots()
