@@ -145,7 +145,7 @@ fn text(
 
 /// Width that a text will take, near enough for layout: fonts differ between readers.
 fn text_width(content: &str, size: u32) -> i32 {
-    (content.chars().count() as u32 * size * 58 / 100) as i32
+    (content.chars().count() as u32 * size * 64 / 100) as i32
 }
 
 /// The marker of a column: a shape of its own, so that colour is not the only difference.

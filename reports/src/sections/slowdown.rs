@@ -52,7 +52,7 @@ pub(super) fn content(view: &View<'_>) -> Markup {
     html! {
         p {
             "Median warm time of one iteration over native's, with the 95 % bootstrap interval below. \
-            1× is native speed; darker is slower. Both run the same object code on the same processor."
+            1× is native speed; a stronger colour is slower. Both run the same object code on the same processor."
         }
         (table("heat", "Slowdown against native, warm", Tools::Sort, head, bodies))
         ul.legend aria-label="Colours of the table" {
