@@ -1,1 +1,43 @@
 //! Dynamic binary translation: the engine of full virtualization.
+//!
+//! The guest's code, ring 0 included, is recompiled while it runs into code that is safe in an
+//! unprivileged process: the guest is unaware, and /dev/kvm isn't needed. Same instruction set on
+//! both sides, so most instructions run as themselves.
+//!
+//! | module | what |
+//! |---|---|
+//! | `decode` | guest bytes to a block: classes, registers, live flags |
+//! | `lower` | a block to host code |
+//! | `cache` | blocks, links between them, self-modifying code |
+//! | `mmu`, `tlb` | the guest's page tables, and the tables translated code looks into |
+//! | `core`, `system`, `cpu`, `fault` | privileged instructions and exceptions |
+//! | `stubs`, `signal`, `arena`, `context`, `site` | between translated code and Rust |
+//! | `vcpu` | the run loop of it all |
+
+mod arena;
+mod cache;
+mod context;
+mod core;
+mod cpu;
+mod decode;
+mod fault;
+mod kick;
+#[allow(
+    clippy::useless_conversion,
+    reason = "dynasm! converts every register number, whatever its type"
+)]
+mod lower;
+mod mmu;
+mod signal;
+mod site;
+#[allow(
+    clippy::useless_conversion,
+    reason = "dynasm! converts every register number, whatever its type"
+)]
+mod stubs;
+mod system;
+mod tlb;
+mod vcpu;
+mod x87;
+
+pub use vcpu::{BtVcpu, Options};

@@ -1,0 +1,168 @@
+//! Memory that translated code lives in and reaches: context, doorbell, lookup tables, code.
+//!
+//! ```text
+//! base            Context                         rw
+//! +DOORBELL       doorbell page                   rw, or nothing while a kick is pending
+//! +TLB            4 software TLBs (see tlb.rs)    rw
+//! +JUMP           2 jump caches (see tlb.rs)      rw
+//! +CODE           code cache                      rx   (the same pages are rw at `writable`)
+//! ```
+//!
+//! All of it sits below 2 GiB, for absolute displacements. The code cache is W^X by two mappings of
+//! one memfd: no page is ever writable and executable at one address.
+
+use std::{io, ptr};
+
+use crate::{
+    context::Context,
+    tlb::{JUMP_BYTES, TLB_BYTES},
+};
+
+const PAGE: usize = 4096;
+/// Offset of the doorbell page.
+pub(crate) const DOORBELL: usize = PAGE;
+const TLB: usize = 2 * PAGE;
+const JUMP: usize = TLB + 4 * TLB_BYTES;
+const CODE: usize = JUMP + 2 * JUMP_BYTES;
+
+const _: () = assert!(size_of::<Context>() <= PAGE);
+
+/// One vCPU's low-memory arena.
+pub(crate) struct Arena {
+    base: usize,
+    writable: usize,
+    code_bytes: usize,
+}
+
+impl Arena {
+    /// Maps an arena with room for `code_bytes` of translated code.
+    pub(crate) fn new(code_bytes: usize) -> io::Result<Arena> {
+        let code_bytes = code_bytes.next_multiple_of(PAGE);
+        let total = CODE + code_bytes;
+        // SAFETY: a fresh anonymous mapping anywhere in the low 2 GiB; nothing is replaced.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                total,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let mut arena = Arena {
+            base: base as usize,
+            writable: 0,
+            code_bytes,
+        };
+        // SAFETY: plain system calls; the fixed mapping lies inside the arena just reserved.
+        unsafe {
+            let fd = libc::memfd_create(c"trapline-code".as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let mapped = (|| {
+                if libc::ftruncate(fd, code_bytes as i64) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                let writable = libc::mmap(
+                    ptr::null_mut(),
+                    code_bytes,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_SHARED,
+                    fd,
+                    0,
+                );
+                if writable == libc::MAP_FAILED {
+                    return Err(io::Error::last_os_error());
+                }
+                arena.writable = writable as usize;
+                let code = libc::mmap(
+                    (arena.base + CODE) as *mut _,
+                    code_bytes,
+                    libc::PROT_READ | libc::PROT_EXEC,
+                    libc::MAP_SHARED | libc::MAP_FIXED,
+                    fd,
+                    0,
+                );
+                if code == libc::MAP_FAILED {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            })();
+            libc::close(fd);
+            mapped?;
+        }
+        Ok(arena)
+    }
+
+    /// The context.
+    pub(crate) fn context(&self) -> *mut Context {
+        self.base as *mut Context
+    }
+
+    /// Address of the context as a displacement.
+    pub(crate) fn context_disp(&self) -> i32 {
+        self.base as i32
+    }
+
+    /// Address of the doorbell page.
+    pub(crate) fn doorbell(&self) -> usize {
+        self.base + DOORBELL
+    }
+
+    /// Address of software TLB `index` (see [`crate::tlb`]).
+    pub(crate) fn tlb(&self, index: usize) -> usize {
+        self.base + TLB + index * TLB_BYTES
+    }
+
+    /// Address of jump cache `index`.
+    pub(crate) fn jump(&self, index: usize) -> usize {
+        self.base + JUMP + index * JUMP_BYTES
+    }
+
+    /// Where the code cache executes.
+    pub(crate) fn code(&self) -> u64 {
+        (self.base + CODE) as u64
+    }
+
+    /// Size of the code cache in bytes.
+    pub(crate) fn code_bytes(&self) -> usize {
+        self.code_bytes
+    }
+
+    /// Copies code to the executable address `at`, through the writable alias.
+    ///
+    /// # Panics
+    /// If `at` and `bytes` don't lie inside the code cache.
+    pub(crate) fn write_code(&self, at: u64, bytes: &[u8]) {
+        let offset = (at - self.code()) as usize;
+        assert!(
+            offset + bytes.len() <= self.code_bytes,
+            "code outside the cache"
+        );
+        // SAFETY: the range was checked to lie in the writable alias, which lives as long as self.
+        unsafe {
+            ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                (self.writable + offset) as *mut u8,
+                bytes.len(),
+            );
+        }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: both ranges are this arena's own mappings and nothing refers to them any more.
+        unsafe {
+            libc::munmap(self.base as *mut _, CODE + self.code_bytes);
+            if self.writable != 0 {
+                libc::munmap(self.writable as *mut _, self.code_bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! Translated blocks: where they are, what links to them, what kills them.
+//!
+//! A block is known by the guest-virtual and guest-physical address of its first byte and its
+//! [`Mode`]. Its code is placed by bumping a pointer; a killed block's code stays where it is, since
+//! it may be running, until the whole cache is emptied. That happens only when something is about
+//! to be translated, so never while translated code waits to be resumed.
+//!
+//! # Links
+//!
+//! A link from one block to another is valid as long as the target's guest-virtual address maps to
+//! the target's physical one. Within a page that follows from the source's own address. Links
+//! across pages are remembered and undone whenever translations are dropped.
+//!
+//! A block with an instruction that crosses a page depends on two mappings, so nothing links to it
+//! and it isn't entered in a jump cache: every entry goes through the runtime, which checks both.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
+};
+
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
+
+use crate::{
+    arena::Arena,
+    decode::{self, Mode},
+    lower::{self, Layout, Lowered, Place},
+    mmu::Mmu,
+    site::{Kind, Mark, Site},
+};
+
+/// What a block is known by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    pub virt: u64,
+    pub phys: u64,
+    pub mode: Mode,
+}
+
+/// One translated block.
+pub(crate) struct Block {
+    pub key: Key,
+    /// Physical address of the second page, if an instruction crosses into it.
+    pub second: Option<u64>,
+    /// Host address.
+    pub entry: u64,
+    code_len: u32,
+    guest_len: u32,
+    marks: Box<[Mark]>,
+    /// Sites whose branch is linked to this block.
+    incoming: Vec<u32>,
+    alive: bool,
+}
+
+/// Integer keys need mixing, not protection from collisions by design: a guest that makes its own
+/// lookups slow has slowed itself.
+#[derive(Default)]
+pub(crate) struct Mix(u64);
+
+impl Hasher for Mix {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&byte| self.write_u64(byte.into()));
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(value.into());
+    }
+    fn write_isize(&mut self, value: isize) {
+        self.write_u64(value as u64);
+    }
+}
+
+type Map<K, V> = HashMap<K, V, BuildHasherDefault<Mix>>;
+
+/// Guest code to translate.
+pub(crate) struct Source<'a> {
+    pub key: Key,
+    pub second: Option<u64>,
+    pub bytes: &'a [u8],
+    /// Guest instruction pointer of the first byte.
+    pub ip: u64,
+}
+
+/// Why nothing was translated.
+#[derive(Debug)]
+pub(crate) enum Refusal {
+    /// The first instruction needs bytes of the next page.
+    Crosses,
+    /// A bug: the text names the instruction.
+    Bug(String),
+}
+
+/// Every translated block of one vCPU.
+pub(crate) struct Cache {
+    layout: Layout,
+    start: u64,
+    next: u64,
+    end: u64,
+    blocks: Vec<Block>,
+    sites: Vec<Site>,
+    system: Vec<Instruction>,
+    by_key: Map<Key, u32>,
+    by_page: Map<u64, Vec<u32>>,
+    /// Linked sites whose target lies in another page.
+    across: Vec<u32>,
+    encoder: Encoder,
+    info: InstructionInfoFactory,
+    /// Times the whole cache was emptied for lack of room.
+    pub emptied: u64,
+}
+
+/// Room that any block fits into: 64 instructions with their slow paths.
+const BLOCK_ROOM: u64 = 48 * 1024;
+
+impl Cache {
+    /// A cache that places code from `start` on.
+    pub(crate) fn new(arena: &Arena, layout: Layout, start: u64) -> Cache {
+        let start = start.next_multiple_of(64);
+        Cache {
+            layout,
+            start,
+            next: start,
+            end: arena.code() + arena.code_bytes() as u64,
+            blocks: Vec::new(),
+            sites: Vec::new(),
+            system: Vec::new(),
+            by_key: Map::default(),
+            by_page: Map::default(),
+            across: Vec::new(),
+            encoder: Encoder::new(64),
+            info: InstructionInfoFactory::new(),
+            emptied: 0,
+        }
+    }
+
+    /// Smallest size that holds the stubs and one block.
+    pub(crate) const MINIMUM: usize = 64 * 1024;
+
+    pub(crate) fn site(&self, index: usize) -> Site {
+        self.sites[index]
+    }
+
+    pub(crate) fn block(&self, index: u32) -> &Block {
+        &self.blocks[index as usize]
+    }
+
+    pub(crate) fn system(&self, index: u32) -> Instruction {
+        self.system[index as usize]
+    }
+
+    /// The block for `key`.
+    pub(crate) fn find(&self, key: &Key) -> Option<u32> {
+        self.by_key.get(key).copied()
+    }
+
+    /// The mark that covers the host address `rip`, and its block's number.
+    pub(crate) fn mark(&self, rip: u64) -> Option<Mark> {
+        let index = self
+            .blocks
+            .partition_point(|block| block.entry <= rip)
+            .checked_sub(1)?;
+        let block = &self.blocks[index];
+        let offset = (rip - block.entry) as u32;
+        if offset >= block.code_len {
+            return None;
+        }
+        let at = block
+            .marks
+            .partition_point(|mark| mark.offset <= offset)
+            .checked_sub(1)?;
+        Some(block.marks[at])
+    }
+
+    /// True if the next translation would empty the cache.
+    pub(crate) fn full(&self) -> bool {
+        self.end - self.next < BLOCK_ROOM
+    }
+
+    /// Throws everything away.
+    pub(crate) fn empty(&mut self, mmu: &mut Mmu) {
+        for &page in self.by_page.keys() {
+            mmu.set_code(page << 12, false);
+        }
+        self.next = self.start;
+        self.blocks.clear();
+        self.sites.clear();
+        self.system.clear();
+        self.by_key.clear();
+        self.by_page.clear();
+        self.across.clear();
+        mmu.jumps.iter_mut().for_each(|jumps| jumps.flush());
+        self.emptied += 1;
+    }
+
+    /// Translates and enters one block. The cache must not be [`full`](Cache::full).
+    ///
+    /// # Errors
+    /// See [`Refusal`].
+    pub(crate) fn translate(
+        &mut self,
+        source: &Source<'_>,
+        arena: &Arena,
+        mmu: &mut Mmu,
+    ) -> Result<u32, Refusal> {
+        let Source {
+            key,
+            second,
+            bytes,
+            ip,
+        } = *source;
+        let mode = Mode {
+            single: key.mode.single || second.is_some(),
+            ..key.mode
+        };
+        let decoded = decode::decode(bytes, ip, mode, &mut self.info).ok_or(Refusal::Crosses)?;
+        let number = self.blocks.len() as u32;
+        let place = Place {
+            base: self.next,
+            block: number,
+            first_site: self.sites.len(),
+            first_system: self.system.len(),
+        };
+        let Lowered {
+            code,
+            sites,
+            marks,
+            system,
+        } = lower::lower(
+            &decoded,
+            bytes,
+            ip,
+            mode,
+            place,
+            &self.layout,
+            &mut self.encoder,
+        )
+        .map_err(Refusal::Bug)?;
+        if code.len() as u64 > self.end - self.next {
+            return Err(Refusal::Bug(format!("a block of {} bytes", code.len())));
+        }
+        arena.write_code(self.next, &code);
+        self.blocks.push(Block {
+            key,
+            second,
+            entry: self.next,
+            code_len: code.len() as u32,
+            guest_len: decoded.len,
+            marks: marks.into(),
+            incoming: Vec::new(),
+            alive: true,
+        });
+        self.next = (self.next + code.len() as u64).next_multiple_of(16);
+        self.sites.extend(sites);
+        self.system.extend(system);
+        if let Some(old) = self.by_key.insert(key, number) {
+            self.unlink_incoming(old, arena);
+        }
+        for page in [Some(key.phys), second].into_iter().flatten() {
+            self.by_page.entry(page >> 12).or_default().push(number);
+            mmu.set_code(page, true);
+        }
+        Ok(number)
+    }
+
+    /// Links the direct branch of `site` to `target`, if that is sound. Returns true if it did.
+    pub(crate) fn link(&mut self, site: usize, target: u32, arena: &Arena) -> bool {
+        let Site {
+            block: source,
+            kind: Kind::Direct { patch, .. },
+            ..
+        } = self.sites[site]
+        else {
+            return false;
+        };
+        let from = &self.blocks[source as usize];
+        let to = &self.blocks[target as usize];
+        let single = from.key.mode.single || to.key.mode.single;
+        let crosses = to.second.is_some();
+        if !from.alive || !to.alive || single || crosses || from.key.mode != to.key.mode {
+            return false;
+        }
+        let same_page = from.second.is_none()
+            && from.key.virt >> 12 == to.key.virt >> 12
+            && from.key.phys >> 12 == to.key.phys >> 12;
+        let rel = to.entry.wrapping_sub(patch + 4) as i32;
+        arena.write_code(patch, &rel.to_le_bytes());
+        self.blocks[target as usize].incoming.push(site as u32);
+        if !same_page {
+            self.across.push(site as u32);
+        }
+        true
+    }
+
+    fn unlink(&self, site: u32, arena: &Arena) {
+        if let Kind::Direct { patch, stub, .. } = self.sites[site as usize].kind {
+            let rel = stub.wrapping_sub(patch + 4) as i32;
+            arena.write_code(patch, &rel.to_le_bytes());
+        }
+    }
+
+    fn unlink_incoming(&mut self, block: u32, arena: &Arena) {
+        for site in std::mem::take(&mut self.blocks[block as usize].incoming) {
+            self.unlink(site, arena);
+        }
+    }
+
+    /// Undoes every link between pages: addresses may map elsewhere now.
+    pub(crate) fn unlink_across(&mut self, arena: &Arena) {
+        for site in std::mem::take(&mut self.across) {
+            self.unlink(site, arena);
+        }
+    }
+
+    /// Kills the blocks made from any of `len` bytes at `phys`. Returns how many there were.
+    pub(crate) fn kill(&mut self, phys: u64, len: u64, arena: &Arena, mmu: &mut Mmu) -> usize {
+        let mut killed = 0;
+        for page in phys >> 12..=(phys + len - 1) >> 12 {
+            let Some(mut numbers) = self.by_page.remove(&page) else {
+                continue;
+            };
+            numbers.retain(|&number| {
+                let block = &self.blocks[number as usize];
+                if !block.alive {
+                    return false;
+                }
+                let start = block.key.phys;
+                let first = (4096 - (start & 0xfff)).min(block.guest_len.into());
+                let overlaps = |from: u64, length: u64| {
+                    length != 0 && from < phys + len && phys < from + length
+                };
+                let hit = overlaps(start, first)
+                    || block
+                        .second
+                        .is_some_and(|second| overlaps(second, u64::from(block.guest_len) - first));
+                if hit {
+                    self.blocks[number as usize].alive = false;
+                    let key = self.blocks[number as usize].key;
+                    if self.by_key.get(&key) == Some(&number) {
+                        self.by_key.remove(&key);
+                    }
+                    self.unlink_incoming(number, arena);
+                    killed += 1;
+                }
+                !hit
+            });
+            if numbers.is_empty() {
+                mmu.set_code(page << 12, false);
+            } else {
+                self.by_page.insert(page, numbers);
+            }
+        }
+        if killed > 0 {
+            mmu.jumps.iter_mut().for_each(|jumps| jumps.flush());
+        }
+        killed
+    }
+}

@@ -1,0 +1,79 @@
+//! The state that translated code and the runtime share.
+//!
+//! A [`Context`] lives at a fixed address below 2 GiB, so that translated code reaches every slot
+//! by an absolute 32-bit displacement without giving up a register. While the guest runs, its
+//! general registers, vector registers and arithmetic flags are in the host's own; the slots here
+//! hold them whenever Rust code runs.
+
+/// One slot per host register number, plus everything that an exit must say.
+///
+/// Invariant: translated code writes only the slots named here; nothing else in the process is
+/// reachable from it except guest RAM through the software TLB.
+#[repr(C, align(64))]
+pub(crate) struct Context {
+    /// Guest general registers in encoding order; raw: a spilled register's value is in `spill`.
+    pub gpr: [u64; 16],
+    /// True values of registers that translated code has borrowed as scratch.
+    pub spill: [u64; 16],
+    /// Arithmetic flags and DF, as the host's RFLAGS held them at the exit.
+    pub flags: u64,
+    /// `lahf; seto al` image: AH the low flags, bit 0 of AL the overflow flag.
+    pub lazy_flags: u64,
+    /// Target of an indirect branch.
+    pub target: u64,
+    /// Effective address of the access that missed.
+    pub ea: u64,
+    /// Which site left translated code.
+    pub site: u64,
+    /// Host address to enter at, and the slot of the last indirect jump.
+    pub resume: u64,
+    /// Host stack pointer while the guest runs.
+    pub host_rsp: u64,
+    /// Bases of es, cs, ss, ds, fs, gs.
+    pub segment_base: [u64; 6],
+    /// Guest MXCSR while Rust runs.
+    pub mxcsr: u32,
+    /// Host MXCSR while the guest runs.
+    pub host_mxcsr: u32,
+    /// What the signal handler met, if the site is [`HOST_FAULT`].
+    pub fault: HostFault,
+    /// Guest XMM registers while Rust runs.
+    pub xmm: Aligned<[[u64; 2]; 16]>,
+    /// Stand-in for memory that translated code may not touch directly. Its alignment keeps the
+    /// low address bits of the access, which alignment-checking instructions look at.
+    pub bounce: Aligned<[u8; BOUNCE_BYTES]>,
+    /// x87 and MMX state while another vCPU of this thread uses the host's.
+    pub x87: Aligned<[u8; 512]>,
+}
+
+/// Largest single access (fxsave: 512 bytes) plus the offset that keeps its alignment.
+pub(crate) const BOUNCE_BYTES: usize = 512 + 64;
+
+/// Value of [`Context::site`] after a host signal.
+pub(crate) const HOST_FAULT: u64 = u64::MAX;
+
+/// A host signal that translated code took.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct HostFault {
+    /// SIGSEGV, SIGFPE, SIGILL, SIGBUS or SIGTRAP.
+    pub signal: i32,
+    /// si_code.
+    pub code: i32,
+    /// Host address of the instruction.
+    pub rip: u64,
+    /// si_addr.
+    pub address: u64,
+}
+
+/// Cache-line alignment for what SSE instructions and the bounce rule need.
+#[repr(C, align(64))]
+pub(crate) struct Aligned<T>(pub T);
+
+/// RFLAGS bits that live in the host's flags while the guest runs: CF PF AF ZF SF DF OF.
+pub(crate) const NATIVE_FLAGS: u64 = 0xcd5;
+
+/// RFLAGS arithmetic bits as [`Context::lazy_flags`] keeps them.
+pub(crate) fn flags_from_lazy(lazy: u64) -> u64 {
+    (lazy >> 8 & 0xd5) | (lazy & 1) << 11
+}

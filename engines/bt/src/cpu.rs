@@ -1,0 +1,168 @@
+//! System state of the guest's CPU: everything that ordinary instructions don't touch.
+//!
+//! Plain data and its architectural predicates. Loading a value with its side effects (flushes,
+//! faults) is `system/`'s business.
+
+use engine_core::{CpuState, DescriptorTable, Segment};
+
+/// CR0.PE: protection.
+pub(crate) const CR0_PE: u64 = 1;
+/// CR0.NE and the bits a processor without them set would fault on.
+pub(crate) const CR0_ET: u64 = 1 << 4;
+/// CR0.WP: supervisor writes obey read-only pages.
+pub(crate) const CR0_WP: u64 = 1 << 16;
+/// CR0.PG: paging.
+pub(crate) const CR0_PG: u64 = 1 << 31;
+/// CR0.NW and CR0.CD, which exclude each other in one direction.
+pub(crate) const CR0_NW: u64 = 1 << 29;
+pub(crate) const CR0_CD: u64 = 1 << 30;
+/// CR0.EM and CR0.TS: FPU instructions fault.
+pub(crate) const CR0_EM: u64 = 1 << 2;
+pub(crate) const CR0_TS: u64 = 1 << 3;
+pub(crate) const CR4_TSD: u64 = 1 << 2;
+pub(crate) const CR4_PSE: u64 = 1 << 4;
+pub(crate) const CR4_PAE: u64 = 1 << 5;
+pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
+/// CR4 bits that the pinned CPUID announces: VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT.
+pub(crate) const CR4_ANNOUNCED: u64 = 0x7ff;
+pub(crate) const EFER_SCE: u64 = 1;
+pub(crate) const EFER_LME: u64 = 1 << 8;
+pub(crate) const EFER_LMA: u64 = 1 << 10;
+pub(crate) const EFER_NXE: u64 = 1 << 11;
+
+pub(crate) const FLAG_TF: u64 = 1 << 8;
+pub(crate) const FLAG_IF: u64 = 1 << 9;
+pub(crate) const FLAG_IOPL: u64 = 3 << 12;
+pub(crate) const FLAG_NT: u64 = 1 << 14;
+pub(crate) const FLAG_RF: u64 = 1 << 16;
+pub(crate) const FLAG_VM: u64 = 1 << 17;
+pub(crate) const FLAG_AC: u64 = 1 << 18;
+pub(crate) const FLAG_ID: u64 = 1 << 21;
+/// RFLAGS bits that are kept here, because the host's own must not take their values.
+pub(crate) const SYSTEM_FLAGS: u64 =
+    FLAG_TF | FLAG_IF | FLAG_IOPL | FLAG_NT | FLAG_RF | FLAG_VM | FLAG_AC | FLAG_ID;
+
+/// Index of segment registers, as instructions encode them.
+pub(crate) use engine_core::CpuState as Seg;
+
+/// Width of code, from EFER.LMA and the code segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Bits {
+    Bits16,
+    Bits32,
+    Bits64,
+}
+
+/// System registers of one CPU.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cpu {
+    pub segments: [Segment; 6],
+    pub ldtr: Segment,
+    pub tr: Segment,
+    pub gdtr: DescriptorTable,
+    pub idtr: DescriptorTable,
+    pub cr0: u64,
+    pub cr2: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub cr8: u64,
+    pub efer: u64,
+    /// Bits of [`SYSTEM_FLAGS`].
+    pub flags: u64,
+    pub star: u64,
+    pub lstar: u64,
+    pub cstar: u64,
+    pub fmask: u64,
+    pub kernel_gs_base: u64,
+    pub sysenter: [u64; 3],
+    pub tsc_aux: u64,
+    pub pat: u64,
+    pub misc_enable: u64,
+    pub apic_base: u64,
+    pub mtrr_def_type: u64,
+    /// Debug registers; breakpoints aren't armed.
+    pub dr: [u64; 8],
+    /// No interrupt before the next instruction has ended (sti, mov ss, pop ss: SDM 3A 6.8.3).
+    pub shadow: bool,
+}
+
+impl Cpu {
+    /// A CPU in the given architectural state, MSRs as after reset (SDM 3A table 10-1).
+    pub(crate) fn new(state: &CpuState) -> Cpu {
+        Cpu {
+            segments: state.segments,
+            ldtr: state.ldtr,
+            tr: state.tr,
+            gdtr: state.gdtr,
+            idtr: state.idtr,
+            cr0: state.cr0,
+            cr2: state.cr2,
+            cr3: state.cr3,
+            cr4: state.cr4,
+            cr8: state.cr8,
+            efer: state.efer,
+            flags: state.rflags & SYSTEM_FLAGS,
+            pat: 0x0007_0406_0007_0406,
+            misc_enable: 1,
+            apic_base: 0xfee0_0900,
+            dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
+            ..Cpu::default()
+        }
+    }
+
+    /// Current privilege level: SS.DPL in protected mode (SDM 3A 5.5).
+    pub(crate) fn cpl(&self) -> u8 {
+        if self.cr0 & CR0_PE == 0 {
+            0
+        } else {
+            self.segments[Seg::SS].dpl()
+        }
+    }
+
+    /// True in IA-32e mode.
+    pub(crate) fn long(&self) -> bool {
+        self.efer & EFER_LMA != 0
+    }
+
+    /// Width of the code that CS names.
+    pub(crate) fn bits(&self) -> Bits {
+        let cs = &self.segments[Seg::CS];
+        if self.long() && cs.long() {
+            Bits::Bits64
+        } else if cs.db() {
+            Bits::Bits32
+        } else {
+            Bits::Bits16
+        }
+    }
+
+    /// I/O privilege level.
+    pub(crate) fn iopl(&self) -> u8 {
+        (self.flags >> 12 & 3) as u8
+    }
+
+    /// Maskable interrupts are enabled.
+    pub(crate) fn interrupts_enabled(&self) -> bool {
+        self.flags & FLAG_IF != 0
+    }
+
+    /// The part that engine-core exposes; registers and arithmetic flags are the caller's.
+    pub(crate) fn state(&self, gpr: [u64; 16], rip: u64, native_flags: u64) -> CpuState {
+        CpuState {
+            gpr,
+            rip,
+            rflags: native_flags & crate::context::NATIVE_FLAGS | self.flags | 2,
+            segments: self.segments,
+            ldtr: self.ldtr,
+            tr: self.tr,
+            gdtr: self.gdtr,
+            idtr: self.idtr,
+            cr0: self.cr0,
+            cr2: self.cr2,
+            cr3: self.cr3,
+            cr4: self.cr4,
+            cr8: self.cr8,
+            efer: self.efer,
+        }
+    }
+}

@@ -1,0 +1,560 @@
+//! Guest code to a straight-line block with what lowering needs to know: class of each
+//! instruction, registers it uses, and which arithmetic flags are live around it.
+//!
+//! Deny by default: an instruction is copied to the host only if every CPUID feature that it needs
+//! is announced to the guest and it neither branches nor touches system state. Everything else is
+//! either lowered by hand (stack, branches), executed by the runtime (`System`), or undefined.
+
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    Mnemonic, OpAccess, OpKind, Register, RflagsBits,
+};
+
+use crate::{
+    cpu::Bits,
+    fault::{self, Fault},
+};
+
+/// The six arithmetic flags, in iced's numbering.
+pub(crate) const ALL_FLAGS: u32 = RflagsBits::OF
+    | RflagsBits::SF
+    | RflagsBits::ZF
+    | RflagsBits::AF
+    | RflagsBits::CF
+    | RflagsBits::PF;
+
+/// Most instructions in one block.
+const MAX_INSTRUCTIONS: usize = 64;
+
+/// What translation depends on besides the bytes: blocks made in one mode never run in another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Mode {
+    pub bits: Bits,
+    /// CPL 3: data accesses obey user permissions.
+    pub user: bool,
+    /// es, cs, ss, ds have base 0, as 64-bit mode enforces.
+    pub flat: bool,
+    /// FPU and SSE instructions don't fault (CR0.EM and CR0.TS clear, CR4.OSFXSR set).
+    pub fpu: bool,
+    /// rdtsc is allowed here (CR4.TSD clear or CPL 0).
+    pub tsc: bool,
+    /// One instruction only, for what an interrupt shadow or a store into this code demands.
+    pub single: bool,
+}
+
+/// How an instruction is lowered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Registers only: copied.
+    Plain,
+    /// One memory operand: copied with the operand replaced.
+    Memory,
+    /// Does nothing that a guest could see.
+    Nop,
+    Lea,
+    /// bt, bts, btr, btc with a register offset into memory.
+    BitString,
+    Push,
+    Pop,
+    Leave,
+    Jump,
+    JumpIndirect,
+    Branch,
+    /// loop, loope, loopne, jcxz, jecxz, jrcxz.
+    Loop,
+    Call,
+    CallIndirect,
+    Return,
+    /// Executed by the runtime.
+    System,
+    /// Raises this.
+    Fault(Fault),
+}
+
+impl Class {
+    /// No instruction of the same block follows.
+    pub(crate) fn ends_block(self) -> bool {
+        match self {
+            Class::Plain
+            | Class::Memory
+            | Class::Nop
+            | Class::Lea
+            | Class::BitString
+            | Class::Push
+            | Class::Pop
+            | Class::Leave => false,
+            Class::Jump
+            | Class::JumpIndirect
+            | Class::Branch
+            | Class::Loop
+            | Class::Call
+            | Class::CallIndirect
+            | Class::Return
+            | Class::System
+            | Class::Fault(_) => true,
+        }
+    }
+}
+
+/// A memory operand as the instruction accesses it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Memory {
+    pub size: u32,
+    pub read: bool,
+    pub write: bool,
+}
+
+/// One instruction of a block.
+#[derive(Clone, Debug)]
+pub(crate) struct Insn {
+    pub instr: Instruction,
+    pub class: Class,
+    /// Registers whose value it needs, partial and conditional writes included.
+    pub reads: u16,
+    /// Registers that it overwrites whole.
+    pub writes: u16,
+    pub memory: Option<Memory>,
+    /// It names ah, bh, ch or dh: no REX prefix may be added.
+    pub high_byte: bool,
+    /// Flags that somebody reads from here on.
+    pub live_in: u32,
+    /// Flags that somebody reads after it.
+    pub live_out: u32,
+}
+
+impl Insn {
+    /// Registers that lowering may not borrow here.
+    pub(crate) fn used(&self) -> u16 {
+        self.reads | self.writes
+    }
+
+    /// Flags it leaves in a new state, whatever they were.
+    pub(crate) fn kills(&self) -> u32 {
+        kills(&self.instr)
+    }
+}
+
+/// A decoded block.
+#[derive(Debug)]
+pub(crate) struct Decoded {
+    pub insns: Vec<Insn>,
+    /// Guest bytes from the first instruction's first to the last one's last.
+    pub len: u32,
+}
+
+/// Decodes the instructions at `ip` from `bytes`, which end with the page (or hold exactly one
+/// instruction that crosses it).
+///
+/// None means that the first instruction needs more bytes than there are.
+pub(crate) fn decode(
+    bytes: &[u8],
+    ip: u64,
+    mode: Mode,
+    info: &mut InstructionInfoFactory,
+) -> Option<Decoded> {
+    let width = match mode.bits {
+        Bits::Bits16 => 16,
+        Bits::Bits32 => 32,
+        Bits::Bits64 => 64,
+    };
+    let mut decoder = Decoder::with_ip(width, bytes, ip, DecoderOptions::NONE);
+    let mut insns = Vec::new();
+    let limit = if mode.single { 1 } else { MAX_INSTRUCTIONS };
+    let mut len = 0;
+    while insns.len() < limit && decoder.can_decode() {
+        let instr = decoder.decode();
+        if instr.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
+            if insns.is_empty() {
+                return None;
+            }
+            break;
+        }
+        let class = classify(&instr, mode);
+        len += instr.len() as u32;
+        insns.push(analyse(instr, class, info));
+        if class.ends_block() {
+            break;
+        }
+    }
+    let mut decoded = Decoded { insns, len };
+    decoded.liveness(bytes, ip, width);
+    Some(decoded)
+}
+
+impl Decoded {
+    /// Fills in `live_in` and `live_out`. Nothing is known of a successor, so all flags live at the
+    /// end, unless saving them would cost something: then the successors' first instructions decide.
+    fn liveness(&mut self, bytes: &[u8], ip: u64, width: u32) {
+        self.backward(ALL_FLAGS);
+        let costs =
+            |insn: &Insn| insn.live_in != 0 && (insn.memory.is_some() || insn.class.ends_block());
+        if !self.insns.iter().any(costs) {
+            return;
+        }
+        let Some(last) = self.insns.last() else {
+            return;
+        };
+        let next = last.instr.next_ip();
+        let peek = |target: u64| {
+            let offset = target.wrapping_sub(ip);
+            match bytes.get(offset as usize..) {
+                Some(code) if !code.is_empty() => live_at(code, target, width),
+                Some(_) | None => ALL_FLAGS,
+            }
+        };
+        let live = match last.class {
+            Class::Jump | Class::Call => peek(last.instr.near_branch_target()),
+            Class::Branch => peek(last.instr.near_branch_target()) | peek(next),
+            Class::Plain
+            | Class::Memory
+            | Class::Nop
+            | Class::Lea
+            | Class::BitString
+            | Class::Push
+            | Class::Pop
+            | Class::Leave => peek(next),
+            Class::JumpIndirect
+            | Class::Loop
+            | Class::CallIndirect
+            | Class::Return
+            | Class::System
+            | Class::Fault(_) => ALL_FLAGS,
+        };
+        if live != ALL_FLAGS {
+            self.backward(live);
+        }
+    }
+
+    fn backward(&mut self, live_at_end: u32) {
+        let mut live = live_at_end;
+        for insn in self.insns.iter_mut().rev() {
+            insn.live_out = live;
+            live &= !insn.kills();
+            live |= insn.instr.rflags_read() & ALL_FLAGS;
+            if matches!(insn.class, Class::System | Class::Fault(_)) {
+                live = ALL_FLAGS;
+            }
+            insn.live_in = live;
+        }
+    }
+}
+
+/// Flags that the code at `ip` reads before it writes them, as far as a short look tells.
+fn live_at(code: &[u8], ip: u64, width: u32) -> u32 {
+    let mut undecided = ALL_FLAGS;
+    let mut live = 0;
+    let mut decoder = Decoder::with_ip(width, code, ip, DecoderOptions::NONE);
+    for _ in 0..8 {
+        if !decoder.can_decode() {
+            break;
+        }
+        let instr = decoder.decode();
+        if instr.is_invalid() {
+            break;
+        }
+        live |= instr.rflags_read() & undecided;
+        undecided &= !kills(&instr);
+        if undecided == 0 {
+            return live;
+        }
+        if instr.flow_control() != FlowControl::Next || instr.is_privileged() {
+            break;
+        }
+    }
+    live | undecided
+}
+
+/// Flags that `instr` leaves in a new state, whatever they were before.
+fn kills(instr: &Instruction) -> u32 {
+    use Mnemonic::*;
+    match instr.mnemonic() {
+        // A count of zero leaves all flags alone (SDM 2B).
+        Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd => {
+            let counted = (1..instr.op_count()).any(|operand| {
+                instr.op_kind(operand) == OpKind::Immediate8 && instr.immediate(operand) & 0x1f != 0
+            });
+            if counted {
+                instr.rflags_modified() & ALL_FLAGS
+            } else {
+                0
+            }
+        }
+        // "Undefined" may mean unchanged here.
+        Div | Idiv | Bsf | Bsr => instr.rflags_written() & ALL_FLAGS,
+        // A string instruction with a count of zero changes nothing.
+        _ if instr.is_string_instruction() => 0,
+        _ => instr.rflags_modified() & ALL_FLAGS,
+    }
+}
+
+/// Bit of a general register's 64-bit parent, or 0.
+pub(crate) fn gpr_bit(register: Register) -> u16 {
+    if register.is_gpr() {
+        1 << register.full_register().number()
+    } else {
+        0
+    }
+}
+
+fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactory) -> Insn {
+    let info = factory.info(&instr);
+    let (mut reads, mut writes) = (0, 0);
+    for used in info.used_registers() {
+        let bit = gpr_bit(used.register());
+        let whole = used.register().size() >= 4;
+        match used.access() {
+            OpAccess::Write if whole => writes |= bit,
+            OpAccess::None | OpAccess::NoMemAccess => {}
+            OpAccess::Read
+            | OpAccess::CondRead
+            | OpAccess::Write
+            | OpAccess::CondWrite
+            | OpAccess::ReadWrite
+            | OpAccess::ReadCondWrite => reads |= bit,
+        }
+    }
+    let mut memory = None;
+    for used in info.used_memory() {
+        let write = match used.access() {
+            OpAccess::Write
+            | OpAccess::CondWrite
+            | OpAccess::ReadWrite
+            | OpAccess::ReadCondWrite => true,
+            OpAccess::None | OpAccess::NoMemAccess | OpAccess::Read | OpAccess::CondRead => false,
+        };
+        // A conditional write still leaves the old value where it doesn't happen.
+        let read = !matches!(used.access(), OpAccess::Write);
+        memory = Some(Memory {
+            size: used.memory_size().size() as u32,
+            read,
+            write,
+        });
+    }
+    let high = [Register::AH, Register::CH, Register::DH, Register::BH];
+    let high_byte = (0..instr.op_count()).any(|operand| {
+        instr.op_kind(operand) == OpKind::Register && high.contains(&instr.op_register(operand))
+    });
+    Insn {
+        instr,
+        class,
+        reads,
+        writes,
+        memory,
+        high_byte,
+        live_in: 0,
+        live_out: 0,
+    }
+}
+
+/// True if the guest's CPUID announces everything that `instr` needs.
+fn announced(instr: &Instruction) -> bool {
+    instr.cpuid_features().iter().all(|feature| {
+        use CpuidFeature::*;
+        matches!(
+            feature,
+            INTEL8086
+                | INTEL8086_ONLY
+                | INTEL186
+                | INTEL286
+                | INTEL386
+                | INTEL486
+                | X64
+                | CMOV
+                | FPU
+                | FPU287
+                | FPU387
+                | MMX
+                | SSE
+                | SSE2
+                | SSE3
+                | SSSE3
+                | SSE4_1
+                | SSE4_2
+                | POPCNT
+                | CX8
+                | CMPXCHG16B
+                | CLFSH
+                | FXSR
+                | TSC
+                | RDTSCP
+                | MSR
+                | CPUID
+                | SYSCALL
+                | SEP
+                | PAUSE
+                | MULTIBYTENOP
+                | PREFETCHW
+                // These execute as their older selves on processors without the feature (rep bsf,
+                // rep bsr, hint nops), which compilers rely on.
+                | BMI1
+                | LZCNT
+                | CET_IBT
+        ) && (*feature != BMI1 || instr.mnemonic() == Mnemonic::Tzcnt)
+    })
+}
+
+/// True if CR0.EM, CR0.TS or CR4.OSFXSR have a say in it.
+fn is_fpu(instr: &Instruction) -> bool {
+    instr.cpuid_features().iter().any(|feature| {
+        use CpuidFeature::*;
+        matches!(
+            feature,
+            FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2
+        ) || *feature == FXSR
+    }) && !matches!(
+        instr.mnemonic(),
+        Mnemonic::Mfence
+            | Mnemonic::Lfence
+            | Mnemonic::Sfence
+            | Mnemonic::Prefetchnta
+            | Mnemonic::Prefetcht0
+            | Mnemonic::Prefetcht1
+            | Mnemonic::Prefetcht2
+            | Mnemonic::Movnti
+            | Mnemonic::Clflush
+    )
+}
+
+fn classify(instr: &Instruction, mode: Mode) -> Class {
+    use Mnemonic::*;
+    if instr.is_invalid() || !announced(instr) {
+        return Class::Fault(Fault::ud());
+    }
+    if !mode.fpu && is_fpu(instr) {
+        return Class::Fault(Fault::plain(fault::NM));
+    }
+    if mode.bits == Bits::Bits16 {
+        return Class::System;
+    }
+    let near = |class| {
+        let far = matches!(instr.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32)
+            || instr.op0_kind() == OpKind::Memory
+                && matches!(
+                    instr.code(),
+                    Code::Jmp_m1616
+                        | Code::Jmp_m1632
+                        | Code::Jmp_m1664
+                        | Code::Call_m1616
+                        | Code::Call_m1632
+                        | Code::Call_m1664
+                );
+        if far { Class::System } else { class }
+    };
+    match instr.flow_control() {
+        FlowControl::UnconditionalBranch => near(Class::Jump),
+        FlowControl::IndirectBranch => near(Class::JumpIndirect),
+        FlowControl::ConditionalBranch => match instr.mnemonic() {
+            Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => Class::Loop,
+            _ => Class::Branch,
+        },
+        FlowControl::Return if instr.mnemonic() == Ret => Class::Return,
+        FlowControl::Call if instr.mnemonic() == Call => near(Class::Call),
+        FlowControl::IndirectCall => near(Class::CallIndirect),
+        FlowControl::Return | FlowControl::Call | FlowControl::Interrupt => Class::System,
+        FlowControl::Exception | FlowControl::XbeginXabortXend => Class::Fault(Fault::ud()),
+        FlowControl::Next => classify_next(instr, mode),
+    }
+}
+
+fn classify_next(instr: &Instruction, mode: Mode) -> Class {
+    use Mnemonic::*;
+    let system_register = (0..instr.op_count()).any(|operand| {
+        let register = instr.op_register(operand);
+        instr.op_kind(operand) == OpKind::Register
+            && (register.is_segment_register() || register.is_cr() || register.is_dr())
+    });
+    if system_register || instr.is_privileged() || instr.is_string_instruction() {
+        return Class::System;
+    }
+    let has_memory = (0..instr.op_count()).any(|operand| instr.op_kind(operand) == OpKind::Memory);
+    let half = |register: Register| register != Register::None && register.size() == 2;
+    if has_memory && (half(instr.memory_base()) || half(instr.memory_index())) {
+        return Class::System;
+    }
+    match instr.mnemonic() {
+        Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cpuid | Rdtscp | Rdpmc
+        | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw | Lar | Lsl | Lds | Les | Lss | Lfs
+        | Lgs | Enter | Xlatb | Maskmovq | Maskmovdqu | In | Out | Pusha | Pushad | Popa
+        | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
+        Rdtsc if !mode.tsc => Class::System,
+        Push => Class::Push,
+        Pop => Class::Pop,
+        Leave => Class::Leave,
+        Lea => Class::Lea,
+        Bt | Bts | Btr | Btc if has_memory && instr.op1_kind() == OpKind::Register => {
+            Class::BitString
+        }
+        Nop | Reservednop | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw
+        | Prefetch | Endbr64 | Endbr32
+            if has_memory || matches!(instr.mnemonic(), Endbr64 | Endbr32) =>
+        {
+            Class::Nop
+        }
+        _ if has_memory => Class::Memory,
+        _ => Class::Plain,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODE: Mode = Mode {
+        bits: Bits::Bits64,
+        user: false,
+        flat: true,
+        fpu: true,
+        tsc: true,
+        single: false,
+    };
+
+    fn check(bytes: &[u8], classes: &[Class]) -> Decoded {
+        let mut info = InstructionInfoFactory::new();
+        let decoded = decode(bytes, 0x1000, MODE, &mut info).expect("decodes");
+        let found: Vec<Class> = decoded.insns.iter().map(|insn| insn.class).collect();
+        assert_eq!(found, classes);
+        decoded
+    }
+
+    #[test]
+    fn a_block_ends_at_its_first_branch() {
+        check(
+            b"\x48\x01\xd8\x48\x8b\x03\xc3\x90",
+            &[Class::Plain, Class::Memory, Class::Return],
+        );
+    }
+
+    #[test]
+    fn flags_die_where_they_are_overwritten() {
+        // add rax, rbx; mov rax, [rbx]; xor ecx, ecx; jz +0
+        let decoded = check(
+            b"\x48\x01\xd8\x48\x8b\x03\x31\xc9\x74\x00",
+            &[Class::Plain, Class::Memory, Class::Plain, Class::Branch],
+        );
+        assert_eq!(decoded.insns[1].live_in, 0);
+        assert_ne!(decoded.insns[3].live_in & RflagsBits::ZF, 0);
+    }
+
+    #[test]
+    fn a_shift_by_cl_kills_no_flag() {
+        // add rax, rbx; mov rdx, [rsi]; shl rax, cl; ret
+        let decoded = check(
+            b"\x48\x01\xd8\x48\x8b\x16\x48\xd3\xe0\xc3",
+            &[Class::Plain, Class::Memory, Class::Plain, Class::Return],
+        );
+        assert_eq!(decoded.insns[1].live_in, ALL_FLAGS);
+    }
+
+    #[test]
+    fn avx_is_not_announced() {
+        check(b"\xc5\xf8\x57\xc0", &[Class::Fault(Fault::ud())]);
+    }
+
+    #[test]
+    fn an_instruction_cut_off_by_the_page_end_is_left_to_the_next_block() {
+        let decoded = check(b"\x90\x48\x8b", &[Class::Plain]);
+        assert_eq!(decoded.len, 1);
+        let mut info = InstructionInfoFactory::new();
+        assert!(decode(b"\x48\x8b", 0x1000, MODE, &mut info).is_none());
+    }
+}

@@ -1,0 +1,216 @@
+//! Branches: direct ones that are linked to their target, indirect ones that look it up.
+//!
+//! # Linking
+//!
+//! A direct branch starts as a jump to a stub that names its site. The runtime finds or makes the
+//! target block and overwrites the rel32, so the next time one host branch leads to the other
+//! block. An indirect branch looks its target up in the jump cache of its privilege.
+//!
+//! # The doorbell
+//!
+//! A guest that loops must still be stoppable, at no cost to the flags or a register. Every
+//! backward branch and every indirect one stores a register to the doorbell page first. A kick
+//! takes that page's permissions away; the store faults between two instructions, and the signal
+//! handler turns that into an exit.
+
+use dynasmrt::{DynasmApi, dynasm};
+use iced_x86::{Code, Instruction, Mnemonic};
+use std::mem::offset_of;
+
+use super::{Cold, Lower};
+use crate::{
+    context::Context,
+    cpu::Bits,
+    decode::{ALL_FLAGS, Insn},
+    site::{Ip, Kind},
+    tlb::JUMP_ENTRIES,
+};
+
+impl Lower<'_> {
+    pub(super) fn jump(&mut self, insn: &Insn) {
+        self.leave(insn.live_out != 0);
+        let target = self.wrap(insn.instr.near_branch_target());
+        if target <= insn.instr.ip() {
+            self.doorbell(Ip::At(insn.instr.ip()));
+        }
+        self.direct(insn.instr.ip(), target);
+    }
+
+    pub(super) fn branch(&mut self, insn: &Insn) -> Result<(), String> {
+        self.flags_for(insn);
+        self.leave(insn.live_out != 0);
+        let target = self.wrap(insn.instr.near_branch_target());
+        if target <= insn.instr.ip() {
+            self.doorbell(Ip::At(insn.instr.ip()));
+        }
+        let condition = condition(&insn.instr).ok_or("no condition")?;
+        self.linked(&[0x0f, 0x80 | condition], insn.instr.ip(), target);
+        self.direct(insn.instr.ip(), insn.instr.next_ip());
+        Ok(())
+    }
+
+    pub(super) fn loop_branch(&mut self, insn: &Insn) -> Result<(), String> {
+        // These count without touching the flags, and so must whatever surrounds them.
+        if self.homes.lazy {
+            self.restore_flags();
+        }
+        self.leave(true);
+        let target = self.wrap(insn.instr.near_branch_target());
+        if target <= insn.instr.ip() {
+            self.doorbell(Ip::At(insn.instr.ip()));
+        }
+        let narrow = match insn.instr.code() {
+            Code::Loop_rel8_64_RCX
+            | Code::Loope_rel8_64_RCX
+            | Code::Loopne_rel8_64_RCX
+            | Code::Jrcxz_rel8_64 => false,
+            Code::Loop_rel8_64_ECX
+            | Code::Loope_rel8_64_ECX
+            | Code::Loopne_rel8_64_ECX
+            | Code::Loop_rel8_32_ECX
+            | Code::Loope_rel8_32_ECX
+            | Code::Loopne_rel8_32_ECX
+            | Code::Jecxz_rel8_32
+            | Code::Jecxz_rel8_64 => true,
+            _ => return Err("16-bit count".into()),
+        };
+        let opcode = match insn.instr.mnemonic() {
+            Mnemonic::Loopne => 0xe0,
+            Mnemonic::Loope => 0xe1,
+            Mnemonic::Loop => 0xe2,
+            _ => 0xe3,
+        };
+        if narrow {
+            self.asm.push(0x67);
+        }
+        // Taken: over the short jump that skips the linked one.
+        self.asm.extend([opcode, 2, 0xeb, 5]);
+        self.linked(&[0xe9], insn.instr.ip(), target);
+        self.direct(insn.instr.ip(), insn.instr.next_ip());
+        Ok(())
+    }
+
+    pub(super) fn call(&mut self, insn: &Insn) -> Result<(), String> {
+        self.push_return(insn)?;
+        self.leave(insn.live_out != 0);
+        let target = self.wrap(insn.instr.near_branch_target());
+        if target <= insn.instr.ip() {
+            self.doorbell(Ip::At(target));
+        }
+        self.direct(insn.instr.ip(), target);
+        Ok(())
+    }
+
+    pub(super) fn call_indirect(&mut self, insn: &Insn) -> Result<(), String> {
+        self.load_target(insn)?;
+        self.push_return(insn)?;
+        self.indirect(insn);
+        Ok(())
+    }
+
+    pub(super) fn jump_indirect(&mut self, insn: &Insn) -> Result<(), String> {
+        self.load_target(insn)?;
+        self.indirect(insn);
+        Ok(())
+    }
+
+    pub(super) fn ret(&mut self, insn: &Insn) -> Result<(), String> {
+        let extra = if insn.instr.op_count() == 0 {
+            0
+        } else {
+            insn.instr.immediate16()
+        };
+        self.pop_return(insn, extra.into())?;
+        self.indirect(insn);
+        Ok(())
+    }
+
+    /// Goes to `Context::target`.
+    fn indirect(&mut self, insn: &Insn) {
+        if insn.live_out & ALL_FLAGS != 0 && !self.homes.lazy {
+            self.save_flags();
+        }
+        let key = self.take(0, insn);
+        let entry = self.take(1 << key, insn);
+        let table = self.layout.jump[usize::from(self.mode.user)];
+        let resume = self.layout.slot(offset_of!(Context, resume));
+        dynasm!(self.asm
+            ; .arch x64
+            ; mov Rq(key), [self.layout.target()]
+            ; mov Rd(entry), Rd(key)
+            ; and Rd(entry), JUMP_ENTRIES as i32 - 1
+            ; shl Rd(entry), 4
+            ; cmp Rq(key), [Rq(entry) + table]
+        );
+        self.asm.push(0x0f);
+        self.asm.push(0x85);
+        let patch = self.position();
+        self.asm.push_i32(0);
+        let site = self.add_site(insn.instr.ip(), Kind::Indirect);
+        self.cold.push(Cold::Indirect { site, patch });
+        dynasm!(self.asm
+            ; .arch x64
+            ; mov Rq(entry), [Rq(entry) + table + 8]
+            ; mov [resume], Rq(entry)
+        );
+        self.leave(insn.live_out & ALL_FLAGS != 0);
+        self.doorbell(Ip::Target);
+        dynasm!(self.asm ; .arch x64 ; jmp QWORD [resume]);
+    }
+
+    fn doorbell(&mut self, ip: Ip) {
+        self.mark(ip);
+        dynasm!(self.asm ; .arch x64 ; mov [self.layout.doorbell], eax);
+    }
+
+    /// Jumps to `target`, linked when it is known.
+    pub(super) fn direct(&mut self, ip: u64, target: u64) {
+        let target = self.wrap(target);
+        self.linked(&[0xe9], ip, target);
+    }
+
+    fn linked(&mut self, opcode: &[u8], ip: u64, target: u64) {
+        self.asm.extend(opcode);
+        let patch = self.position();
+        self.asm.push_i32(0);
+        let kind = Kind::Direct {
+            target,
+            patch: self.address(patch),
+            stub: 0,
+        };
+        let site = self.add_site(ip, kind);
+        self.cold.push(Cold::Direct { site, patch });
+    }
+
+    fn wrap(&self, target: u64) -> u64 {
+        match self.mode.bits {
+            Bits::Bits64 => target,
+            Bits::Bits32 => target & 0xffff_ffff,
+            Bits::Bits16 => target & 0xffff,
+        }
+    }
+}
+
+/// Condition code of a jcc, as its opcode holds it.
+fn condition(instr: &Instruction) -> Option<u8> {
+    use iced_x86::ConditionCode as Cc;
+    Some(match instr.condition_code() {
+        Cc::o => 0,
+        Cc::no => 1,
+        Cc::b => 2,
+        Cc::ae => 3,
+        Cc::e => 4,
+        Cc::ne => 5,
+        Cc::be => 6,
+        Cc::a => 7,
+        Cc::s => 8,
+        Cc::ns => 9,
+        Cc::p => 10,
+        Cc::np => 11,
+        Cc::l => 12,
+        Cc::ge => 13,
+        Cc::le => 14,
+        Cc::g => 15,
+        Cc::None => return None,
+    })
+}

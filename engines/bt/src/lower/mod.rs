@@ -1,0 +1,471 @@
+//! Guest instructions to host code.
+//!
+//! # What runs as itself
+//!
+//! All sixteen general registers, the arithmetic flags, x87, MMX and SSE state are in the host's
+//! own registers, so an instruction without memory operand is copied as it is. Everything that
+//! needs scratch borrows a guest register: its value goes to `Context::spill`, and it comes back
+//! when the guest's code next reads it, not before (`need`). Registers that are overwritten first
+//! never come back. At the end of a block everything is home again, so blocks link freely.
+//!
+//! # Memory
+//!
+//! An access computes its address into a scratch register, looks it up in the software TLB and
+//! uses the host address found there (see [`memory`]). The lookup ruins the flags; if somebody
+//! still reads them they move to `Context::lazy_flags` first and come back, again, when read.
+//!
+//! # Faults
+//!
+//! Nothing of an instruction is committed before the last thing in it that can fault. For every
+//! point where it can, a [`Site`] or a [`Mark`] says where the registers are, so the guest sees
+//! exact registers. Arithmetic flags are exact if anything reads them before they are
+//! overwritten; flags that are dead may be scratch in the frame that an exception pushes.
+//!
+//! One file per family: `memory` (operands), `stack`, `branch`.
+
+mod branch;
+mod memory;
+mod stack;
+
+use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
+use std::mem::offset_of;
+
+use crate::{
+    arena::Arena,
+    context::Context,
+    cpu::Bits,
+    decode::{Class, Decoded, Insn, Mode},
+    site::{Homes, Ip, Kind, Mark, Site, number},
+    stubs::Stubs,
+    tlb::tlb_index,
+};
+
+pub(crate) const RAX: u16 = 1;
+pub(crate) const RSP: u16 = 1 << 4;
+
+/// Addresses that lowered code refers to, as displacements.
+#[derive(Clone, Copy)]
+pub(crate) struct Layout {
+    context: i32,
+    doorbell: i32,
+    tlb: [i32; 4],
+    jump: [i32; 2],
+    exit: u64,
+}
+
+impl Layout {
+    pub(crate) fn new(arena: &Arena, stubs: &Stubs) -> Layout {
+        Layout {
+            context: arena.context_disp(),
+            doorbell: arena.doorbell() as i32,
+            tlb: std::array::from_fn(|index| arena.tlb(index) as i32),
+            jump: std::array::from_fn(|index| arena.jump(index) as i32),
+            exit: stubs.exit,
+        }
+    }
+
+    fn slot(&self, offset: usize) -> i32 {
+        self.context + offset as i32
+    }
+
+    fn spill(&self, register: u8) -> i32 {
+        self.slot(offset_of!(Context, spill)) + 8 * i32::from(register)
+    }
+
+    fn lazy_flags(&self) -> i32 {
+        self.slot(offset_of!(Context, lazy_flags))
+    }
+
+    fn target(&self) -> i32 {
+        self.slot(offset_of!(Context, target))
+    }
+
+    fn site(&self) -> i32 {
+        self.slot(offset_of!(Context, site))
+    }
+}
+
+/// What lowering a block yields.
+pub(crate) struct Lowered {
+    pub code: Vec<u8>,
+    pub sites: Vec<Site>,
+    pub marks: Vec<Mark>,
+    pub system: Vec<Instruction>,
+}
+
+/// Lowers one block.
+pub(crate) struct Lower<'a> {
+    asm: SimpleAssembler,
+    /// Address of the block's first byte.
+    base: u64,
+    block: u32,
+    first_site: usize,
+    first_system: usize,
+    layout: &'a Layout,
+    encoder: &'a mut Encoder,
+    mode: Mode,
+    homes: Homes,
+    sites: Vec<Site>,
+    marks: Vec<Mark>,
+    system: Vec<Instruction>,
+    cold: Vec<Cold>,
+    /// Registers used by the instructions from each index on, for choosing scratch.
+    upcoming: Vec<u16>,
+    at: usize,
+}
+
+/// Code to be placed after the block's straight line.
+enum Cold {
+    Memory(memory::Pending),
+    Direct { site: usize, patch: usize },
+    Indirect { site: usize, patch: usize },
+}
+
+/// Where a block goes and what its numbers start at.
+pub(crate) struct Place {
+    pub base: u64,
+    pub block: u32,
+    pub first_site: usize,
+    pub first_system: usize,
+}
+
+/// Lowers `decoded`, whose first byte is `bytes[0]` at `ip`.
+///
+/// # Errors
+/// The text of an encoding that couldn't be made: a bug, reported with the instruction.
+pub(crate) fn lower(
+    decoded: &Decoded,
+    bytes: &[u8],
+    ip: u64,
+    mode: Mode,
+    place: Place,
+    layout: &Layout,
+    encoder: &mut Encoder,
+) -> Result<Lowered, String> {
+    let mut lower = Lower {
+        asm: SimpleAssembler::new(),
+        base: place.base,
+        block: place.block,
+        first_site: place.first_site,
+        first_system: place.first_system,
+        layout,
+        encoder,
+        mode,
+        homes: Homes::default(),
+        sites: Vec::new(),
+        marks: Vec::new(),
+        system: Vec::new(),
+        cold: Vec::new(),
+        upcoming: Vec::new(),
+        at: 0,
+    };
+    let mut seen = 0;
+    lower.upcoming = vec![0; decoded.insns.len()];
+    for (slot, insn) in lower.upcoming.iter_mut().zip(&decoded.insns).rev() {
+        // Nearest use wins: a register used soon shadows the rest.
+        *slot = seen;
+        seen |= insn.used();
+    }
+    for (at, insn) in decoded.insns.iter().enumerate() {
+        lower.at = at;
+        let offset = insn.instr.ip().wrapping_sub(ip) as usize;
+        let raw = &bytes[offset..offset + insn.instr.len()];
+        lower
+            .insn(insn, raw)
+            .map_err(|error| format!("{error} for `{}` at {:#x}", insn.instr, insn.instr.ip()))?;
+    }
+    if let Some(last) = decoded.insns.last().filter(|last| !last.class.ends_block()) {
+        lower.leave(last.live_out != 0);
+        lower.direct(last.instr.ip(), last.instr.next_ip());
+    }
+    lower.cold();
+    Ok(Lowered {
+        code: lower.asm.finalize(),
+        sites: lower.sites,
+        marks: lower.marks,
+        system: lower.system,
+    })
+}
+
+impl Lower<'_> {
+    fn insn(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
+        match insn.class {
+            Class::Nop => Ok(()),
+            Class::Plain => self.plain(insn, raw),
+            Class::Lea => self.lea(insn),
+            Class::Memory => self.memory(insn),
+            Class::BitString => self.bit_string(insn),
+            Class::Push => self.push(insn),
+            Class::Pop => self.pop(insn),
+            Class::Leave => self.leave_frame(insn),
+            Class::Jump => {
+                self.jump(insn);
+                Ok(())
+            }
+            Class::Branch => self.branch(insn),
+            Class::Loop => self.loop_branch(insn),
+            Class::JumpIndirect => self.jump_indirect(insn),
+            Class::Call => self.call(insn),
+            Class::CallIndirect => self.call_indirect(insn),
+            Class::Return => self.ret(insn),
+            Class::System => {
+                let index = (self.first_system + self.system.len()) as u32;
+                self.system.push(insn.instr);
+                self.exit(insn.instr.ip(), Kind::System { index });
+                Ok(())
+            }
+            Class::Fault(fault) => {
+                self.exit(insn.instr.ip(), Kind::Fault(fault));
+                Ok(())
+            }
+        }
+    }
+
+    fn plain(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
+        self.flags_for(insn);
+        self.need(insn.reads);
+        self.mark(Ip::At(insn.instr.ip()));
+        match insn.instr.code() {
+            // One-byte inc and dec are REX prefixes in 64-bit code.
+            Code::Inc_r32 | Code::Dec_r32 | Code::Inc_r16 | Code::Dec_r16
+                if self.mode.bits != Bits::Bits64 =>
+            {
+                let mut instr = insn.instr;
+                instr.set_code(match insn.instr.code() {
+                    Code::Inc_r32 => Code::Inc_rm32,
+                    Code::Dec_r32 => Code::Dec_rm32,
+                    Code::Inc_r16 => Code::Inc_rm16,
+                    _ => Code::Dec_rm16,
+                });
+                self.encode(&instr)?;
+            }
+            _ => self.asm.extend(raw),
+        }
+        self.done(insn);
+        Ok(())
+    }
+
+    fn lea(&mut self, insn: &Insn) -> Result<(), String> {
+        self.need(insn.reads);
+        let instr = &insn.instr;
+        if instr.is_ip_rel_memory_operand() && instr.op0_register().size() >= 4 {
+            let mut address = instr.ip_rel_memory_address();
+            if instr.op0_register().size() == 4 {
+                address &= 0xffff_ffff;
+            }
+            self.load_constant(instr.op0_register().full_register().number() as u8, address);
+        } else if instr.is_ip_rel_memory_operand() {
+            let value = instr.ip_rel_memory_address() as u16;
+            let number = instr.op0_register().full_register().number() as u8;
+            dynasm!(self.asm ; .arch x64 ; mov Rw(number), value as i16);
+        } else {
+            let lea = memory::plain_address(instr, instr.code(), instr.op0_register());
+            self.encode(&lea)?;
+        }
+        self.done(insn);
+        Ok(())
+    }
+
+    /// Bookkeeping after the body of `insn` has been emitted.
+    fn done(&mut self, insn: &Insn) {
+        self.homes.spilled &= !insn.writes;
+        if insn.instr.rflags_modified() & crate::decode::ALL_FLAGS != 0 {
+            self.homes.lazy = false;
+        }
+    }
+
+    /// Makes the host's flags true if the body of `insn` reads them, or leaves some of the live ones
+    /// as they were.
+    fn flags_for(&mut self, insn: &Insn) {
+        if self.homes.lazy && needs_flags(insn) {
+            self.restore_flags();
+        }
+    }
+
+    /// Brings the registers in `mask` home.
+    fn need(&mut self, mask: u16) {
+        let mut missing = self.homes.spilled & mask;
+        self.homes.spilled &= !mask;
+        while missing != 0 {
+            let register = missing.trailing_zeros() as u8;
+            missing &= missing - 1;
+            dynasm!(self.asm ; .arch x64 ; mov Rq(register), [self.layout.spill(register)]);
+        }
+    }
+
+    fn spill(&mut self, register: u8) {
+        if self.homes.spilled >> register & 1 == 0 {
+            dynasm!(self.asm ; .arch x64 ; mov [self.layout.spill(register)], Rq(register));
+            self.homes.spilled |= 1 << register;
+        }
+    }
+
+    /// Borrows a register outside `avoid`: one that is borrowed already, else one whose value is
+    /// wanted latest.
+    fn take(&mut self, avoid: u16, insn: &Insn) -> u8 {
+        // The flags move through RAX; while they may move, nothing else lives there.
+        let mut avoid = avoid | insn.used() | RSP;
+        if insn.live_in != 0 {
+            avoid |= RAX;
+        }
+        if insn.high_byte {
+            avoid |= 0xff00;
+        }
+        let free = !avoid;
+        let borrowed = free & self.homes.spilled;
+        let idle = free & !self.upcoming[self.at];
+        let choice = if borrowed & idle != 0 {
+            borrowed & idle
+        } else if idle != 0 {
+            idle
+        } else if borrowed != 0 {
+            borrowed
+        } else {
+            free
+        };
+        // High numbers first: compilers hand out the low ones first.
+        let register = 15 - choice.leading_zeros() as u8;
+        self.spill(register);
+        register
+    }
+
+    /// Moves live flags out of the way of a table lookup.
+    fn save_flags(&mut self) {
+        self.spill(0);
+        dynasm!(self.asm
+            ; .arch x64
+            ; lahf
+            ; seto al
+            ; mov [self.layout.lazy_flags()], rax
+        );
+        self.homes.lazy = true;
+    }
+
+    fn restore_flags(&mut self) {
+        self.spill(0);
+        // 1 + 127 overflows a signed byte and 0 + 127 doesn't.
+        dynasm!(self.asm
+            ; .arch x64
+            ; mov eax, [self.layout.lazy_flags()]
+            ; add al, 127
+            ; sahf
+        );
+        self.homes.lazy = false;
+    }
+
+    /// Everything home, for leaving the block; flags only if somebody reads them.
+    fn leave(&mut self, flags_live: bool) {
+        if self.homes.lazy && flags_live {
+            self.restore_flags();
+        }
+        self.homes.lazy = false;
+        self.need(0xffff);
+    }
+
+    fn load_constant(&mut self, register: u8, value: u64) {
+        if let Ok(value) = u32::try_from(value) {
+            dynasm!(self.asm ; .arch x64 ; mov Rd(register), value as i32);
+        } else if value as i64 == i64::from(value as i32) {
+            dynasm!(self.asm ; .arch x64 ; mov Rq(register), value as i32);
+        } else {
+            dynasm!(self.asm ; .arch x64 ; mov Rq(register), QWORD value as i64);
+        }
+    }
+
+    fn encode(&mut self, instr: &Instruction) -> Result<(), String> {
+        let rip = self.base + self.asm.offset().0 as u64;
+        self.encoder.set_buffer(std::mem::take(&mut self.asm.ops));
+        let encoded = self.encoder.encode(instr, rip);
+        self.asm.ops = self.encoder.take_buffer();
+        encoded.map(drop).map_err(|error| error.to_string())
+    }
+
+    fn position(&self) -> usize {
+        self.asm.offset().0
+    }
+
+    fn address(&self, position: usize) -> u64 {
+        self.base + position as u64
+    }
+
+    fn mark(&mut self, ip: Ip) {
+        self.marks.push(Mark {
+            offset: self.position() as u32,
+            ip,
+            homes: self.homes,
+        });
+    }
+
+    fn add_site(&mut self, ip: u64, kind: Kind) -> usize {
+        self.sites.push(Site {
+            block: self.block,
+            ip,
+            homes: self.homes,
+            kind,
+        });
+        self.sites.len() - 1
+    }
+
+    /// Leaves for the runtime here and now.
+    fn exit(&mut self, ip: u64, kind: Kind) {
+        let site = self.add_site(ip, kind);
+        self.exit_through(site, 0);
+    }
+
+    fn exit_through(&mut self, site: usize, phase: u64) {
+        let number = number(self.first_site + site, phase);
+        dynasm!(self.asm ; .arch x64 ; mov QWORD [self.layout.site()], number);
+        self.jump_to(0xe9, self.layout.exit);
+    }
+
+    /// `opcode rel32` to an absolute address.
+    fn jump_to(&mut self, opcode: u8, address: u64) {
+        self.asm.push(opcode);
+        let next = self.address(self.position() + 4);
+        self.asm.push_i32(address.wrapping_sub(next) as i32);
+    }
+
+    /// Fills in the rel32 at `patch` to reach `position`.
+    fn bind(&mut self, patch: usize, position: usize) {
+        let rel = position as i32 - (patch as i32 + 4);
+        self.asm.ops[patch..patch + 4].copy_from_slice(&rel.to_le_bytes());
+    }
+
+    fn cold(&mut self) {
+        for cold in std::mem::take(&mut self.cold) {
+            match cold {
+                Cold::Memory(pending) => self.cold_memory(pending),
+                Cold::Direct { site, patch } | Cold::Indirect { site, patch } => {
+                    self.bind(patch, self.position());
+                    let here = self.address(self.position());
+                    if let Kind::Direct { stub, .. } = &mut self.sites[site].kind {
+                        *stub = here;
+                    }
+                    self.exit_through(site, 0);
+                }
+            }
+        }
+    }
+
+    fn tlb(&self, write: bool) -> i32 {
+        self.layout.tlb[tlb_index(self.mode.user, write)]
+    }
+}
+
+/// True if the body of `insn` wants the host's flags to be the guest's.
+fn needs_flags(insn: &Insn) -> bool {
+    let modified = insn.instr.rflags_modified() & crate::decode::ALL_FLAGS;
+    insn.instr.rflags_read() & crate::decode::ALL_FLAGS != 0
+        || modified != 0 && insn.live_out & !insn.kills() != 0
+}
+
+/// The 64-bit register with this number.
+fn gpr64(number: u8) -> Register {
+    Register::RAX + u32::from(number)
+}
+
+/// Operand that is memory, if there is one.
+fn memory_operand(instr: &Instruction) -> Option<u32> {
+    (0..instr.op_count()).find(|&operand| instr.op_kind(operand) == OpKind::Memory)
+}

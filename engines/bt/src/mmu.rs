@@ -1,0 +1,350 @@
+//! Guest memory as the guest's page tables show it: walker, software TLBs, code pages.
+//!
+//! The walker follows SDM 3A chapter 4: 32-bit, PAE and 4-level paging, permissions, accessed and
+//! dirty bits. Results go to the software TLBs of [`crate::tlb`], which behave as a processor's:
+//! a changed page-table entry is seen after an invalidation and not before.
+//!
+//! Invariant: a write TLB never holds a page with translated code on it, so every write to code
+//! takes the slow path and finds the blocks that it kills.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use engine_core::GuestRam;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::{
+    arena::Arena,
+    cpu::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, Cpu, EFER_NXE},
+    fault::Fault,
+    tlb::{JumpCache, Tlb, tlb_index},
+};
+
+/// Physical address width that the pinned CPUID announces.
+pub(crate) const PHYSICAL_BITS: u32 = 40;
+
+const PRESENT: u64 = 1;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const LARGE: u64 = 1 << 7;
+const NO_EXECUTE: u64 = 1 << 63;
+
+/// Kind of access, for permissions and error codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+    Fetch,
+}
+
+/// What a page of guest-virtual memory is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Page {
+    /// Physical address of the 4 KiB page.
+    pub phys: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Region {
+    start: u64,
+    len: u64,
+    host: *mut u8,
+}
+
+/// RAM, TLBs and the knowledge of which pages hold translated code.
+pub(crate) struct Mmu {
+    regions: Vec<Region>,
+    _ram: Arc<GuestRam>,
+    tlbs: [Tlb; 4],
+    /// Jump caches for supervisor and user code.
+    pub jumps: [JumpCache; 2],
+    /// One bit per 4 KiB page of each region: it holds translated code.
+    code_pages: Vec<Vec<u64>>,
+}
+
+impl Mmu {
+    /// An MMU over `ram`, with its tables in `arena`.
+    ///
+    /// # Safety
+    /// `arena` outlives the MMU, and no other MMU uses it.
+    pub(crate) unsafe fn new(ram: Arc<GuestRam>, arena: &Arena) -> Mmu {
+        let regions: Vec<Region> = ram
+            .iter()
+            .map(|region| Region {
+                start: region.start_addr().0,
+                len: region.len(),
+                host: region
+                    .get_host_address(MemoryRegionAddress(0))
+                    .expect("a mapped region has a host address"),
+            })
+            .collect();
+        let code_pages = regions
+            .iter()
+            .map(|region| vec![0; (region.len as usize >> 12).div_ceil(64)])
+            .collect();
+        // SAFETY: each table gets its own part of the arena.
+        let tlbs = std::array::from_fn(|index| unsafe { Tlb::new(arena.tlb(index)) });
+        // SAFETY: as above.
+        let jumps = std::array::from_fn(|index| unsafe { JumpCache::new(arena.jump(index)) });
+        Mmu {
+            regions,
+            _ram: ram,
+            tlbs,
+            jumps,
+            code_pages,
+        }
+    }
+
+    fn region(&self, phys: u64, len: u64) -> Option<(usize, u64)> {
+        self.regions.iter().enumerate().find_map(|(index, region)| {
+            let offset = phys.checked_sub(region.start)?;
+            (offset < region.len && len <= region.len - offset).then_some((index, offset))
+        })
+    }
+
+    /// Host address of `len` bytes of RAM at `phys`, or None if they aren't RAM.
+    pub(crate) fn host(&self, phys: u64, len: u64) -> Option<*mut u8> {
+        let (index, offset) = self.region(phys, len)?;
+        // SAFETY: the offset lies inside the region's mapping.
+        Some(unsafe { self.regions[index].host.add(offset as usize) })
+    }
+
+    /// Forgets every translation of data addresses and every branch target.
+    pub(crate) fn flush(&mut self) {
+        self.tlbs.iter_mut().for_each(Tlb::flush);
+        self.jumps.iter_mut().for_each(JumpCache::flush);
+    }
+
+    /// Forgets one page.
+    pub(crate) fn invalidate(&mut self, address: u64) {
+        for tlb in &mut self.tlbs {
+            tlb.remove(address & !0xfff);
+        }
+        self.jumps.iter_mut().for_each(JumpCache::flush);
+    }
+
+    /// True if the page at `phys` holds translated code.
+    pub(crate) fn is_code(&self, phys: u64) -> bool {
+        self.region(phys, 1).is_some_and(|(index, offset)| {
+            let page = offset as usize >> 12;
+            self.code_pages[index][page / 64] >> (page % 64) & 1 == 1
+        })
+    }
+
+    /// Notes whether the page at `phys` holds translated code.
+    pub(crate) fn set_code(&mut self, phys: u64, code: bool) {
+        let Some((index, offset)) = self.region(phys, 1) else {
+            return;
+        };
+        let page = offset as usize >> 12;
+        let word = &mut self.code_pages[index][page / 64];
+        let before = *word;
+        if code {
+            *word |= 1 << (page % 64);
+        } else {
+            *word &= !(1 << (page % 64));
+        }
+        if code && before != self.code_pages[index][page / 64] {
+            // Any alias may be in a write TLB; which, nobody knows.
+            self.tlbs[tlb_index(false, true)].flush();
+            self.tlbs[tlb_index(true, true)].flush();
+        }
+    }
+
+    /// Enters a page into the TLB that an access of this kind looks into. Returns false if the
+    /// page must stay on the slow path: device memory, or a write to a page with code.
+    pub(crate) fn fill(&mut self, address: u64, page: Page, access: Access, user: bool) -> bool {
+        let Some(host) = self.host(page.phys, 4096) else {
+            return false;
+        };
+        let write = access == Access::Write;
+        if write && self.is_code(page.phys) {
+            return false;
+        }
+        let key = address & !0xfff;
+        self.tlbs[tlb_index(user, write)].fill(key, host as u64);
+        true
+    }
+
+    /// Translates `address` for an access by the current or an implied privilege.
+    ///
+    /// # Errors
+    /// The page fault, or #GP for an address that isn't canonical.
+    pub(crate) fn walk(
+        &self,
+        cpu: &Cpu,
+        address: u64,
+        access: Access,
+        user: bool,
+    ) -> Result<Page, Fault> {
+        if cpu.cr0 & CR0_PG == 0 {
+            return Ok(Page {
+                phys: address & 0xffff_f000,
+            });
+        }
+        let write = access == Access::Write;
+        let nx = cpu.efer & EFER_NXE != 0;
+        let fault = |present: bool, reserved: bool| {
+            let fetch = access == Access::Fetch && nx;
+            Fault::page(
+                address,
+                u32::from(present)
+                    | u32::from(write) << 1
+                    | u32::from(user) << 2
+                    | u32::from(reserved) << 3
+                    | u32::from(fetch) << 4,
+            )
+        };
+        let (mut level, mut table, wide) = if cpu.long() {
+            if (address as i64) << 16 >> 16 != address as i64 {
+                return Err(Fault::gp());
+            }
+            (4u32, cpu.cr3 & 0x000f_ffff_ffff_f000, true)
+        } else if cpu.cr4 & CR4_PAE != 0 {
+            (3, cpu.cr3 & 0xffff_ffe0, true)
+        } else {
+            (2, cpu.cr3 & 0xffff_f000, false)
+        };
+        let pae = wide && !cpu.long();
+        let mut rights = WRITABLE | USER;
+        let mut executable = true;
+        loop {
+            let entry_at = if wide {
+                table + (address >> (12 + 9 * (level - 1)) & 0x1ff) * 8
+            } else {
+                table + (address >> (12 + 10 * (level - 1)) & 0x3ff) * 4
+            };
+            let entry = self.entry(entry_at, wide);
+            if entry & PRESENT == 0 {
+                return Err(fault(false, false));
+            }
+            // PDPTEs of PAE paging have no rights of their own.
+            let pointer_only = pae && level == 3;
+            if wide {
+                let above = !((1u64 << PHYSICAL_BITS) - 1) & 0x000f_ffff_ffff_ffff;
+                let bad_nx = entry & NO_EXECUTE != 0 && !nx;
+                let bad_size = level == 4 && entry & LARGE != 0;
+                if entry & above != 0 || bad_nx || bad_size {
+                    return Err(fault(true, true));
+                }
+            }
+            if !pointer_only {
+                rights &= entry;
+                executable &= entry & NO_EXECUTE == 0;
+            }
+            let large = level > 1
+                && entry & LARGE != 0
+                && !pointer_only
+                && (wide || cpu.cr4 & CR4_PSE != 0);
+            if level > 1 && !large {
+                if !pointer_only {
+                    self.set_bits(entry_at, wide, entry, ACCESSED);
+                }
+                table = entry
+                    & if wide {
+                        0x000f_ffff_ffff_f000
+                    } else {
+                        0xffff_f000
+                    };
+                level -= 1;
+                continue;
+            }
+            let span = 1u64 << (12 + (level - 1) * if wide { 9 } else { 10 });
+            // Bits 13 up to the page size are reserved in a large entry (bit 12 is PAT).
+            if large && wide && entry & (span - 1) & !0x1fff != 0 {
+                return Err(fault(true, true));
+            }
+            if user && rights & USER == 0 {
+                return Err(fault(true, false));
+            }
+            let can_write = rights & WRITABLE != 0 || (!user && cpu.cr0 & CR0_WP == 0);
+            if write && !can_write {
+                return Err(fault(true, false));
+            }
+            if access == Access::Fetch && !executable {
+                return Err(fault(true, false));
+            }
+            let set = ACCESSED | if write { DIRTY } else { 0 };
+            self.set_bits(entry_at, wide, entry, set);
+            let base = if wide {
+                entry & 0x000f_ffff_ffff_f000 & !(span - 1)
+            } else if large {
+                // PSE-36: bits 13-20 are address bits 32-39.
+                entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32
+            } else {
+                entry & 0xffff_f000
+            };
+            let phys = (base | address & (span - 1)) & !0xfff;
+            return Ok(Page { phys });
+        }
+    }
+
+    fn entry(&self, at: u64, wide: bool) -> u64 {
+        match self.host(at, if wide { 8 } else { 4 }) {
+            // SAFETY: inside RAM; entries are naturally aligned, and atomic because a guest's
+            // other CPUs may change them.
+            Some(host) if wide => unsafe { &*host.cast::<AtomicU64>() }.load(Ordering::Relaxed),
+            // SAFETY: as above.
+            Some(host) => u64::from(unsafe { &*host.cast::<AtomicU32>() }.load(Ordering::Relaxed)),
+            // Page tables outside RAM read as all ones do on a bus: present, reserved bits set.
+            None => u64::MAX,
+        }
+    }
+
+    fn set_bits(&self, at: u64, wide: bool, entry: u64, bits: u64) {
+        if entry & bits == bits {
+            return;
+        }
+        if let Some(host) = self.host(at, if wide { 8 } else { 4 }) {
+            // SAFETY: as in `entry`. Accessed and dirty are in the low word of either format.
+            unsafe { &*host.cast::<AtomicU32>() }.fetch_or(bits as u32, Ordering::Relaxed);
+        }
+    }
+
+    /// Copies guest-virtual memory out, with the given privilege.
+    ///
+    /// # Errors
+    /// The first page fault. Device memory reads as all ones.
+    pub(crate) fn read(
+        &self,
+        cpu: &Cpu,
+        address: u64,
+        bytes: &mut [u8],
+        user: bool,
+    ) -> Result<(), Fault> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = address.wrapping_add(done as u64);
+            let len = (4096 - (at & 0xfff) as usize).min(bytes.len() - done);
+            let page = self.walk(cpu, at, Access::Read, user)?;
+            match self.host(page.phys | at & 0xfff, len as u64) {
+                // SAFETY: inside RAM, and `bytes` is the runtime's own memory.
+                Some(host) => unsafe {
+                    std::ptr::copy_nonoverlapping(host, bytes[done..].as_mut_ptr(), len);
+                },
+                None => bytes[done..done + len].fill(0xff),
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Reads a little-endian integer of `N` bytes.
+    ///
+    /// # Errors
+    /// The page fault.
+    pub(crate) fn read_int<const N: usize>(
+        &self,
+        cpu: &Cpu,
+        address: u64,
+        user: bool,
+    ) -> Result<u64, Fault> {
+        let mut bytes = [0; 8];
+        self.read(cpu, address, &mut bytes[..N], user)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+}

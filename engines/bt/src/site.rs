@@ -1,0 +1,106 @@
+//! Sites: the places where translated code leaves for the runtime, and what the runtime needs to
+//! know there.
+//!
+//! Translated code says no more than a site number; everything else about it was known when the
+//! block was translated and waits here: the guest's instruction, where each register's true value
+//! is, where to go on.
+
+use crate::{context::Context, context::flags_from_lazy, fault::Fault};
+
+/// Where the guest's registers and flags are at a point of translated code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Homes {
+    /// Registers whose value is in `Context::spill`; the host register holds scratch.
+    pub spilled: u16,
+    /// The arithmetic flags are in `Context::lazy_flags`; the host's are scratch.
+    pub lazy: bool,
+}
+
+impl Homes {
+    /// Brings every register and flag home to `gpr` and `flags`.
+    pub(crate) fn settle(self, context: &mut Context) {
+        for register in 0..16 {
+            if self.spilled >> register & 1 == 1 {
+                context.gpr[register] = context.spill[register];
+            }
+        }
+        if self.lazy {
+            context.flags = context.flags & !0x8d5 | flags_from_lazy(context.lazy_flags);
+        }
+    }
+}
+
+/// Why a site leaves translated code.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    /// An access missed the software TLB; phase 1 is a bounced access that has to be written back.
+    Memory(Slow),
+    /// A direct branch that isn't linked yet: `patch` is the address of its rel32.
+    /// `stub` is what the rel32 leads to until then.
+    Direct { target: u64, patch: u64, stub: u64 },
+    /// An indirect branch whose target (`Context::target`) isn't in the jump cache.
+    Indirect,
+    /// Instruction `index` of the side list is the runtime's to execute.
+    System { index: u32 },
+    /// The instruction raises an exception.
+    Fault(Fault),
+}
+
+/// An access on its slow path.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slow {
+    pub size: u16,
+    pub write: bool,
+    /// The body reads the operand (and may write it as well).
+    pub read: bool,
+    /// Host register that holds the operand's host address in the body.
+    pub register: u8,
+    /// Computes the address again and looks it up.
+    pub retry: u64,
+    /// The body, out of line.
+    pub bounce: u64,
+    /// Just after the body, in line.
+    pub resume: u64,
+    /// Where things are after the body.
+    pub after: Homes,
+    /// The access is to the stack: #SS instead of #GP.
+    pub stack: bool,
+    /// Guest instruction pointer after the body, None if more of the instruction is to come.
+    pub next_ip: Option<u64>,
+    /// How far RSP still has to move before `next_ip`.
+    pub rsp: i32,
+}
+
+/// A place where translated code leaves.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Site {
+    /// Index of the block it belongs to.
+    pub block: u32,
+    /// The guest instruction.
+    pub ip: u64,
+    pub homes: Homes,
+    pub kind: Kind,
+}
+
+/// A place in translated code where the host may fault: from `offset` to the next one's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark {
+    /// Offset from the block's first byte.
+    pub offset: u32,
+    pub ip: Ip,
+    pub homes: Homes,
+}
+
+/// The guest instruction pointer at a mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ip {
+    /// This one.
+    At(u64),
+    /// `Context::target`.
+    Target,
+}
+
+/// Site number as translated code stores it.
+pub(crate) fn number(index: usize, phase: u64) -> i32 {
+    ((index as u64) << 1 | phase) as i32
+}

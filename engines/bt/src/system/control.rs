@@ -1,0 +1,233 @@
+//! Control registers, debug registers, MSRs, CPUID.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::{Step, Trap, segment_index};
+use crate::{
+    core::Core,
+    cpu::{
+        Bits, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_ANNOUNCED, CR4_PAE, EFER_LMA, EFER_LME,
+        EFER_NXE, EFER_SCE, Seg,
+    },
+    fault::Fault,
+    mmu::PHYSICAL_BITS,
+};
+
+/// CR0 bits that exist (SDM 3A 2.5).
+const CR0_DEFINED: u64 = 0xe005_003f;
+
+impl Core {
+    /// mov to or from a segment, control or debug register.
+    pub(super) fn mov_system(&mut self, instr: &Instruction) -> Result<Step, Trap> {
+        let (to, from) = (instr.op0_register(), instr.op1_register());
+        if instr.op0_kind() == OpKind::Register && to.is_segment_register() {
+            let index = segment_index(to);
+            if index == Seg::CS {
+                return Err(Fault::ud().into());
+            }
+            let selector = self.value(instr, 1)? as u16;
+            self.load_segment(index, selector)?;
+            self.cpu.shadow = index == Seg::SS;
+            return Ok(Step::Next);
+        }
+        if instr.op1_kind() == OpKind::Register && from.is_segment_register() {
+            let selector = self.cpu.segments[segment_index(from)].selector;
+            self.store(instr, selector.into())?;
+            return Ok(Step::Next);
+        }
+        let width = if self.cpu.bits() == Bits::Bits64 {
+            u64::MAX
+        } else {
+            0xffff_ffff
+        };
+        if to.is_cr() {
+            let value = self.gpr(from.full_register().number()) & width;
+            match to {
+                Register::CR0 => self.set_cr0(value)?,
+                Register::CR2 => self.cpu.cr2 = value,
+                Register::CR3 => self.set_cr3(value)?,
+                Register::CR4 => self.set_cr4(value)?,
+                Register::CR8 if value < 16 => self.cpu.cr8 = value,
+                Register::CR8 => return Err(Fault::gp().into()),
+                _ => return Err(Fault::ud().into()),
+            }
+        } else if from.is_cr() {
+            let value = match from {
+                Register::CR0 => self.cpu.cr0,
+                Register::CR2 => self.cpu.cr2,
+                Register::CR3 => self.cpu.cr3,
+                Register::CR4 => self.cpu.cr4,
+                Register::CR8 => self.cpu.cr8,
+                _ => return Err(Fault::ud().into()),
+            };
+            self.set_gpr(to.full_register().number(), value & width);
+        } else if to.is_dr() {
+            let value = self.gpr(from.full_register().number()) & width;
+            let number = debug_register(to);
+            if number >= 6 && value >> 32 != 0 {
+                return Err(Fault::gp().into());
+            }
+            self.cpu.dr[number] = match number {
+                6 => value & 0xe00f | 0xffff_0ff0,
+                7 => value & 0xffff_2bff | 0x400,
+                _ => value,
+            };
+        } else {
+            let value = self.cpu.dr[debug_register(from)];
+            self.set_gpr(to.full_register().number(), value & width);
+        }
+        Ok(Step::Next)
+    }
+
+    /// Writes CR0, with what follows from it.
+    ///
+    /// # Errors
+    /// #GP for combinations that SDM 3A 2.5 forbids.
+    pub(super) fn set_cr0(&mut self, value: u64) -> Result<(), Fault> {
+        let old = self.cpu.cr0;
+        let value = value & (CR0_DEFINED | !0xffff_ffff) | CR0_ET;
+        let paging = value & CR0_PG != 0;
+        if value >> 32 != 0
+            || paging && value & CR0_PE == 0
+            || value & CR0_NW != 0 && value & CR0_CD == 0
+        {
+            return Err(Fault::gp());
+        }
+        if paging && old & CR0_PG == 0 {
+            if self.cpu.efer & EFER_LME != 0 {
+                if self.cpu.cr4 & CR4_PAE == 0 || self.cpu.segments[Seg::CS].long() {
+                    return Err(Fault::gp());
+                }
+                self.cpu.efer |= EFER_LMA;
+            }
+        } else if !paging && old & CR0_PG != 0 {
+            if self.cpu.bits() == Bits::Bits64 {
+                return Err(Fault::gp());
+            }
+            self.cpu.efer &= !EFER_LMA;
+        }
+        self.cpu.cr0 = value;
+        if (old ^ value) & (CR0_PG | CR0_PE | crate::cpu::CR0_WP) != 0 {
+            self.flush();
+        }
+        Ok(())
+    }
+
+    fn set_cr3(&mut self, value: u64) -> Result<(), Fault> {
+        if value >> PHYSICAL_BITS != 0 {
+            return Err(Fault::gp());
+        }
+        self.cpu.cr3 = value;
+        self.flush();
+        Ok(())
+    }
+
+    fn set_cr4(&mut self, value: u64) -> Result<(), Fault> {
+        if value & !CR4_ANNOUNCED != 0 || self.cpu.long() && value & CR4_PAE == 0 {
+            return Err(Fault::gp());
+        }
+        self.cpu.cr4 = value;
+        self.flush();
+        Ok(())
+    }
+
+    pub(super) fn read_msr(&self, index: u32) -> Result<u64, Fault> {
+        let cpu = &self.cpu;
+        Ok(match index {
+            // SAFETY: reads a counter.
+            0x10 => unsafe { std::arch::x86_64::_rdtsc() },
+            0x1b => cpu.apic_base,
+            // Microcode revision, platform id, feature control: nothing to report.
+            0x8b | 0x17 => 0,
+            // MTRRs: none variable, fixed ones off.
+            0xfe => 0,
+            0x2ff => cpu.mtrr_def_type,
+            0x174..=0x176 => cpu.sysenter[index as usize - 0x174],
+            // Machine-check capabilities and status: no banks.
+            0x179 | 0x17a => 0,
+            0x1a0 => cpu.misc_enable,
+            0x277 => cpu.pat,
+            0xc000_0080 => cpu.efer,
+            0xc000_0081 => cpu.star,
+            0xc000_0082 => cpu.lstar,
+            0xc000_0083 => cpu.cstar,
+            0xc000_0084 => cpu.fmask,
+            0xc000_0100 => cpu.segments[Seg::FS].base,
+            0xc000_0101 => cpu.segments[Seg::GS].base,
+            0xc000_0102 => cpu.kernel_gs_base,
+            0xc000_0103 => cpu.tsc_aux,
+            _ => return Err(Fault::gp()),
+        })
+    }
+
+    pub(super) fn write_msr(&mut self, index: u32, value: u64) -> Result<(), Fault> {
+        let canonical = (value as i64) << 16 >> 16 == value as i64;
+        let needs_canonical = matches!(
+            index,
+            0x175 | 0x176 | 0xc000_0082 | 0xc000_0083 | 0xc000_0100..=0xc000_0102
+        );
+        if needs_canonical && !canonical {
+            return Err(Fault::gp());
+        }
+        let cpu = &mut self.cpu;
+        match index {
+            // The guest reads the host's counter; it can't be set.
+            0x10 => {}
+            // The APIC stays where it is.
+            0x1b if value & !0xd00 == cpu.apic_base & !0xd00 => cpu.apic_base = value,
+            0x8b | 0x17a => {}
+            0x2ff => cpu.mtrr_def_type = value & 0xcff,
+            0x174..=0x176 => cpu.sysenter[index as usize - 0x174] = value,
+            0x1a0 => cpu.misc_enable = value,
+            0x277 => {
+                let valid = value
+                    .to_le_bytes()
+                    .iter()
+                    .all(|&kind| matches!(kind, 0 | 1 | 4..=7));
+                if !valid {
+                    return Err(Fault::gp());
+                }
+                cpu.pat = value;
+            }
+            0xc000_0080 => {
+                let writable = EFER_SCE | EFER_LME | EFER_NXE;
+                if value & !(writable | EFER_LMA) != 0
+                    || (value ^ cpu.efer) & EFER_LME != 0 && cpu.cr0 & CR0_PG != 0
+                {
+                    return Err(Fault::gp());
+                }
+                cpu.efer = value & writable | cpu.efer & EFER_LMA;
+                self.flush();
+            }
+            0xc000_0081 => cpu.star = value,
+            0xc000_0082 => cpu.lstar = value,
+            0xc000_0083 => cpu.cstar = value,
+            0xc000_0084 => cpu.fmask = value & 0xffff_ffff,
+            0xc000_0100 => self.set_segment_base(Seg::FS, value),
+            0xc000_0101 => self.set_segment_base(Seg::GS, value),
+            0xc000_0102 => cpu.kernel_gs_base = value,
+            0xc000_0103 => {
+                if value >> 32 != 0 {
+                    return Err(Fault::gp());
+                }
+                cpu.tsc_aux = value;
+            }
+            _ => return Err(Fault::gp()),
+        }
+        Ok(())
+    }
+
+    /// The pinned CPUID, with the bits that follow the CPU's state.
+    pub(super) fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        engine_core::cpuid::pinned(leaf, subleaf)
+    }
+}
+
+fn debug_register(register: Register) -> usize {
+    match register.number() {
+        // DR4 and DR5 are aliases while CR4.DE is clear (SDM 3B 19.2.2).
+        4 => 6,
+        5 => 7,
+        number => number & 7,
+    }
+}

@@ -1,0 +1,298 @@
+//! Far transfers: interrupts by instruction, iret, syscall and sysret, far jumps, calls, returns.
+
+use engine_core::Segment;
+use iced_x86::{Instruction, Mnemonic, OpKind};
+
+use super::{Step, Trap};
+use crate::{
+    core::{Cause, Core},
+    cpu::{
+        Bits, EFER_SCE, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM,
+        Seg,
+    },
+    fault::{self, Fault},
+};
+
+/// Flags that iret and sysret take from their image at CPL 0, besides the arithmetic ones.
+const RETURN_FLAGS: u64 = FLAG_TF | FLAG_NT | FLAG_RF | FLAG_AC | FLAG_ID | FLAG_IF | FLAG_IOPL;
+
+fn flat(selector: u16, attributes: u16) -> Segment {
+    Segment {
+        selector,
+        base: 0,
+        limit: u32::MAX,
+        attributes,
+    }
+}
+
+fn canonical(address: u64) -> bool {
+    (address as i64) << 16 >> 16 == address as i64
+}
+
+impl Core {
+    pub(super) fn flow(&mut self, instr: &Instruction) -> Result<Step, Trap> {
+        use Mnemonic::*;
+        match instr.mnemonic() {
+            Int | Int3 | Int1 => {
+                let vector = match instr.mnemonic() {
+                    Int => instr.immediate8(),
+                    Int3 => fault::BP,
+                    _ => fault::DB,
+                };
+                self.software_interrupt(vector, instr.next_ip())?;
+            }
+            Into => {
+                if self.rflags() & 1 << 11 == 0 {
+                    return Ok(Step::Next);
+                }
+                self.software_interrupt(fault::OF, instr.next_ip())?;
+            }
+            Iretd | Iretq => self.iret(instr)?,
+            Syscall => self.syscall(instr)?,
+            Sysret | Sysretq => self.sysret(instr.mnemonic() == Sysretq)?,
+            Jmp | Call => self.far_transfer(instr)?,
+            Retf => self.far_return(instr)?,
+            _ => return Err(Trap::Unsupported("not implemented".into())),
+        }
+        Ok(Step::Jump)
+    }
+
+    /// RIP in the frame is the next instruction's, but a fault on the way is this one's.
+    fn software_interrupt(&mut self, vector: u8, next_ip: u64) -> Result<(), Fault> {
+        let ip = std::mem::replace(&mut self.rip, next_ip);
+        self.deliver(vector, None, Cause::Software)
+            .inspect_err(|_| self.rip = ip)
+    }
+
+    fn iret(&mut self, instr: &Instruction) -> Result<(), Trap> {
+        let size: u32 = if instr.mnemonic() == Mnemonic::Iretq {
+            8
+        } else {
+            4
+        };
+        let step = u64::from(size);
+        if self.cpu.flags & FLAG_NT != 0 {
+            return Err(if self.cpu.long() {
+                Fault::gp().into()
+            } else {
+                Trap::Unsupported("task return".into())
+            });
+        }
+        let rip = self.peek(0, size)?;
+        let selector = self.peek(step, size)? as u16;
+        let image = self.peek(2 * step, size)?;
+        if image & FLAG_VM != 0 && !self.cpu.long() {
+            return Err(Trap::Unsupported("virtual-8086 mode".into()));
+        }
+        let cpl = self.cpu.cpl();
+        let rpl = (selector & 3) as u8;
+        let code = self.code_descriptor(selector)?;
+        let conforming = code.attributes & 4 != 0;
+        if rpl < cpl || !conforming && code.dpl() != rpl || conforming && code.dpl() > rpl {
+            return Err(Fault::selector(fault::GP, selector).into());
+        }
+        if self.cpu.long() && code.long() && !canonical(rip) {
+            return Err(Fault::gp().into());
+        }
+        // 64-bit mode always takes SS:RSP from the frame (SDM 2A, IRET).
+        let from_64 = self.cpu.bits() == Bits::Bits64;
+        if from_64 || rpl > cpl {
+            let rsp = self.peek(3 * step, size)?;
+            let ss = self.peek(4 * step, size)? as u16;
+            let segment = self.return_stack(ss, rpl, &code)?;
+            self.set_segment(Seg::SS, segment);
+            self.set_gpr(4, rsp);
+        } else {
+            self.pop_bytes(3 * step);
+        }
+        self.set_segment(Seg::CS, Segment { selector, ..code });
+        self.rip = rip;
+        let mut writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS;
+        if cpl != 0 {
+            writable &= !FLAG_IOPL;
+        }
+        if cpl > self.cpu.iopl() {
+            writable &= !FLAG_IF;
+        }
+        let old = self.rflags();
+        // RF takes effect for one instruction and no breakpoint is armed: it isn't kept.
+        self.set_rflags((old & !writable | image & writable) & !FLAG_RF);
+        if rpl > cpl {
+            self.drop_data_segments(rpl);
+        }
+        Ok(())
+    }
+
+    /// The stack segment that a return to `rpl` loads.
+    fn return_stack(&self, selector: u16, rpl: u8, code: &Segment) -> Result<Segment, Fault> {
+        if selector & !3 == 0 {
+            if code.long() && rpl != 3 {
+                return Ok(flat(selector, 0xc093 | u16::from(rpl) << 5));
+            }
+            return Err(Fault::gp());
+        }
+        let segment = self.descriptor(selector, fault::GP)?;
+        let writable = segment.attributes & 0x1a == 0x12;
+        if selector & 3 != u16::from(rpl) || !writable || segment.dpl() != rpl {
+            return Err(Fault::selector(fault::GP, selector));
+        }
+        if !segment.present() {
+            return Err(Fault::selector(fault::SS, selector));
+        }
+        Ok(segment)
+    }
+
+    /// A return to less privilege drops segments that it may not use (SDM 2A, IRET).
+    fn drop_data_segments(&mut self, cpl: u8) {
+        for index in [Seg::ES, Seg::DS, Seg::FS, Seg::GS] {
+            let segment = self.cpu.segments[index];
+            let conforming = segment.attributes & 0xc == 0xc;
+            if !conforming && segment.dpl() < cpl && segment.selector & !3 != 0 {
+                self.set_segment(index, Segment::default());
+            }
+        }
+    }
+
+    /// SDM 2B, SYSCALL.
+    fn syscall(&mut self, instr: &Instruction) -> Result<(), Trap> {
+        if self.cpu.efer & EFER_SCE == 0 || !self.cpu.long() {
+            return Err(Fault::ud().into());
+        }
+        if self.cpu.bits() != Bits::Bits64 {
+            return Err(Trap::Unsupported("syscall from compatibility mode".into()));
+        }
+        let flags = self.rflags();
+        self.set_gpr(1, instr.next_ip());
+        self.set_gpr(11, flags & !FLAG_RF);
+        self.rip = self.cpu.lstar;
+        self.set_rflags(flags & !self.cpu.fmask & !FLAG_RF);
+        let selector = (self.cpu.star >> 32) as u16 & !3;
+        self.set_segment(Seg::CS, flat(selector, 0xa09b));
+        self.set_segment(Seg::SS, flat(selector.wrapping_add(8), 0xc093));
+        Ok(())
+    }
+
+    /// SDM 2B, SYSRET.
+    fn sysret(&mut self, wide: bool) -> Result<(), Trap> {
+        if self.cpu.efer & EFER_SCE == 0 {
+            return Err(Fault::ud().into());
+        }
+        let target = self.gpr(1);
+        if wide && !canonical(target) {
+            return Err(Fault::gp().into());
+        }
+        let base = (self.cpu.star >> 48) as u16;
+        let writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS;
+        self.set_rflags(self.gpr(11) & writable & !FLAG_RF);
+        if wide {
+            self.rip = target;
+            self.set_segment(Seg::CS, flat(base.wrapping_add(16) | 3, 0xa0fb));
+        } else {
+            self.rip = target & 0xffff_ffff;
+            self.set_segment(Seg::CS, flat(base | 3, 0xc0fb));
+        }
+        self.set_segment(Seg::SS, flat(base.wrapping_add(8) | 3, 0xc0f3));
+        Ok(())
+    }
+
+    fn far_pointer(&self, instr: &Instruction) -> Result<(u16, u64), Fault> {
+        Ok(match instr.op0_kind() {
+            OpKind::FarBranch32 => (instr.far_branch_selector(), instr.far_branch32().into()),
+            OpKind::FarBranch16 => (instr.far_branch_selector(), instr.far_branch16().into()),
+            _ => {
+                let size = instr.memory_size().size() as u32 - 2;
+                let address = self.operand_address(instr);
+                let offset = self.load(address, size)?;
+                (
+                    self.load(address.wrapping_add(size.into()), 2)? as u16,
+                    offset,
+                )
+            }
+        })
+    }
+
+    /// Far jump or call to a code segment of the same privilege. Gates and tasks aren't there yet.
+    fn far_transfer(&mut self, instr: &Instruction) -> Result<(), Trap> {
+        let (selector, offset) = self.far_pointer(instr)?;
+        if selector & !3 == 0 {
+            return Err(Fault::gp().into());
+        }
+        let segment = self.descriptor(selector, fault::GP)?;
+        if segment.attributes & 0x10 == 0 {
+            return Err(Trap::Unsupported(
+                "far transfer through a system descriptor".into(),
+            ));
+        }
+        let code = self.code_descriptor(selector)?;
+        let cpl = self.cpu.cpl();
+        let conforming = code.attributes & 4 != 0;
+        let rpl = (selector & 3) as u8;
+        if conforming && code.dpl() > cpl || !conforming && (code.dpl() != cpl || rpl > cpl) {
+            return Err(Fault::selector(fault::GP, selector).into());
+        }
+        if code.long() && self.cpu.long() && !canonical(offset) {
+            return Err(Fault::gp().into());
+        }
+        if instr.mnemonic() == Mnemonic::Call {
+            let size = match instr.memory_size().size() {
+                10 => 8,
+                4 => 2,
+                _ => 4,
+            };
+            let user = self.user();
+            let old = self.cpu.segments[Seg::CS].selector;
+            let mut frame = [0; 16];
+            let step = size as usize;
+            frame[..step].copy_from_slice(&instr.next_ip().to_le_bytes()[..step]);
+            frame[step..step + 2].copy_from_slice(&old.to_le_bytes());
+            let down = 0u64.wrapping_sub(2 * size);
+            self.write(self.stack_address(down), &frame[..2 * step], user)?;
+            self.pop_bytes(down);
+        }
+        let selector = selector & !3 | u16::from(cpl);
+        self.set_segment(Seg::CS, Segment { selector, ..code });
+        self.rip = offset;
+        Ok(())
+    }
+
+    fn far_return(&mut self, instr: &Instruction) -> Result<(), Trap> {
+        use iced_x86::Code::*;
+        let size: u32 = match instr.code() {
+            Retfq | Retfq_imm16 => 8,
+            Retfd | Retfd_imm16 => 4,
+            _ => 2,
+        };
+        let extra = if instr.op_count() == 0 {
+            0
+        } else {
+            instr.immediate16()
+        };
+        let step = u64::from(size);
+        let rip = self.peek(0, size)?;
+        let selector = self.peek(step, size)? as u16;
+        let rpl = (selector & 3) as u8;
+        let cpl = self.cpu.cpl();
+        let code = self.code_descriptor(selector)?;
+        let conforming = code.attributes & 4 != 0;
+        if rpl < cpl || !conforming && code.dpl() != rpl || conforming && code.dpl() > rpl {
+            return Err(Fault::selector(fault::GP, selector).into());
+        }
+        if code.long() && self.cpu.long() && !canonical(rip) {
+            return Err(Fault::gp().into());
+        }
+        let past = 2 * step + u64::from(extra);
+        if rpl > cpl {
+            let rsp = self.peek(past, size)?;
+            let ss = self.peek(past + step, size)? as u16;
+            let segment = self.return_stack(ss, rpl, &code)?;
+            self.set_segment(Seg::SS, segment);
+            self.set_gpr(4, rsp.wrapping_add(extra.into()));
+            self.drop_data_segments(rpl);
+        } else {
+            self.pop_bytes(past);
+        }
+        self.set_segment(Seg::CS, Segment { selector, ..code });
+        self.rip = rip;
+        Ok(())
+    }
+}

@@ -1,0 +1,166 @@
+//! Segment registers and descriptors (SDM 3A chapters 3 and 5).
+
+use engine_core::Segment;
+
+use crate::{
+    core::Core,
+    cpu::Seg,
+    fault::{self, Fault},
+};
+
+impl Core {
+    /// Reads the descriptor that `selector` names.
+    ///
+    /// # Errors
+    /// Exception `vector` with the selector if it lies outside its table; page faults.
+    pub(crate) fn raw_descriptor(&self, selector: u16, vector: u8) -> Result<u64, Fault> {
+        let (base, limit) = if selector & 4 == 0 {
+            (self.cpu.gdtr.base, u64::from(self.cpu.gdtr.limit))
+        } else {
+            (self.cpu.ldtr.base, u64::from(self.cpu.ldtr.limit))
+        };
+        let offset = u64::from(selector & !7);
+        if offset + 7 > limit || selector & 4 != 0 && !self.cpu.ldtr.present() {
+            return Err(Fault::selector(vector, selector));
+        }
+        self.mmu
+            .read_int::<8>(&self.cpu, base.wrapping_add(offset), false)
+    }
+
+    /// As `raw_descriptor`, unpacked.
+    pub(crate) fn descriptor(&self, selector: u16, vector: u8) -> Result<Segment, Fault> {
+        Ok(unpack(selector, self.raw_descriptor(selector, vector)?))
+    }
+
+    /// A code segment to transfer to: not null, present, code.
+    ///
+    /// # Errors
+    /// #GP or #NP with the selector.
+    pub(crate) fn code_descriptor(&self, selector: u16) -> Result<Segment, Fault> {
+        if selector & !3 == 0 {
+            return Err(Fault::gp());
+        }
+        let segment = self.descriptor(selector, fault::GP)?;
+        if segment.attributes & 0x18 != 0x18 {
+            return Err(Fault::selector(fault::GP, selector));
+        }
+        if !segment.present() {
+            return Err(Fault::selector(fault::NP, selector));
+        }
+        Ok(segment)
+    }
+
+    /// Loads es, ss, ds, fs or gs as an instruction does.
+    ///
+    /// # Errors
+    /// #GP, #NP or #SS with the selector.
+    pub(crate) fn load_segment(&mut self, index: usize, selector: u16) -> Result<(), Fault> {
+        let cpl = self.cpu.cpl();
+        let rpl = (selector & 3) as u8;
+        if selector & !3 == 0 {
+            if index == Seg::SS && (!self.cpu.long() || cpl == 3 || rpl != cpl) {
+                return Err(Fault::gp());
+            }
+            // A null ss keeps its privilege; the others keep no base.
+            let attributes = if index == Seg::SS {
+                0xc093 | u16::from(cpl) << 5
+            } else {
+                0
+            };
+            let null = Segment {
+                selector,
+                base: 0,
+                limit: 0,
+                attributes,
+            };
+            self.set_segment(index, null);
+            return Ok(());
+        }
+        let segment = self.descriptor(selector, fault::GP)?;
+        let bad = Err(Fault::selector(fault::GP, selector));
+        let kind = segment.attributes & 0x1f;
+        let code = kind & 8 != 0;
+        if kind & 0x10 == 0 {
+            return bad;
+        }
+        if index == Seg::SS {
+            let writable = !code && kind & 2 != 0;
+            if !writable || rpl != cpl || segment.dpl() != cpl {
+                return bad;
+            }
+            if !segment.present() {
+                return Err(Fault::selector(fault::SS, selector));
+            }
+        } else {
+            let readable = !code || kind & 2 != 0;
+            let conforming = code && kind & 4 != 0;
+            if !readable || !conforming && segment.dpl() < cpl.max(rpl) {
+                return bad;
+            }
+            if !segment.present() {
+                return Err(Fault::selector(fault::NP, selector));
+            }
+        }
+        self.set_segment(index, segment);
+        Ok(())
+    }
+
+    /// Base and limit of a system descriptor (LDT, TSS), 16 bytes long in IA-32e mode.
+    ///
+    /// # Errors
+    /// #GP or #NP with the selector; page faults.
+    pub(crate) fn system_descriptor(&self, selector: u16) -> Result<Segment, Fault> {
+        if selector & 4 != 0 {
+            return Err(Fault::selector(fault::GP, selector));
+        }
+        let mut segment = self.descriptor(selector, fault::GP)?;
+        if segment.attributes & 0x10 != 0 {
+            return Err(Fault::selector(fault::GP, selector));
+        }
+        if !segment.present() {
+            return Err(Fault::selector(fault::NP, selector));
+        }
+        if self.cpu.long() {
+            let at = self
+                .cpu
+                .gdtr
+                .base
+                .wrapping_add(u64::from(selector & !7) + 8);
+            segment.base |= self.mmu.read_int::<4>(&self.cpu, at, false)? << 32;
+        }
+        Ok(segment)
+    }
+}
+
+/// Unpacks an 8-byte descriptor.
+fn unpack(selector: u16, raw: u64) -> Segment {
+    // Bits 40-47 to 0-7 and 52-55 to 12-15, where `Segment` keeps them.
+    let attributes = (raw >> 40 & 0xff) as u16 | ((raw >> 52 & 0xf) as u16) << 12;
+    let limit = (raw & 0xffff | raw >> 32 & 0xf_0000) as u32;
+    Segment {
+        selector,
+        base: raw >> 16 & 0xff_ffff | raw >> 32 & 0xff00_0000,
+        limit: if attributes >> 15 == 1 {
+            limit << 12 | 0xfff
+        } else {
+            limit
+        },
+        attributes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flat_long_mode_code_descriptor_unpacks() {
+        let segment = unpack(8, 0x00af_9b00_0000_ffff);
+        assert_eq!(segment.limit, u32::MAX);
+        assert!(segment.long() && !segment.db() && segment.present());
+        assert_eq!(
+            (segment.base, segment.dpl(), segment.attributes),
+            (0, 0, 0xa09b)
+        );
+    }
+}

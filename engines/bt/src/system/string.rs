@@ -1,0 +1,314 @@
+//! String instructions: movs, stos, lods, scas, cmps, ins, outs, with every prefix.
+//!
+//! A repeated one works in pieces that stay within a page on each side, and hands back after a
+//! bounded amount of work with RCX, RSI and RDI updated, so that interrupts get in and a fault in
+//! the middle leaves exactly what was done (SDM 2B, REP).
+
+use iced_x86::{Instruction, Mnemonic, Register};
+
+use super::{Step, Trap};
+use crate::{core::Core, fault::Fault, mmu::Access};
+
+/// Elements done before the instruction is handed back.
+const BATCH: u64 = 64 * 1024;
+
+/// Address size and direction of one string instruction.
+struct Form {
+    size: u32,
+    mask: u64,
+    address_bytes: u32,
+    step: u64,
+    repeats: bool,
+    source: Register,
+}
+
+impl Core {
+    pub(super) fn string(&mut self, instr: &Instruction) -> Result<Step, Trap> {
+        let form = self.form(instr);
+        if form.repeats && self.gpr(1) & form.mask == 0 {
+            return Ok(Step::Next);
+        }
+        use Mnemonic::*;
+        match instr.mnemonic() {
+            Movsb | Movsw | Movsd | Movsq => self.copy(&form),
+            Stosb | Stosw | Stosd | Stosq => self.fill(&form),
+            Lodsb | Lodsw | Lodsd | Lodsq => self.each(&form, |core, form| {
+                let value = core.load(core.source(form), form.size)?;
+                core.set_gpr_sized(0, value, form.size);
+                core.advance(form, true, false, 1);
+                Ok(true)
+            }),
+            Scasb | Scasw | Scasd | Scasq => {
+                let while_equal = instr.has_repe_prefix();
+                self.each(&form, |core, form| {
+                    let right = core.load(core.destination(form), form.size)?;
+                    let left = core.gpr(0);
+                    core.advance(form, false, true, 1);
+                    Ok(core.compare(left, right, form.size) == while_equal)
+                })
+            }
+            Cmpsb | Cmpsw | Cmpsd | Cmpsq => {
+                let while_equal = instr.has_repe_prefix();
+                self.each(&form, |core, form| {
+                    let left = core.load(core.source(form), form.size)?;
+                    let right = core.load(core.destination(form), form.size)?;
+                    core.advance(form, true, true, 1);
+                    Ok(core.compare(left, right, form.size) == while_equal)
+                })
+            }
+            Insb | Insw | Insd => {
+                let port = self.gpr(2) as u16;
+                self.check_port(port, form.size as u8)?;
+                let address = self.destination(&form);
+                self.probe_write(address, form.size)?;
+                Ok(Step::InString {
+                    port,
+                    size: form.size as u8,
+                    address,
+                })
+            }
+            Outsb | Outsw | Outsd => {
+                let port = self.gpr(2) as u16;
+                self.check_port(port, form.size as u8)?;
+                let value = self.load(self.source(&form), form.size)? as u32;
+                Ok(Step::OutString {
+                    port,
+                    size: form.size as u8,
+                    value,
+                })
+            }
+            _ => Err(Trap::Unsupported("not implemented".into())),
+        }
+    }
+
+    /// Moves past one element of ins or outs. Returns true if it repeats.
+    pub(crate) fn finish_port_string(&mut self, instr: &Instruction, input: bool) -> bool {
+        let form = self.form(instr);
+        self.advance(&form, !input, input, 1);
+        form.repeats && self.gpr(1) & form.mask != 0
+    }
+
+    fn form(&self, instr: &Instruction) -> Form {
+        use Mnemonic::*;
+        let size = match instr.mnemonic() {
+            Movsb | Stosb | Lodsb | Scasb | Cmpsb | Insb | Outsb => 1,
+            Movsw | Stosw | Lodsw | Scasw | Cmpsw | Insw | Outsw => 2,
+            Movsd | Stosd | Lodsd | Scasd | Cmpsd | Insd | Outsd => 4,
+            _ => 8,
+        };
+        use iced_x86::OpKind::*;
+        let narrow = instr
+            .op_kinds()
+            .any(|kind| matches!(kind, MemorySegEDI | MemorySegESI | MemoryESEDI));
+        let mask = if narrow { 0xffff_ffff } else { u64::MAX };
+        let down = self.rflags() & 1 << 10 != 0;
+        Form {
+            size,
+            mask,
+            address_bytes: if narrow { 4 } else { 8 },
+            step: if down {
+                0u64.wrapping_sub(size.into())
+            } else {
+                size.into()
+            },
+            repeats: instr.has_rep_prefix() || instr.has_repne_prefix(),
+            source: instr.memory_segment(),
+        }
+    }
+
+    fn source(&self, form: &Form) -> u64 {
+        self.linear(self.gpr(6) & form.mask, form.source)
+    }
+
+    fn destination(&self, form: &Form) -> u64 {
+        self.linear(self.gpr(7) & form.mask, Register::ES)
+    }
+
+    fn advance(&mut self, form: &Form, source: bool, destination: bool, count: u64) {
+        let by = form.step.wrapping_mul(count);
+        for (register, moves) in [(6, source), (7, destination)] {
+            if moves {
+                let value = self.gpr(register).wrapping_add(by);
+                self.set_gpr_sized(register, value, form.address_bytes);
+            }
+        }
+        if form.repeats {
+            let left = self.gpr(1).wrapping_sub(count);
+            self.set_gpr_sized(1, left, form.address_bytes);
+        }
+    }
+
+    /// Runs `one` per element until the count or its condition ends.
+    fn each(
+        &mut self,
+        form: &Form,
+        one: impl Fn(&mut Core, &Form) -> Result<bool, Fault>,
+    ) -> Result<Step, Trap> {
+        for _ in 0..BATCH {
+            let again = one(self, form)?;
+            if !form.repeats || !again || self.gpr(1) & form.mask == 0 {
+                return Ok(Step::Next);
+            }
+        }
+        Ok(Step::Again)
+    }
+
+    /// Elements from `address` to the page's end in the direction of `form`, at most `count`; 0 if
+    /// the first one crosses the page.
+    fn run_length(form: &Form, address: u64, count: u64) -> u64 {
+        let size = u64::from(form.size);
+        let offset = address & 0xfff;
+        if offset + size > 4096 {
+            return 0;
+        }
+        let room = if form.step == size {
+            (4096 - offset) / size
+        } else {
+            offset / size + 1
+        };
+        room.min(count)
+    }
+
+    fn count(&self, form: &Form) -> u64 {
+        if form.repeats {
+            self.gpr(1) & form.mask
+        } else {
+            1
+        }
+    }
+
+    fn fill(&mut self, form: &Form) -> Result<Step, Trap> {
+        let size = form.size as usize;
+        let value = self.gpr(0).to_le_bytes();
+        let mut done = 0;
+        while done < BATCH {
+            let address = self.destination(form);
+            let run = Self::run_length(form, address, self.count(form));
+            if run == 0 {
+                let user = self.user();
+                self.write(address, &value[..size], user)?;
+                self.advance(form, false, true, 1);
+                done += 1;
+            } else {
+                let (low, bytes) = Self::span(form, address, run);
+                let host = self.writable(low, bytes)?;
+                if let Some(host) = host {
+                    // SAFETY: `bytes` bytes of RAM within one page.
+                    let target = unsafe { std::slice::from_raw_parts_mut(host, bytes) };
+                    match size {
+                        1 => target.fill(value[0]),
+                        _ => target
+                            .chunks_exact_mut(size)
+                            .for_each(|chunk| chunk.copy_from_slice(&value[..size])),
+                    }
+                }
+                self.advance(form, false, true, run);
+                done += run;
+            }
+            if !form.repeats || self.gpr(1) & form.mask == 0 {
+                return Ok(Step::Next);
+            }
+        }
+        Ok(Step::Again)
+    }
+
+    fn copy(&mut self, form: &Form) -> Result<Step, Trap> {
+        let size = form.size as usize;
+        let mut done = 0;
+        while done < BATCH {
+            let (from, to) = (self.source(form), self.destination(form));
+            let run = Self::run_length(form, to, self.count(form));
+            let run = Self::run_length(form, from, run);
+            let hosts = if run == 0 {
+                None
+            } else {
+                let (low, bytes) = Self::span(form, from, run);
+                let page = self.mmu.walk(&self.cpu, low, Access::Read, self.user())?;
+                let source = self.mmu.host(page.phys | low & 0xfff, bytes as u64);
+                let (low, bytes) = Self::span(form, to, run);
+                let target = self.writable(low, bytes)?;
+                source
+                    .zip(target)
+                    .map(|(source, target)| (source, target, bytes))
+            };
+            match hosts {
+                Some((source, target, bytes)) => {
+                    let distance = (source as usize).abs_diff(target as usize);
+                    if distance >= bytes {
+                        // SAFETY: two ranges of RAM that don't overlap.
+                        unsafe { std::ptr::copy_nonoverlapping(source, target, bytes) };
+                    } else {
+                        // Overlap replicates, element by element, in the instruction's direction.
+                        for index in 0..run as usize {
+                            let at = if form.step == u64::from(form.size) {
+                                index * size
+                            } else {
+                                bytes - (index + 1) * size
+                            };
+                            // SAFETY: inside both ranges; one element at a time.
+                            unsafe { std::ptr::copy(source.add(at), target.add(at), size) };
+                        }
+                    }
+                    self.advance(form, true, true, run);
+                    done += run;
+                }
+                None => {
+                    let value = self.load(from, form.size)?.to_le_bytes();
+                    let user = self.user();
+                    self.write(to, &value[..size], user)?;
+                    self.advance(form, true, true, 1);
+                    done += 1;
+                }
+            }
+            if !form.repeats || self.gpr(1) & form.mask == 0 {
+                return Ok(Step::Next);
+            }
+        }
+        Ok(Step::Again)
+    }
+
+    /// Lowest address and length of `run` elements from `address` on.
+    fn span(form: &Form, address: u64, run: u64) -> (u64, usize) {
+        let bytes = run * u64::from(form.size);
+        let low = if form.step == u64::from(form.size) {
+            address
+        } else {
+            address.wrapping_sub(bytes - u64::from(form.size))
+        };
+        (low, bytes as usize)
+    }
+
+    /// Host address for writing within one page; the write counts as one to code if it is. None for
+    /// device memory.
+    fn writable(&mut self, address: u64, bytes: usize) -> Result<Option<*mut u8>, Fault> {
+        let user = self.user();
+        let page = self.mmu.walk(&self.cpu, address, Access::Write, user)?;
+        let phys = page.phys | address & 0xfff;
+        if self.mmu.is_code(phys) {
+            self.code_writes.push((phys, bytes as u64));
+        }
+        Ok(self.mmu.host(phys, bytes as u64))
+    }
+
+    /// cmp of two values: sets the flags, returns true if they are equal.
+    fn compare(&mut self, left: u64, right: u64, size: u32) -> bool {
+        let bits = size * 8;
+        let mask = if bits == 64 {
+            u64::MAX
+        } else {
+            (1 << bits) - 1
+        };
+        let (left, right) = (left & mask, right & mask);
+        let result = left.wrapping_sub(right) & mask;
+        let sign = |value: u64| value >> (bits - 1) & 1;
+        let overflow = (sign(left) ^ sign(right)) & (sign(left) ^ sign(result));
+        let flags = u64::from(left < right)
+            | u64::from((result as u8).count_ones().is_multiple_of(2)) << 2
+            | ((left ^ right ^ result) >> 4 & 1) << 4
+            | u64::from(result == 0) << 6
+            | sign(result) << 7
+            | overflow << 11;
+        self.set_arithmetic(0x8d5, flags);
+        result == 0
+    }
+}

@@ -1,0 +1,135 @@
+//! Software TLBs and jump caches: the tables that translated code looks into.
+//!
+//! Both are direct-mapped arrays of 16-byte entries, `(key, host)`, at fixed addresses:
+//!
+//! - TLB: one for reads and one for writes, for supervisor and for user accesses, because the
+//!   privilege a block runs at is known when it is translated. `key` is the page's guest-virtual
+//!   address and `host` the address of its first byte here. A hit is `ea - key <= 4096 - size`,
+//!   one unsigned compare that also catches accesses that cross the page.
+//! - Jump cache: guest-virtual branch target to host address of its block, one table for each
+//!   privilege.
+//!
+//! An empty entry `i` holds a key whose own index is `i ^ 1`. An address with index `i` can't
+//! match it, so no separate valid bit is tested, and no address, canonical or not, can hit it.
+//!
+//! Filled entries are remembered, so a flush costs as much as was used.
+
+/// Entries of one software TLB: 16 MiB of reach.
+pub(crate) const TLB_ENTRIES: usize = 4096;
+/// Bytes of one software TLB.
+pub(crate) const TLB_BYTES: usize = TLB_ENTRIES * 16;
+/// Entries of one jump cache.
+pub(crate) const JUMP_ENTRIES: usize = 4096;
+/// Bytes of one jump cache.
+pub(crate) const JUMP_BYTES: usize = JUMP_ENTRIES * 16;
+
+/// Index of a software TLB in the arena.
+pub(crate) fn tlb_index(user: bool, write: bool) -> usize {
+    usize::from(user) * 2 + usize::from(write)
+}
+
+#[repr(C)]
+struct Entry {
+    key: u64,
+    host: u64,
+}
+
+/// A direct-mapped table with entries of `1 << SHIFT` bytes of guest address each.
+pub(crate) struct Table<const SHIFT: u32, const ENTRIES: usize> {
+    entries: *mut Entry,
+    filled: Vec<u16>,
+}
+
+/// A software TLB.
+pub(crate) type Tlb = Table<12, TLB_ENTRIES>;
+/// A jump cache.
+pub(crate) type JumpCache = Table<0, JUMP_ENTRIES>;
+
+impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
+    /// Takes over `ENTRIES * 16` writable bytes at `address`, which outlive the table.
+    ///
+    /// # Safety
+    /// The memory belongs to this table alone, translated code aside, and stays mapped.
+    pub(crate) unsafe fn new(address: usize) -> Self {
+        let mut table = Table {
+            entries: address as *mut Entry,
+            filled: Vec::new(),
+        };
+        for index in 0..ENTRIES {
+            table.clear(index);
+        }
+        table
+    }
+
+    fn index(key: u64) -> usize {
+        (key >> SHIFT) as usize & (ENTRIES - 1)
+    }
+
+    fn clear(&mut self, index: usize) {
+        // SAFETY: index < ENTRIES and the table owns its memory.
+        unsafe {
+            *self.entries.add(index) = Entry {
+                key: (index as u64 ^ 1) << SHIFT,
+                host: 0,
+            };
+        }
+    }
+
+    /// Enters `key -> host`. `key` has its low SHIFT bits clear.
+    pub(crate) fn fill(&mut self, key: u64, host: u64) {
+        let index = Self::index(key);
+        // SAFETY: index < ENTRIES.
+        unsafe { *self.entries.add(index) = Entry { key, host } };
+        if self.filled.len() < ENTRIES {
+            self.filled.push(index as u16);
+        }
+    }
+
+    /// What `key` maps to.
+    pub(crate) fn get(&self, key: u64) -> Option<u64> {
+        // SAFETY: index < ENTRIES.
+        let entry = unsafe { &*self.entries.add(Self::index(key)) };
+        (entry.key == key).then_some(entry.host)
+    }
+
+    /// Empties every entry.
+    pub(crate) fn flush(&mut self) {
+        if self.filled.len() >= ENTRIES {
+            (0..ENTRIES).for_each(|index| self.clear(index));
+        } else {
+            for at in 0..self.filled.len() {
+                self.clear(self.filled[at].into());
+            }
+        }
+        self.filled.clear();
+    }
+
+    /// Empties the entry for `key`, if it holds it.
+    pub(crate) fn remove(&mut self, key: u64) {
+        if self.get(key).is_some() {
+            self.clear(Self::index(key));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_entry_matches_no_address_of_its_index() {
+        let mut memory = vec![0u128; TLB_ENTRIES];
+        // SAFETY: the vector outlives the table and nobody else uses it.
+        let mut tlb = unsafe { Tlb::new(memory.as_mut_ptr() as usize) };
+        for page in [0u64, 1, 0x7fff_ffff_f000 >> 12, u64::MAX >> 12] {
+            assert_eq!(tlb.get(page << 12), None);
+        }
+        tlb.fill(0x5000, 0x1234);
+        assert_eq!(tlb.get(0x5000), Some(0x1234));
+        tlb.remove(0x5000);
+        assert_eq!(tlb.get(0x5000), None);
+        tlb.fill(0, 1);
+        tlb.flush();
+        assert_eq!(tlb.get(0), None);
+    }
+}
