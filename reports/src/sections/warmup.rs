@@ -108,6 +108,8 @@ enum BreakEven {
     After(f64),
     /// Slower when warm, so never; behind from the first iteration.
     Never,
+    /// No difference when warm beyond the intervals.
+    Level,
     /// Slower when warm, but cheaper to start: ahead for so many iterations.
     Until(f64),
 }
@@ -138,10 +140,15 @@ fn break_even(view: &View<'_>, workloads: &[&str]) -> Markup {
             for workload in workloads {
                 let figures = |column: &Column<'_>| {
                     let warm = view.warm(workload, column.name)?;
-                    Some((warmup(view, workload, column.name)?, warm.value))
+                    Some((warmup(view, workload, column.name)?, warm))
                 };
                 if let (Some(a), Some(b)) = (figures(own), figures(other)) {
-                    rows.push((*workload, own.label, other.label, solve(a, b)));
+                    // Overlapping intervals are no difference to build a break-even on.
+                    let result = match clearly_faster(a.1, b.1) {
+                        Some(_) => solve((a.0, a.1.value), (b.0, b.1.value)),
+                        None => BreakEven::Level,
+                    };
+                    rows.push((*workload, own.label, other.label, result));
                 }
             }
         }
@@ -167,7 +174,8 @@ fn break_even(view: &View<'_>, workloads: &[&str]) -> Markup {
                         BreakEven::After(n) => {
                             td.num data-v=(n) { (format::count(*n)) } td { "pays after that many" }
                         },
-                        BreakEven::Never => { td.num { "none" } td { "never pays: no faster when warm" } },
+                        BreakEven::Never => { td.num { "none" } td { "never pays: slower when warm" } },
+                        BreakEven::Level => { td.num { "none" } td { "no difference when warm beyond the intervals" } },
                         BreakEven::Until(n) => {
                             td.num { "none" } td { "ahead for the first " (format::count(*n)) " only" }
                         },
