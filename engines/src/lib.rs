@@ -37,19 +37,31 @@ pub struct Mode {
 }
 
 /// Every mode, in the order in which reports name them.
-pub const MODES: &[Mode] = &[Mode {
-    name: "hardware",
-    engine: "kvm",
-    flavour: "unaware",
-    about: "privileged instructions run in the processor's virtual context, through /dev/kvm",
-    image: images::unaware,
-    probe: || {
-        kvm::probe().map(|host| Available {
-            backend: Some(host.backend.name()),
-        })
+pub static MODES: &[Mode] = &[
+    Mode {
+        name: "full",
+        engine: "bt",
+        flavour: "unaware",
+        about: "privileged code is recompiled on the fly to run unprivileged",
+        image: images::unaware,
+        // Translation needs nothing that an ordinary process doesn't have.
+        probe: || Ok(Available { backend: None }),
+        boot: |ram| Ok(Box::new(bt::BtVcpu::new(ram, bt::Options::default())?)),
     },
-    boot: |ram| Ok(Box::new(kvm::KvmVcpu::new(ram, kvm::Options::default())?)),
-}];
+    Mode {
+        name: "hardware",
+        engine: "kvm",
+        flavour: "unaware",
+        about: "privileged instructions run in the processor's virtual context, through /dev/kvm",
+        image: images::unaware,
+        probe: || {
+            kvm::probe().map(|host| Available {
+                backend: Some(host.backend.name()),
+            })
+        },
+        boot: |ram| Ok(Box::new(kvm::KvmVcpu::new(ram, kvm::Options::default())?)),
+    },
+];
 
 /// The mode called `name`.
 pub fn find(name: &str) -> Option<&'static Mode> {
