@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use reports_data::{ModeInfo, Role};
+use reports_data::{ModeInfo, NATIVE, Role};
 
 use crate::process::{CommandLine, STATS_FD};
 use crate::verdict::{Traits, software_backend};
@@ -14,11 +14,12 @@ use crate::vm::Launch;
 /// Guest memory of every virtual machine in MiB.
 pub const MEMORY_MIB: u32 = 256;
 
+/// The engine whose host side may be no processor's virtualization.
+const KVM: &str = "kvm";
+
 /// The emulator that peers are made of.
 pub const QEMU: &str = "qemu-system-x86_64";
 
-/// Modes that `trapline` runs, with the baseline, in the order to show them.
-pub const MODES: &[&str] = &["full", "hardware", "native"];
 /// Foreign virtual machine monitors.
 pub const PEERS: &[&str] = &["qemu-tcg", "qemu-kvm"];
 
@@ -58,57 +59,50 @@ pub struct Parts {
 pub struct UnknownContender {
     what: &'static str,
     name: String,
-    known: &'static [&'static str],
+    known: Vec<&'static str>,
 }
 
 impl Contender {
-    /// The contender called `name`.
+    /// The mode called `name`, from the engines' registry, or the native baseline.
     ///
     /// # Errors
     /// There is none of that name.
     pub fn mode(name: &str, parts: &Parts) -> Result<Contender, UnknownContender> {
-        let trapline = &parts.trapline;
-        Ok(match name {
-            "full" => Contender {
-                label: "full".to_owned(),
-                engine: "bt".to_owned(),
-                flavour: "unaware".to_owned(),
-                role: Role::Mode,
-                launch: trapline_run(trapline, name, Some("builtin:unaware")),
-                traits: Traits::default(),
-                name: name.to_owned(),
-            },
-            "hardware" => Contender {
-                label: kvm_label("hardware", parts),
-                engine: "kvm".to_owned(),
-                flavour: "unaware".to_owned(),
-                role: Role::Mode,
-                launch: trapline_run(trapline, name, Some("builtin:unaware")),
-                traits: Traits {
-                    software_kvm: software_backend(parts.kvm_backend.as_deref()),
-                    ..Traits::default()
-                },
-                name: name.to_owned(),
-            },
-            "native" => Contender {
-                label: "native".to_owned(),
-                engine: "native".to_owned(),
-                flavour: "native".to_owned(),
+        if name == NATIVE {
+            return Ok(Contender {
+                name: NATIVE.to_owned(),
+                label: NATIVE.to_owned(),
+                engine: NATIVE.to_owned(),
+                flavour: NATIVE.to_owned(),
                 role: Role::Baseline,
-                launch: trapline_run(trapline, name, None),
+                launch: trapline_run(&parts.trapline, NATIVE, NATIVE),
                 traits: Traits {
                     native: true,
                     ..Traits::default()
                 },
-                name: name.to_owned(),
+            });
+        }
+        let mode = engines::find(name).ok_or_else(|| UnknownContender {
+            what: "mode",
+            name: name.to_owned(),
+            known: mode_names(),
+        })?;
+        let kvm = mode.engine == KVM;
+        Ok(Contender {
+            name: name.to_owned(),
+            label: if kvm {
+                kvm_label(name, ", KVM", parts)
+            } else {
+                name.to_owned()
             },
-            _ => {
-                return Err(UnknownContender {
-                    what: "mode",
-                    name: name.to_owned(),
-                    known: MODES,
-                });
-            }
+            engine: mode.engine.to_owned(),
+            flavour: mode.flavour.to_owned(),
+            role: Role::Mode,
+            launch: trapline_run(&parts.trapline, name, mode.flavour),
+            traits: Traits {
+                software_kvm: software_backend(parts.kvm_backend.as_deref()).filter(|_| kvm),
+                ..Traits::default()
+            },
         })
     }
 
@@ -124,7 +118,7 @@ impl Contender {
             // `max` is everything that TCG implements.
             "qemu-tcg" => ("QEMU TCG".to_owned(), "tcg", "max", None),
             "qemu-kvm" => (
-                kvm_label("QEMU KVM", parts),
+                kvm_label("QEMU KVM", "", parts),
                 "kvm",
                 "host",
                 software_backend(parts.kvm_backend.as_deref()),
@@ -133,7 +127,7 @@ impl Contender {
                 return Err(UnknownContender {
                     what: "peer",
                     name: name.to_owned(),
-                    known: PEERS,
+                    known: PEERS.to_vec(),
                 });
             }
         };
@@ -164,27 +158,34 @@ impl Contender {
     }
 }
 
-fn kvm_label(name: &str, parts: &Parts) -> String {
-    match (&parts.kvm_backend, name) {
-        (Some(backend), "hardware") => format!("hardware, KVM ({backend})"),
-        (Some(backend), _) => format!("{name} ({backend})"),
-        (None, _) => name.to_owned(),
+/// Names of all modes and the baseline, in the order to show them.
+pub fn mode_names() -> Vec<&'static str> {
+    let modes = engines::MODES.iter().map(|mode| mode.name);
+    modes.chain([NATIVE]).collect()
+}
+
+/// A figure through KVM never stands without what stands behind /dev/kvm.
+fn kvm_label(name: &str, joint: &str, parts: &Parts) -> String {
+    match &parts.kvm_backend {
+        Some(backend) => format!("{name}{joint} ({backend})"),
+        None => name.to_owned(),
     }
 }
 
-fn trapline_run(trapline: &Path, mode: &str, image: Option<&str>) -> Launch {
-    let mut args = vec!["run".to_owned(), "--mode".to_owned(), mode.to_owned()];
-    if let Some(image) = image {
-        args.extend(["--image".to_owned(), image.to_owned()]);
-        args.extend(["--memory".to_owned(), MEMORY_MIB.to_string()]);
-        args.extend(["--stats-fd".to_owned(), STATS_FD.to_owned()]);
+fn trapline_run(trapline: &Path, mode: &str, flavour: &str) -> Launch {
+    let image = format!("builtin:{flavour}");
+    let memory = MEMORY_MIB.to_string();
+    let mut args = vec!["run", "--mode", mode, "--image", &image];
+    let counts_windows = mode != NATIVE;
+    if counts_windows {
+        args.extend(["--memory", &memory, "--stats-fd", STATS_FD]);
     }
     Launch {
         command: CommandLine {
             program: trapline.display().to_string(),
-            args,
+            args: args.into_iter().map(str::to_owned).collect(),
         },
-        counts_windows: image.is_some(),
+        counts_windows,
     }
 }
 
@@ -235,7 +236,7 @@ mod tests {
     #[test]
     fn every_listed_name_is_a_contender_and_others_are_not() {
         let parts = parts(None);
-        for name in MODES {
+        for name in &mode_names() {
             assert_eq!(
                 Contender::mode(name, &parts).map(|c| c.name),
                 Ok((*name).to_owned())
@@ -248,10 +249,9 @@ mod tests {
             );
         }
         let error = Contender::mode("fast", &parts).expect_err("no such mode");
-        assert_eq!(
-            error.to_string(),
-            "unknown mode \"fast\", known: full, hardware, native"
-        );
+        let known = mode_names().join(", ");
+        let message = format!("unknown mode \"fast\", known: {known}");
+        assert_eq!(error.to_string(), message);
         assert!(Contender::peer("full", &parts).is_err());
     }
 

@@ -56,7 +56,7 @@ fn table(manifest: &Manifest, summary: &Summary) -> String {
             let time = summary.find(workload, mode, Phase::Warm, &Metric::TIME.name);
             line.push(time.map_or("-".to_owned(), |row| cell(summary, row)));
             if let Some(row) = time.filter(|row| !row.status.is_ok()) {
-                let note = format!("{} in {}: {}", row.status, manifest.label(mode), row.reason);
+                let note = format!("{} in {mode}: {}", row.status, row.reason);
                 match notes.iter_mut().find(|(text, _)| *text == note) {
                     Some((_, names)) => names.push((*workload).to_owned()),
                     None => notes.push((note, vec![(*workload).to_owned()])),

@@ -26,7 +26,7 @@ fn fake_trapline(dir: &Path, on_alu: &str) -> PathBuf {
 fn measure(dir: &Path, trapline: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_measure"));
     command
-        .args(["--quick", "--peers", "none", "--modes", "full", "--out"])
+        .args(["--quick", "--peers", "none", "--modes", "hardware", "--out"])
         .arg(dir.join("out"))
         .arg("--trapline")
         .arg(trapline)
@@ -84,7 +84,7 @@ fn a_run_leaves_valid_files_and_a_table() {
     let summary = Summary::read(&out.join(SUMMARY)).expect("valid");
     assert!(summary.rows.iter().any(|row| row.workload == "alu"));
     let manifest = Manifest::read(&out.join(MANIFEST)).expect("valid");
-    assert_eq!(manifest.modes[0].name, "full");
+    assert_eq!(manifest.modes[0].name, "hardware");
     assert!(manifest.duration_s.is_some_and(|seconds| seconds > 0.0));
     assert_eq!(manifest.images.len(), 2);
 }

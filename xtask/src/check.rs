@@ -116,7 +116,7 @@ fn smoke() -> anyhow::Result<()> {
     let out = smoke_dir()?;
     let arguments = compare::Arguments {
         quick: true,
-        modes: "full,hardware,native".to_owned(),
+        modes: None,
         peers: "qemu-tcg".to_owned(),
         workloads: SMOKE_WORKLOADS.to_owned(),
         out: out.clone(),

@@ -26,9 +26,9 @@ pub(crate) struct Arguments {
     /// Short windows, fewer rounds, and an end within two minutes.
     #[arg(long)]
     pub(crate) quick: bool,
-    /// Modes, comma-separated: full, hardware, native.
-    #[arg(long, default_value = "full,hardware,native")]
-    pub(crate) modes: String,
+    /// Modes, comma-separated: full, hardware, native; all by default.
+    #[arg(long)]
+    pub(crate) modes: Option<String>,
     /// Peers, comma-separated: qemu-tcg, qemu-kvm; `none` for none.
     #[arg(long, default_value = "qemu-tcg")]
     pub(crate) peers: String,
@@ -89,7 +89,6 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Command> {
         command.arg("--quick");
     }
     command
-        .args(["--modes", &arguments.modes])
         .args(["--peers", &arguments.peers])
         .args(["--workloads", &arguments.workloads])
         .args(["--seed", &arguments.seed.to_string()])
@@ -105,6 +104,9 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Command> {
         .arg(&arguments.out)
         .arg("--trapline")
         .arg(spawn::sibling("trapline")?);
+    if let Some(modes) = &arguments.modes {
+        command.args(["--modes", modes]);
+    }
     if let Some(rounds) = arguments.rounds {
         command.args(["--rounds", &rounds.to_string()]);
     }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
-use benches::contender::{Contender, MODES, Parts, QEMU};
+use benches::contender::{Contender, Parts, QEMU, mode_names};
 use benches::plan::Plan;
 use benches::priority::{self, Priority};
 use benches::progress::Progress;
@@ -33,8 +33,8 @@ struct Arguments {
     /// Short windows, fewer rounds, and an end within two minutes.
     #[arg(long)]
     quick: bool,
-    /// Modes, comma-separated: full, hardware, native.
-    #[arg(long, value_delimiter = ',', default_values_t = MODES.iter().map(|m| (*m).to_owned()))]
+    /// Modes, comma-separated, of those that `trapline list` names; `none` for none. All by default.
+    #[arg(long, value_delimiter = ',', default_values = mode_names())]
     modes: Vec<String>,
     /// Peers, comma-separated: qemu-tcg, qemu-kvm; `none` for none.
     #[arg(long, value_delimiter = ',', default_value = "qemu-tcg")]
