@@ -38,7 +38,7 @@ pub(crate) fn page(run: &Run, files: &[(&str, Vec<u8>)]) -> Result<String> {
                     h1 { "What each trap costs" }
                     p.sub {
                         "Run " b { (manifest.run) } ", " (manifest.started)
-                        @if !compared.is_empty() { " · " (compared.join(", ")) }
+                        @if !compared.is_empty() { " · " (compared.join(" · ")) }
                     }
                 }
                 nav aria-label="Sections" {
@@ -61,16 +61,4 @@ pub(crate) fn page(run: &Run, files: &[(&str, Vec<u8>)]) -> Result<String> {
         }
     };
     Ok(page.into_string())
-}
-
-/// A name as part of an anchor: letters, digits and hyphens alone.
-pub(crate) fn anchor(name: &str) -> String {
-    let keep = |c: char| {
-        if c.is_ascii_alphanumeric() {
-            c.to_ascii_lowercase()
-        } else {
-            '-'
-        }
-    };
-    name.chars().map(keep).collect()
 }

@@ -47,6 +47,7 @@
         head.removeAttribute("aria-sort");
       }
     });
+    if (chosen || words.length) table.closest("details")?.setAttribute("open", "");
     let shown = 0, all = 0;
     for (const body of table.tBodies) {
       if (!original.has(body)) original.set(body, [...body.rows]);

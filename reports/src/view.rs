@@ -178,6 +178,16 @@ impl<'a> View<'a> {
         self.warm(workload, NATIVE).is_some_and(|f| f.value > 0.0)
     }
 
+    /// True if a native figure was to be had for this workload, whether or not there is one: what
+    /// a mean over slowdowns is counted against.
+    pub(crate) fn native_applies(&self, workload: &str) -> bool {
+        match self.time(workload, NATIVE, Phase::Warm) {
+            Cell::Figure(_) => true,
+            Cell::Without(status, _) => status != Status::Unsupported,
+            Cell::Absent => workloads::group(workload) == Group::Compute,
+        }
+    }
+
     /// All columns but the baseline.
     pub(crate) fn guests(&self) -> impl Iterator<Item = &Column<'a>> {
         let columns = self.columns.iter();

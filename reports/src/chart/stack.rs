@@ -1,6 +1,8 @@
 //! Stacked bars: one panel per workload, one bar per column; on the left how many per iteration
 //! (each panel with a linear scale of its own), on the right the same bar stretched to 100 %.
 
+use std::borrow::Cow;
+
 use maud::Markup;
 use plotters::style::text_anchor::HPos;
 
@@ -16,10 +18,10 @@ pub(crate) struct Panel<'a> {
     pub(crate) bars: Vec<Bar<'a>>,
 }
 
-/// One column's exits of one workload.
+/// One column's counts of one workload.
 pub(crate) struct Bar<'a> {
     /// The column's label.
-    pub(crate) label: &'a str,
+    pub(crate) label: Cow<'a, str>,
     /// Index of a kind in [`KINDS`] and how often per iteration, in the order of kinds.
     pub(crate) parts: Vec<(usize, f64)>,
 }
@@ -47,8 +49,8 @@ pub(crate) fn stacked_bars(
         .filter(|kind| bars().any(|bar| bar.parts.iter().any(|part| part.0 == *kind)))
         .collect();
     let names: Vec<&str> = used.iter().map(|kind| KINDS[*kind]).collect();
-    let widest = bars().map(|bar| text_width(bar.label, 12)).max();
-    let left = widest.unwrap_or(0).clamp(60, 200) + 12;
+    let widest = bars().map(|bar| text_width(&bar.label, 12)).max();
+    let left = widest.unwrap_or(0).clamp(60, 280) + 12;
     let figures = bars()
         .map(|bar| text_width(&format::count(bar.total()), 12))
         .max()
@@ -107,7 +109,7 @@ pub(crate) fn stacked_bars(
                         HPos::Right,
                         Ink::Muted,
                         12,
-                        column.label,
+                        &column.label,
                     )?;
                     let total = column.total();
                     if total <= 0.0 {

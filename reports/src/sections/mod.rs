@@ -9,6 +9,7 @@ mod nano;
 mod ring0;
 mod rows;
 mod slowdown;
+mod tally;
 mod translator;
 mod verdict;
 mod warmup;
@@ -54,7 +55,7 @@ pub(crate) fn all(view: &View<'_>, files: &[(&str, Vec<u8>)]) -> Result<Vec<Sect
         ),
         section(
             "ring0",
-            "Operations that have no native figure",
+            "Workloads that have no native figure",
             "Ring 0",
             ring0::content(view),
         ),

@@ -59,10 +59,13 @@ pub(super) fn content(view: &View<'_>) -> Markup {
                 },
                 None => ".",
             }
+            @if rows.iter().any(|workload| view.native_applies(workload)) {
+                " Workloads that do run natively stand here too where this run has no native figure for them."
+            }
         }
         (table(
             "ring0-table",
-            "Time of one operation without native figure, ns",
+            "Time of one iteration without native figure, ns",
             Tools::Sort,
             html! { tr { (head("Operation")) (column_heads(view.guests())) } },
             body,

@@ -59,6 +59,7 @@ pub(super) fn content(view: &View<'_>) -> Markup {
             @for (index, step) in HEAT.iter().enumerate() { li class={ "h" (index) } { (step.label) } }
         }
         (reasons(view, cells))
+        (native_reasons(view))
     }
 }
 
@@ -81,8 +82,8 @@ fn mean(view: &View<'_>, group: Group) -> Markup {
             th scope="row" { "geomean" }
             td {}
             @for column in view.guests() {
-                @let with_native = view.group(group).filter(|w| view.has_native(w));
-                @let slowdowns = Slowdowns::new(view, column.name, with_native);
+                @let applies = view.group(group).filter(|w| view.native_applies(w));
+                @let slowdowns = Slowdowns::new(view, column.name, applies);
                 @match slowdowns.geomean {
                     Some(mean) => td class={ "num heat h" (heat_step(mean)) } {
                         (format::ratio(mean))
@@ -95,10 +96,11 @@ fn mean(view: &View<'_>, group: Group) -> Markup {
     }
 }
 
-/// Why there is no native figure, where rows say so.
+/// Why there is no native figure where there might have been one.
 fn native_reasons(view: &View<'_>) -> Markup {
     let cells = view
         .compared()
+        .filter(|workload| view.native_applies(workload))
         .map(|workload| (workload, NATIVE, view.time(workload, NATIVE, Phase::Warm)));
     reasons(view, cells)
 }

@@ -96,15 +96,21 @@ fn against_native(view: &View<'_>, group: Group) -> Option<Markup> {
     let mut ranked: Vec<(&Column<'_>, Slowdowns<'_>, f64)> = view
         .guests()
         .filter_map(|column| {
-            let with_native = view.group(group).filter(|w| view.has_native(w));
-            let slowdowns = Slowdowns::new(view, column.name, with_native);
+            let applies = view.group(group).filter(|w| view.native_applies(w));
+            let slowdowns = Slowdowns::new(view, column.name, applies);
             let mean = slowdowns.geomean?;
             Some((column, slowdowns, mean))
         })
         .collect();
     ranked.sort_by(|a, b| a.2.total_cmp(&b.2));
     if ranked.is_empty() {
-        return None;
+        let expected = view.group(group).any(|w| view.native_applies(w));
+        return expected.then(|| {
+            html! {
+                b { "Against native: " } "nothing to say, because no workload of this group has a \
+                figure both in native and elsewhere."
+            }
+        });
     }
     Some(html! {
         b { "Against native: " }
@@ -223,7 +229,16 @@ fn state_of_rows(view: &View<'_>) -> Markup {
         })
         .collect();
     let ok = rows.iter().filter(|row| row.status.is_ok()).count();
+    let silent: Vec<String> = view
+        .columns
+        .iter()
+        .filter(|c| view.compared().all(|w| view.warm(w, c.name).is_none()))
+        .map(|column| column.label.to_owned())
+        .collect();
     html! {
+        @if !silent.is_empty() {
+            b { "Without any warm figure: " } (silent.join("; ")) ". "
+        }
         (ok) " of " (plural(rows.len(), "row")) " " @if rows.len() == 1 { "is" } @else { "are" } " ok"
         @if !counts.is_empty() {
             "; the others, " (format::list(&counts)) ", have no figure and take no part in any mean: "
@@ -234,7 +249,7 @@ fn state_of_rows(view: &View<'_>) -> Markup {
 }
 
 fn glance(view: &View<'_>) -> Markup {
-    let compute = || view.group(Group::Compute).filter(|w| view.has_native(w));
+    let compute = || view.group(Group::Compute);
     let reference = view.reference();
     let ring0 = || view.compared().filter(|w| !view.has_native(w));
     let head = html! {

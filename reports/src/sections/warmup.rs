@@ -7,8 +7,8 @@
 use maud::{Markup, html};
 use reports_data::{Metric, Phase};
 
-use super::exits::TRANSLATOR;
 use super::nothing;
+use super::tally::TRANSLATOR;
 use crate::format;
 use crate::table::{Tools, cell, column_heads, head, number_head, reasons, spread, table};
 use crate::view::{Cell, Column, Figure, View, clearly_faster};
