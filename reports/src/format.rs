@@ -11,7 +11,7 @@ pub(crate) fn figure(value: f64) -> String {
     // The exponent of the rounded value: 0.9997 is shown as 1.00, not as 1.000.
     let scientific = format!("{value:.2e}");
     let exponent = scientific.rsplit_once('e').map(|(_, e)| e.parse::<i32>());
-    let Some(Ok(exponent @ -6..=14)) = exponent else {
+    let Some(Ok(exponent @ -5..=14)) = exponent else {
         return scientific;
     };
     let decimals = usize::try_from(2 - exponent).unwrap_or(0);
