@@ -796,6 +796,11 @@ impl Vcpu for BtVcpu {
     fn task_priority(&mut self) -> u8 {
         self.core.cpu.cr8 as u8
     }
+
+    fn set_task_priority(&mut self, priority: u8) -> Result<(), Error> {
+        self.core.cpu.cr8 = priority.into();
+        Ok(())
+    }
 }
 
 impl Drop for BtVcpu {

@@ -9,6 +9,9 @@
 //! and the limits end the nap at once, and the bound keeps a guest going that polls for input
 //! beside other work.
 //!
+//! Task priority. A guest lowers it with `mov cr8`, for which not every engine exits; so while it
+//! holds an interrupt back, the host timer looks again every [`PRIORITY_RECHECK`].
+//!
 //! What this does not do: read a clock to measure anything, or know which engine runs the guest.
 
 use std::time::Duration;
@@ -28,6 +31,9 @@ const SHORTEST_NAP: Duration = Duration::from_micros(100);
 const LONGEST_NAP: Duration = Duration::from_millis(50);
 /// Naps after which a guest that polls for input that can't come any more is given up.
 const NAPS_WITHOUT_INPUT: u32 = 20;
+
+/// How long an interrupt can go unnoticed after its task priority was lowered without an exit.
+const PRIORITY_RECHECK: Duration = Duration::from_millis(1);
 
 /// When to stop a guest that does not stop by itself.
 #[derive(Clone, Copy, Debug, Default)]
@@ -108,6 +114,7 @@ pub fn drive(vcpu: &mut dyn Vcpu, machine: &mut Machine, limits: &Limits) -> Out
         polls: 0,
         naps: 0,
         window_wanted: false,
+        rechecking: false,
     })
     .run()
     {
@@ -140,6 +147,8 @@ struct Run<'a> {
     naps: u32,
     /// What was last asked of the vCPU.
     window_wanted: bool,
+    /// The host timer is set for [`PRIORITY_RECHECK`].
+    rechecking: bool,
 }
 
 impl Run<'_> {
@@ -193,6 +202,7 @@ impl Run<'_> {
         // FINAL flags stay set: they also keep console output from blocking.
         let flags = self.machine.events.take(flag::INPUT | flag::TIMER);
         if flags & flag::TIMER != 0 {
+            self.rechecking = false;
             self.machine.lapic.timer_event();
         }
         let pending = self.machine.events.pending();
@@ -209,6 +219,7 @@ impl Run<'_> {
         let lapic = &mut self.machine.lapic;
         if let Some(delay) = lapic.take_timer_change() {
             self.machine.pump.arm_timer(delay);
+            self.rechecking = false;
         }
         if let Some(priority) = lapic.take_priority_write() {
             self.vcpu.set_task_priority(priority)?;
@@ -222,6 +233,12 @@ impl Run<'_> {
         {
             self.vcpu.interrupt(vector)?;
             lapic.acknowledge(vector);
+        }
+        if lapic.held_by_task_priority() && !self.rechecking {
+            // The timer's own expiry, if it is later, is armed anew when this has passed.
+            let due = lapic.timer_delay().unwrap_or(PRIORITY_RECHECK);
+            self.machine.pump.arm_timer(Some(due.min(PRIORITY_RECHECK)));
+            self.rechecking = true;
         }
         let wanted = lapic.deliverable().is_some();
         if wanted != self.window_wanted {

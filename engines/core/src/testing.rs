@@ -2,10 +2,14 @@
 //!
 //! [`Guest`] builds an ELF image with a PVH note around machine code. [`Guest::protected`] starts
 //! the code where PVH does, in 32-bit protected mode; [`Guest::long`] puts a boot stub before it
-//! that enters 64-bit mode with an identity map of the first GiB, open to ring 3.
+//! that enters 64-bit mode with an identity map of the first GiB, and of the last one below 4 GiB
+//! where devices are; both open to ring 3.
 //!
-//! ```ignore
-//! let image = Guest::long(|asm| { asm.mov(eax, 0)?; asm.out(EXIT, eax) }).elf();
+//! ```
+//! use engine_core::testing::{Guest, end};
+//!
+//! let image = Guest::long(|asm| end(asm, 0)).elf();
+//! assert!(engine_core::loader::check(&image).is_ok());
 //! ```
 
 use iced_x86::IcedError;
@@ -36,7 +40,8 @@ const PAGE: u64 = 0x1000;
 const PML4: u64 = TABLES;
 const PDPT: u64 = TABLES + PAGE;
 const PD: u64 = TABLES + 2 * PAGE;
-const GDT: u64 = TABLES + 3 * PAGE;
+const DEVICE_PD: u64 = TABLES + 3 * PAGE;
+const GDT: u64 = TABLES + 4 * PAGE;
 const GDT_ENTRIES: [u64; 5] = [
     0,
     0x00af_9b00_0000_ffff,
@@ -142,16 +147,25 @@ impl Guest {
         for (kind, address, size, bytes) in note.into_iter().chain(loads) {
             file.extend_from_slice(&kind.to_le_bytes());
             file.extend_from_slice(&7u32.to_le_bytes()); // flags
+            content.resize(content.len().next_multiple_of(4), 0);
             let offset = (base + content.len()) as u64;
             for word in [offset, address, address, bytes.len() as u64, size, 4] {
                 file.extend_from_slice(&word.to_le_bytes());
             }
             content.extend_from_slice(&bytes);
-            content.resize(content.len().next_multiple_of(4), 0);
         }
         file.extend(content);
         file
     }
+}
+
+/// Ends the guest with `code`; clobbers eax.
+///
+/// # Errors
+/// iced's, as every assembling function.
+pub fn end(asm: &mut CodeAssembler, code: u32) -> Result<(), IcedError> {
+    asm.mov(eax, code)?;
+    asm.out(u32::from(abi::port::EXIT), eax)
 }
 
 /// An ELF image of 32-bit code, entered at its first byte.
@@ -187,6 +201,7 @@ fn boot_stub(asm: &mut CodeAssembler, long_mode: u64) -> Result<(), IcedError> {
 fn tables() -> Vec<u8> {
     const TABLE_BITS: u64 = 0b111;
     const LARGE: u64 = 1 << 7;
+    const UNCACHED: u64 = 1 << 4;
     let mut bytes = vec![0; (TABLES_END - TABLES) as usize];
     let mut put = |address: u64, value: u64| {
         let at = (address - TABLES) as usize;
@@ -194,8 +209,15 @@ fn tables() -> Vec<u8> {
     };
     put(PML4, PDPT | TABLE_BITS);
     put(PDPT, PD | TABLE_BITS);
+    // Entry 3 maps 3 to 4 GiB, uncached.
+    put(PDPT + 3 * 8, DEVICE_PD | TABLE_BITS);
     for index in 0..512 {
         put(PD + index * 8, index << 21 | LARGE | TABLE_BITS);
+        let device = 3 << 30 | index << 21;
+        put(
+            DEVICE_PD + index * 8,
+            device | UNCACHED | LARGE | TABLE_BITS,
+        );
     }
     for (index, entry) in GDT_ENTRIES.iter().enumerate() {
         put(GDT + index as u64 * 8, *entry);

@@ -37,15 +37,13 @@ pub trait Vcpu {
     /// Task priority (CR8), for engines whose guest changes it without an exit.
     fn task_priority(&mut self) -> u8;
 
-    /// Sets the task priority (CR8), when the guest writes it through the local APIC.
+    /// Sets the task priority (CR8), when the guest writes it through the local APIC. Called while
+    /// the access that caused it may still wait for its completion by [`run`](Vcpu::run), which it
+    /// must not disturb.
     ///
     /// # Errors
-    /// Those of [`state`](Vcpu::state) and [`set_state`](Vcpu::set_state).
-    fn set_task_priority(&mut self, priority: u8) -> Result<(), Error> {
-        let mut state = self.state()?;
-        state.cr8 = priority.into();
-        self.set_state(&state)
-    }
+    /// The engine's.
+    fn set_task_priority(&mut self, priority: u8) -> Result<(), Error>;
 
     /// What this engine calls an exit to the VMM.
     fn exit_name(&self, reason: ExitReason) -> &'static str {

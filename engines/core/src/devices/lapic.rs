@@ -137,6 +137,16 @@ impl Lapic {
         (vector >> 4 > self.processor_priority() >> 4).then_some(vector)
     }
 
+    /// True when nothing but the task priority holds the highest request back.
+    pub fn held_by_task_priority(&self) -> bool {
+        let serving = self.in_service.highest().map_or(0, |vector| vector >> 4);
+        self.spurious & SVR_ENABLED != 0
+            && self
+                .requested
+                .highest()
+                .is_some_and(|vector| vector >> 4 > serving && vector >> 4 <= self.priority >> 4)
+    }
+
     /// Moves `vector` from requested to in service.
     pub fn acknowledge(&mut self, vector: u8) {
         self.requested.clear(vector);
@@ -160,8 +170,13 @@ impl Lapic {
         if !std::mem::take(&mut self.timer_changed) {
             return None;
         }
+        Some(self.timer_delay())
+    }
+
+    /// Time until the timer fires, if it is going to.
+    pub fn timer_delay(&self) -> Option<Duration> {
         let wanted = self.expiry.filter(|_| self.timer_can_fire());
-        Some(wanted.map(|expiry| expiry.saturating_duration_since(Instant::now())))
+        wanted.map(|expiry| expiry.saturating_duration_since(Instant::now()))
     }
 
     /// True when the timer runs and its interrupt is not masked.
@@ -426,7 +441,9 @@ mod tests {
         lapic.sync_task_priority(4);
         assert_eq!(get(&mut lapic, TPR), 0x40);
         assert_eq!(lapic.deliverable(), None);
+        assert!(lapic.held_by_task_priority());
         set(&mut lapic, TPR, 0x3f);
+        assert!(!lapic.held_by_task_priority());
         assert_eq!(lapic.take_priority_write(), Some(3));
         assert_eq!(lapic.deliverable(), Some(0x40));
         lapic.sync_task_priority(3);

@@ -13,12 +13,12 @@ use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::Duration;
 
 use abi::word;
-use anyhow::Context;
+use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::MemfdFlags;
 use rustix::process::{Pid, PidfdFlags};
 
-use crate::run::{Order, report_end};
+use crate::run::{Order, report_end, watch};
 use crate::wire::{Event, Stats};
 use crate::{cli, status};
 
@@ -28,6 +28,20 @@ pub(crate) fn run(
     order: Option<&Order>,
     mut stats: Stats,
 ) -> anyhow::Result<ExitCode> {
+    if let Some(image) = &arguments.guest.image
+        && !image
+            .as_os_str()
+            .as_encoded_bytes()
+            .starts_with(cli::BUILTIN.as_bytes())
+    {
+        bail!(
+            "mode {} runs no image file: it is the baseline",
+            cli::NATIVE
+        );
+    }
+    if let Some(timeout) = arguments.timeout {
+        watch(timeout);
+    }
     stats.write(&Event::Start {
         mode: cli::NATIVE,
         engine: cli::NATIVE,
@@ -54,10 +68,9 @@ pub(crate) fn run(
     let mut child = command.spawn().context("start of the native program")?;
     let reader = order.map(|order| converse(&mut child, order)).transpose()?;
     let ended = wait(&mut child, arguments.timeout)?;
-    let ran = reader.and_then(|reader| reader.join().ok());
     let (outcome, message, code) = match ended {
         None => ("limit", "time limit reached".to_owned(), status::LIMIT),
-        Some(ended) => verdict(ended, ran),
+        Some(ended) => verdict(ended, reader.and_then(|reader| reader.join().ok())),
     };
     Ok(report_end(
         &mut stats,

@@ -162,7 +162,7 @@ fn run_mode(
 }
 
 /// Ends the process should the engine itself be stuck: `--timeout` holds whatever happens.
-fn watch(timeout: Duration) {
+pub(crate) fn watch(timeout: Duration) {
     std::thread::spawn(move || {
         std::thread::sleep(timeout.saturating_add(GRACE));
         say("time limit reached, and the engine does not stop: ended from outside");
@@ -190,7 +190,7 @@ fn conclude(
         ),
         Outcome::Crashed { state, message } => {
             show(state.as_deref());
-            let at = if message.contains("rip") {
+            let at = if message.contains(" rip 0x") {
                 String::new()
             } else {
                 at(state.as_deref())
