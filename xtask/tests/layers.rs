@@ -11,18 +11,20 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("abi", &[]),
     ("programs", &["abi"]),
     ("guest", &["abi", "programs"]),
-    ("images", &["abi", "programs", "guest"]),
+    // Its build script compiles the sources of `programs` and `guest` for guests: a dependency
+    // that cargo does not see, and downward too.
+    ("images", &[]),
     ("engine-core", &["abi"]),
-    ("bt", &["abi", "engine-core"]),
-    ("kvm", &["abi", "engine-core"]),
-    // The binary `trapline` embeds the images for `--workload`, and checks names and sizes.
+    ("bt", &["engine-core"]),
+    ("kvm", &["engine-core"]),
+    // The binary `trapline` embeds the images, and knows workloads for `--workload`.
     (
         "engines",
         &["abi", "programs", "images", "engine-core", "bt", "kvm"],
     ),
     ("reports-data", &[]),
     ("reports", &["reports-data"]),
-    // Reaches the engines as processes; `engines` for what their command line is.
+    // Of `engines` it reads the registry of modes; it runs them as processes.
     (
         "benches",
         &["abi", "programs", "images", "engines", "reports-data"],
@@ -32,11 +34,8 @@ const LAYERS: &[(&str, &[&str])] = &[
 ];
 
 /// Packages that may use more in their tests, which are programs of their own.
-const TESTS_MAY_ALSO_USE: &[(&str, &[&str])] = &[
-    ("engine-core", &["images", "programs"]),
-    ("bt", &["images", "programs", "kvm"]),
-    ("kvm", &["images", "programs", "bt"]),
-];
+const TESTS_MAY_ALSO_USE: &[(&str, &[&str])] =
+    &[("images", &["programs"]), ("bt", &["images", "programs"])];
 
 /// Packages of other people that only one crate may use: the measuring crate's clock and bars,
 /// the reader of csv, the way into the host's kernel.
