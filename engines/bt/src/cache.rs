@@ -193,7 +193,7 @@ impl Cache {
         self.by_key.clear();
         self.by_page.clear();
         self.across.clear();
-        mmu.jumps.iter_mut().for_each(|jumps| jumps.flush());
+        mmu.jumps.iter().for_each(|jumps| jumps.flush());
         self.emptied += 1;
     }
 
@@ -355,7 +355,7 @@ impl Cache {
             }
         }
         if killed > 0 {
-            mmu.jumps.iter_mut().for_each(|jumps| jumps.flush());
+            mmu.jumps.iter().for_each(|jumps| jumps.flush());
         }
         killed
     }

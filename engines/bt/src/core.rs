@@ -27,6 +27,8 @@ pub(crate) struct Core {
     pub rip: u64,
     /// Address translations were dropped: links between pages have to go too.
     pub flushed: bool,
+    /// What [`Core::mode`] said last, until something that it depends on changes.
+    pub mode: Option<Mode>,
     /// RAM with translated code that was written since the run loop last looked.
     pub code_writes: Vec<(u64, u64)>,
 }
@@ -57,6 +59,7 @@ impl Core {
             mmu: unsafe { Mmu::new(ram, arena) },
             rip: 0,
             flushed: false,
+            mode: None,
             code_writes: Vec::new(),
         }
     }
@@ -92,12 +95,24 @@ impl Core {
     }
 
     pub(crate) fn rflags(&self) -> u64 {
-        self.slots().flags & NATIVE_FLAGS | self.cpu.flags | 2
+        let slots = self.slots();
+        slots.flags & NATIVE_FLAGS | self.cpu.flags | slots.interrupt_flag << 9 | 2
     }
 
     pub(crate) fn set_rflags(&mut self, value: u64) {
         self.context().flags = value & NATIVE_FLAGS | 0x202;
         self.cpu.flags = value & SYSTEM_FLAGS;
+        self.set_interrupts(value & FLAG_IF != 0);
+        self.mode = None;
+    }
+
+    /// Maskable interrupts are enabled.
+    pub(crate) fn interrupts_enabled(&self) -> bool {
+        self.slots().interrupt_flag != 0
+    }
+
+    pub(crate) fn set_interrupts(&mut self, enabled: bool) {
+        self.context().interrupt_flag = enabled.into();
     }
 
     /// Arithmetic flags alone.
@@ -111,17 +126,28 @@ impl Core {
     }
 
     pub(crate) fn set_segment(&mut self, index: usize, segment: Segment) {
+        self.mode = None;
         self.cpu.segments[index] = segment;
         self.context().segment_base[index] = segment.base;
     }
 
     pub(crate) fn set_segment_base(&mut self, index: usize, base: u64) {
+        self.mode = None;
         self.cpu.segments[index].base = base;
         self.context().segment_base[index] = base;
     }
 
     /// What translation depends on, now.
-    pub(crate) fn mode(&self) -> Mode {
+    pub(crate) fn mode(&mut self) -> Mode {
+        if let Some(mode) = self.mode {
+            return mode;
+        }
+        let mode = self.current_mode();
+        self.mode = Some(mode);
+        mode
+    }
+
+    fn current_mode(&self) -> Mode {
         let cpu = &self.cpu;
         let user = self.user();
         Mode {
@@ -133,6 +159,7 @@ impl Core {
                     .all(|&index| cpu.segments[index].base == 0),
             fpu: cpu.cr0 & (CR0_EM | CR0_TS) == 0 && (cpu.cr4 & CR4_OSFXSR != 0 || !cpu.long()),
             tsc: cpu.cr4 & CR4_TSD == 0 || !user,
+            interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,
         }
     }
@@ -148,6 +175,7 @@ impl Core {
     }
 
     pub(crate) fn flush(&mut self) {
+        self.mode = None;
         self.mmu.flush();
         self.flushed = true;
     }
@@ -158,9 +186,18 @@ impl Core {
     /// The first page fault. Writes to device memory are dropped.
     pub(crate) fn write(&mut self, address: u64, bytes: &[u8], user: bool) -> Result<(), Fault> {
         let last = address.wrapping_add(bytes.len() as u64 - 1);
+        // A page in a write TLB holds no translated code.
+        if last & !0xfff == address & !0xfff
+            && let Some(host) = self.mmu.written(address, user)
+        {
+            // SAFETY: `host` is in a page of RAM, and the bytes stay within it.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len()) };
+            return Ok(());
+        }
         let mut parts = [(0u64, 0usize, 0usize); 2];
         let first_len = (4096 - (address & 0xfff) as usize).min(bytes.len());
         let page = self.mmu.walk(&self.cpu, address, Access::Write, user)?;
+        self.mmu.fill(address, page, Access::Write, user);
         parts[0] = (page.phys | address & 0xfff, 0, first_len);
         if first_len < bytes.len() {
             let page = self
@@ -324,8 +361,10 @@ impl Core {
         self.set_segment(Seg::CS, code);
         self.set_gpr(4, rsp);
         self.rip = target;
-        let clear = if kind == 0xe { FLAG_IF } else { 0 };
-        self.cpu.flags &= !(clear | FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
+        if kind == 0xe {
+            self.set_interrupts(false);
+        }
+        self.cpu.flags &= !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
         self.cpu.shadow = false;
         Ok(())
     }
@@ -412,8 +451,10 @@ impl Core {
         );
         self.set_gpr(4, esp.into());
         self.rip = target;
-        let clear = if kind == 0xe { FLAG_IF } else { 0 };
-        self.cpu.flags &= !(clear | FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
+        if kind == 0xe {
+            self.set_interrupts(false);
+        }
+        self.cpu.flags &= !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
         self.cpu.shadow = false;
         Ok(())
     }

@@ -38,6 +38,8 @@ pub(crate) struct Mode {
     pub fpu: bool,
     /// rdtsc is allowed here (CR4.TSD clear or CPL 0).
     pub tsc: bool,
+    /// cli and sti are allowed (CPL <= IOPL).
+    pub interrupts: bool,
     /// One instruction only, for what an interrupt shadow or a store into this code demands.
     pub single: bool,
 }
@@ -57,6 +59,9 @@ pub(crate) enum Class {
     Push,
     Pop,
     Leave,
+    Cli,
+    /// sti with an instruction after it in the same block, which is its shadow.
+    Sti,
     Jump,
     JumpIndirect,
     Branch,
@@ -82,7 +87,9 @@ impl Class {
             | Class::BitString
             | Class::Push
             | Class::Pop
-            | Class::Leave => false,
+            | Class::Leave
+            | Class::Cli
+            | Class::Sti => false,
             Class::Jump
             | Class::JumpIndirect
             | Class::Branch
@@ -177,11 +184,32 @@ pub(crate) fn decode(
         }
     }
     let mut decoded = Decoded { insns, len };
+    decoded.settle_sti();
     decoded.liveness(bytes, ip, width);
     Some(decoded)
 }
 
 impl Decoded {
+    /// An sti stays in line only if its shadow is in this block and goes on behind itself, or
+    /// leaves for the runtime: elsewhere the runtime sees to the shadow.
+    fn settle_sti(&mut self) {
+        let bad = (0..self.insns.len()).find(|&at| {
+            self.insns[at].class == Class::Sti
+                && !self.insns.get(at + 1).is_some_and(|shadow| {
+                    shadow.class == Class::System
+                        || !shadow.class.ends_block() && shadow.class != Class::Sti
+                })
+        });
+        if let Some(at) = bad {
+            self.len -= self.insns[at + 1..]
+                .iter()
+                .map(|insn| insn.instr.len() as u32)
+                .sum::<u32>();
+            self.insns.truncate(at + 1);
+            self.insns[at].class = Class::System;
+        }
+    }
+
     /// Fills in `live_in` and `live_out`. Nothing is known of a successor, so all flags live at the
     /// end, unless saving them would cost something: then the successors' first instructions decide.
     fn liveness(&mut self, bytes: &[u8], ip: u64, width: u32) {
@@ -212,7 +240,9 @@ impl Decoded {
             | Class::BitString
             | Class::Push
             | Class::Pop
-            | Class::Leave => peek(next),
+            | Class::Leave
+            | Class::Cli
+            | Class::Sti => peek(next),
             Class::JumpIndirect
             | Class::Loop
             | Class::CallIndirect
@@ -463,7 +493,8 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         instr.op_kind(operand) == OpKind::Register
             && (register.is_segment_register() || register.is_cr() || register.is_dr())
     });
-    if system_register || instr.is_privileged() || instr.is_string_instruction() {
+    let flag = matches!(instr.mnemonic(), Cli | Sti);
+    if system_register || instr.is_privileged() && !flag || instr.is_string_instruction() {
         return Class::System;
     }
     let has_memory = (0..instr.op_count()).any(|operand| instr.op_kind(operand) == OpKind::Memory);
@@ -472,6 +503,8 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         return Class::System;
     }
     match instr.mnemonic() {
+        Cli if mode.interrupts => Class::Cli,
+        Sti if mode.interrupts && !mode.single => Class::Sti,
         Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cpuid | Rdtscp | Rdpmc
         | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw | Lar | Lsl | Lds | Les | Lss | Lfs
         | Lgs | Enter | Xlatb | Maskmovq | Maskmovdqu | In | Out | Pusha | Pushad | Popa
@@ -505,6 +538,7 @@ mod tests {
         flat: true,
         fpu: true,
         tsc: true,
+        interrupts: true,
         single: false,
     };
 

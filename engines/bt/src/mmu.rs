@@ -115,16 +115,16 @@ impl Mmu {
 
     /// Forgets every translation of data addresses and every branch target.
     pub(crate) fn flush(&mut self) {
-        self.tlbs.iter_mut().for_each(Tlb::flush);
-        self.jumps.iter_mut().for_each(JumpCache::flush);
+        self.tlbs.iter().for_each(Tlb::flush);
+        self.jumps.iter().for_each(JumpCache::flush);
     }
 
     /// Forgets one page.
     pub(crate) fn invalidate(&mut self, address: u64) {
-        for tlb in &mut self.tlbs {
+        for tlb in &self.tlbs {
             tlb.remove(address & !0xfff);
         }
-        self.jumps.iter_mut().for_each(JumpCache::flush);
+        self.jumps.iter().for_each(JumpCache::flush);
     }
 
     /// True if the page at `phys` holds translated code.
@@ -157,7 +157,7 @@ impl Mmu {
 
     /// Enters a page into the TLB that an access of this kind looks into. Returns false if the
     /// page must stay on the slow path: device memory, or a write to a page with code.
-    pub(crate) fn fill(&mut self, address: u64, page: Page, access: Access, user: bool) -> bool {
+    pub(crate) fn fill(&self, address: u64, page: Page, access: Access, user: bool) -> bool {
         let Some(host) = self.host(page.phys, 4096) else {
             return false;
         };
@@ -320,8 +320,15 @@ impl Mmu {
         while done < bytes.len() {
             let at = address.wrapping_add(done as u64);
             let len = (4096 - (at & 0xfff) as usize).min(bytes.len() - done);
-            let page = self.walk(cpu, at, Access::Read, user)?;
-            match self.host(page.phys | at & 0xfff, len as u64) {
+            let host = match self.tlbs[tlb_index(user, false)].get(at & !0xfff) {
+                Some(host) => Some((host + (at & 0xfff)) as *mut u8),
+                None => {
+                    let page = self.walk(cpu, at, Access::Read, user)?;
+                    self.fill(at, page, Access::Read, user);
+                    self.host(page.phys | at & 0xfff, len as u64)
+                }
+            };
+            match host {
                 // SAFETY: inside RAM, and `bytes` is the runtime's own memory.
                 Some(host) => unsafe {
                     std::ptr::copy_nonoverlapping(host, bytes[done..].as_mut_ptr(), len);
@@ -331,6 +338,12 @@ impl Mmu {
             done += len;
         }
         Ok(())
+    }
+
+    /// Host address of a page that this privilege has written before, if the TLB still knows.
+    pub(crate) fn written(&self, address: u64, user: bool) -> Option<*mut u8> {
+        let host = self.tlbs[tlb_index(user, true)].get(address & !0xfff)?;
+        Some((host + (address & 0xfff)) as *mut u8)
     }
 
     /// Reads a little-endian integer of `N` bytes.

@@ -19,10 +19,11 @@ pub(crate) struct Homes {
 impl Homes {
     /// Brings every register and flag home to `gpr` and `flags`.
     pub(crate) fn settle(self, context: &mut Context) {
-        for register in 0..16 {
-            if self.spilled >> register & 1 == 1 {
-                context.gpr[register] = context.spill[register];
-            }
+        let mut spilled = self.spilled;
+        while spilled != 0 {
+            let register = spilled.trailing_zeros() as usize;
+            spilled &= spilled - 1;
+            context.gpr[register] = context.spill[register];
         }
         if self.lazy {
             context.flags = context.flags & !0x8d5 | flags_from_lazy(context.lazy_flags);

@@ -204,7 +204,7 @@ impl BtVcpu {
             return Err(Stop::Interrupted);
         }
         if self.window && self.interruptible() {
-            self.window = false;
+            self.request_interrupt_window(false);
             return Err(Stop::Window);
         }
         let single = std::mem::take(&mut self.core.cpu.shadow);
@@ -664,6 +664,10 @@ impl BtVcpu {
             self.doorbell.open();
             return Ok(());
         }
+        if fault.signal == libc::SIGSEGV && self.doorbell.is_window(fault.address) {
+            // The boundary that comes next finds the window open.
+            return Ok(());
+        }
         /// si_code of integer division and of faults that the kernel can't put an address to.
         const FPE_INTDIV: i32 = 1;
         const SI_KERNEL: i32 = 0x80;
@@ -762,7 +766,7 @@ impl Vcpu for BtVcpu {
     fn interruptible(&mut self) -> bool {
         matches!(self.resume, Resume::Boundary)
             && matches!(self.pending, Pending::Nothing | Pending::In { .. })
-            && self.core.cpu.interrupts_enabled()
+            && self.core.interrupts_enabled()
             && !self.core.cpu.shadow
     }
 
@@ -786,7 +790,10 @@ impl Vcpu for BtVcpu {
     }
 
     fn request_interrupt_window(&mut self, wanted: bool) {
-        self.window = wanted;
+        if self.window != wanted {
+            self.window = wanted;
+            self.doorbell.watch_window(wanted);
+        }
     }
 
     fn kick_handle(&self) -> KickHandle {

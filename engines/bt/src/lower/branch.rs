@@ -147,7 +147,7 @@ impl Lower<'_> {
         let patch = self.position();
         self.asm.push_i32(0);
         let site = self.add_site(insn.instr.ip(), Kind::Indirect);
-        self.cold.push(Cold::Indirect { site, patch });
+        self.cold.push(Cold::Exit { site, patch });
         dynasm!(self.asm
             ; .arch x64
             ; mov Rq(entry), [Rq(entry) + table + 8]

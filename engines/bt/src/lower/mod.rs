@@ -28,7 +28,7 @@ mod memory;
 mod stack;
 
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
-use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
+use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
 
 use crate::{
@@ -36,6 +36,7 @@ use crate::{
     context::Context,
     cpu::Bits,
     decode::{Class, Decoded, Insn, Mode},
+    fault::{self, Fault},
     site::{Homes, Ip, Kind, Mark, Site, number},
     stubs::Stubs,
     tlb::tlb_index,
@@ -49,6 +50,7 @@ pub(crate) const RSP: u16 = 1 << 4;
 pub(crate) struct Layout {
     context: i32,
     doorbell: i32,
+    window: i32,
     tlb: [i32; 4],
     jump: [i32; 2],
     exit: u64,
@@ -59,6 +61,7 @@ impl Layout {
         Layout {
             context: arena.context_disp(),
             doorbell: arena.doorbell() as i32,
+            window: arena.window() as i32,
             tlb: std::array::from_fn(|index| arena.tlb(index) as i32),
             jump: std::array::from_fn(|index| arena.jump(index) as i32),
             exit: stubs.exit,
@@ -119,7 +122,7 @@ pub(crate) struct Lower<'a> {
 enum Cold {
     Memory(memory::Pending),
     Direct { site: usize, patch: usize },
-    Indirect { site: usize, patch: usize },
+    Exit { site: usize, patch: usize },
 }
 
 /// Where a block goes and what its numbers start at.
@@ -174,6 +177,10 @@ pub(crate) fn lower(
         lower
             .insn(insn, raw)
             .map_err(|error| format!("{error} for `{}` at {:#x}", insn.instr, insn.instr.ip()))?;
+        let shadow = at > 0 && decoded.insns[at - 1].class == Class::Sti;
+        if shadow && !insn.class.ends_block() {
+            lower.interrupt_window(insn.instr.next_ip());
+        }
     }
     if let Some(last) = decoded.insns.last().filter(|last| !last.class.ends_block()) {
         lower.leave(last.live_out != 0);
@@ -199,6 +206,12 @@ impl Lower<'_> {
             Class::Push => self.push(insn),
             Class::Pop => self.pop(insn),
             Class::Leave => self.leave_frame(insn),
+            Class::Cli | Class::Sti => {
+                let flag = self.layout.slot(offset_of!(Context, interrupt_flag));
+                let enabled = i32::from(insn.class == Class::Sti);
+                dynasm!(self.asm ; .arch x64 ; mov QWORD [flag], enabled);
+                Ok(())
+            }
             Class::Jump => {
                 self.jump(insn);
                 Ok(())
@@ -222,7 +235,41 @@ impl Lower<'_> {
         }
     }
 
+    /// The place after an sti's shadow where a waiting interrupt gets in: a store to a page that is
+    /// taken away while one waits.
+    fn interrupt_window(&mut self, next_ip: u64) {
+        self.mark(Ip::At(next_ip));
+        dynasm!(self.asm ; .arch x64 ; mov [self.layout.window], eax);
+    }
+
+    /// A divisor of zero is common enough as an operation (it is how kernels and benchmarks raise
+    /// #DE) to be worth a test: a host fault costs some 3 µs.
+    fn check_divisor(&mut self, insn: &Insn) {
+        if insn.live_out != 0 && !self.homes.lazy {
+            self.save_flags();
+        }
+        let divisor = insn.instr.op0_register();
+        let number = divisor.full_register().number() as u8;
+        self.need(insn.reads);
+        match divisor.size() {
+            8 => dynasm!(self.asm ; .arch x64 ; test Rq(number), Rq(number)),
+            4 => dynasm!(self.asm ; .arch x64 ; test Rd(number), Rd(number)),
+            2 => dynasm!(self.asm ; .arch x64 ; test Rw(number), Rw(number)),
+            // Byte registers come in two kinds; those go the long way.
+            _ => return,
+        }
+        self.asm.extend([0x0f, 0x84]);
+        let patch = self.position();
+        self.asm.push_i32(0);
+        let fault = Kind::Fault(Fault::plain(fault::DE));
+        let site = self.add_site(insn.instr.ip(), fault);
+        self.cold.push(Cold::Exit { site, patch });
+    }
+
     fn plain(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
+        if matches!(insn.instr.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
+            self.check_divisor(insn);
+        }
         self.flags_for(insn);
         self.need(insn.reads);
         self.mark(Ip::At(insn.instr.ip()));
@@ -436,7 +483,7 @@ impl Lower<'_> {
         for cold in std::mem::take(&mut self.cold) {
             match cold {
                 Cold::Memory(pending) => self.cold_memory(pending),
-                Cold::Direct { site, patch } | Cold::Indirect { site, patch } => {
+                Cold::Direct { site, patch } | Cold::Exit { site, patch } => {
                     self.bind(patch, self.position());
                     let here = self.address(self.position());
                     if let Kind::Direct { stub, .. } = &mut self.sites[site].kind {

@@ -88,6 +88,8 @@ impl Lower<'_> {
             | Class::BitString
             | Class::Pop
             | Class::Leave
+            | Class::Cli
+            | Class::Sti
             | Class::Jump
             | Class::JumpIndirect
             | Class::Branch

@@ -310,11 +310,9 @@ impl Core {
             return Err(Fault::gp());
         }
         if set {
-            self.cpu.shadow = !self.cpu.interrupts_enabled();
-            self.cpu.flags |= FLAG_IF;
-        } else {
-            self.cpu.flags &= !FLAG_IF;
+            self.cpu.shadow = !self.interrupts_enabled();
         }
+        self.set_interrupts(set);
         Ok(())
     }
 
