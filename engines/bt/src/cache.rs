@@ -27,6 +27,7 @@ use crate::{
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
     site::{Kind, Mark, Site},
+    tlb::Span,
 };
 
 /// What a block is known by.
@@ -309,11 +310,23 @@ impl Cache {
         }
     }
 
-    /// Undoes every link between pages: addresses may map elsewhere now.
-    pub(crate) fn unlink_across(&mut self, arena: &Arena) {
-        for site in std::mem::take(&mut self.across) {
-            self.unlink(site, arena);
-        }
+    /// Undoes links between pages: those to targets in `span`, or all. Addresses may map elsewhere.
+    pub(crate) fn unlink_across(&mut self, span: Option<Span>, arena: &Arena) {
+        let mut across = std::mem::take(&mut self.across);
+        across.retain(|&site| {
+            let Site { block, kind, .. } = self.sites[site as usize];
+            let Kind::Direct { target, .. } = kind else {
+                return false;
+            };
+            // A target is an offset in CS, and an address only if that is flat.
+            let flat = self.blocks[block as usize].key.mode.flat;
+            let stays = flat && span.is_some_and(|span| !span.contains(target));
+            if !stays {
+                self.unlink(site, arena);
+            }
+            stays
+        });
+        self.across = across;
     }
 
     /// Kills the blocks made from any of `len` bytes at `phys`. Returns how many there were.

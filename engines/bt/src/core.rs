@@ -17,6 +17,7 @@ use crate::{
     decode::Mode,
     fault::{self, Fault},
     mmu::{Access, Mmu},
+    tlb::Span,
 };
 
 /// Registers and memory of one guest CPU.
@@ -26,11 +27,20 @@ pub(crate) struct Core {
     pub mmu: Mmu,
     pub rip: u64,
     /// Address translations were dropped: links between pages have to go too.
-    pub flushed: bool,
+    pub flushed: Flushed,
     /// What [`Core::mode`] said last, until something that it depends on changes.
     pub mode: Option<Mode>,
     /// RAM with translated code that was written since the run loop last looked.
     pub code_writes: Vec<(u64, u64)>,
+}
+
+/// Address translations dropped since the run loop last looked.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Flushed {
+    #[default]
+    Nothing,
+    Page(Span),
+    Everything,
 }
 
 /// The guest is beyond help: a fault while delivering a double fault.
@@ -58,7 +68,7 @@ impl Core {
             // SAFETY: the caller's promise.
             mmu: unsafe { Mmu::new(ram, arena) },
             rip: 0,
-            flushed: false,
+            flushed: Flushed::Nothing,
             mode: None,
             code_writes: Vec::new(),
         }
@@ -177,7 +187,7 @@ impl Core {
     pub(crate) fn flush(&mut self) {
         self.mode = None;
         self.mmu.flush();
-        self.flushed = true;
+        self.flushed = Flushed::Everything;
     }
 
     /// Writes guest-virtual memory, all of it or none.

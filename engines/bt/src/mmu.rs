@@ -7,6 +7,7 @@
 //! Invariant: a write TLB never holds a page with translated code on it, so every write to code
 //! takes the slow path and finds the blocks that it kills.
 
+use std::cell::RefCell;
 use std::sync::{
     Arc,
     atomic::{AtomicU32, AtomicU64, Ordering},
@@ -19,7 +20,7 @@ use crate::{
     arena::Arena,
     cpu::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, Cpu, EFER_NXE},
     fault::Fault,
-    tlb::{JumpCache, Tlb, tlb_index},
+    tlb::{JumpCache, Span, Tlb, tlb_index},
 };
 
 /// Physical address width that the pinned CPUID announces.
@@ -46,6 +47,8 @@ pub(crate) enum Access {
 pub(crate) struct Page {
     /// Physical address of the 4 KiB page.
     pub phys: u64,
+    /// Bytes that the page-table entry maps.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -62,6 +65,8 @@ pub(crate) struct Mmu {
     tlbs: [Tlb; 4],
     /// Jump caches for supervisor and user code.
     pub jumps: [JumpCache; 2],
+    /// Large pages with translations in the tables above or in links between blocks.
+    large: RefCell<Vec<Span>>,
     /// One bit per 4 KiB page of each region: it holds translated code.
     code_pages: Vec<Vec<u64>>,
 }
@@ -95,6 +100,7 @@ impl Mmu {
             _ram: ram,
             tlbs,
             jumps,
+            large: RefCell::default(),
             code_pages,
         }
     }
@@ -117,14 +123,41 @@ impl Mmu {
     pub(crate) fn flush(&mut self) {
         self.tlbs.iter().for_each(Tlb::flush);
         self.jumps.iter().for_each(JumpCache::flush);
+        self.large.borrow_mut().clear();
     }
 
-    /// Forgets one page.
-    pub(crate) fn invalidate(&mut self, address: u64) {
+    /// Forgets the page around `address`, however large it was when it was last looked at.
+    pub(crate) fn invalidate(&mut self, address: u64) -> Span {
+        let large = self
+            .large
+            .borrow()
+            .iter()
+            .copied()
+            .find(|span| span.contains(address));
+        let span = large.unwrap_or(Span::around(address, 4096));
         for tlb in &self.tlbs {
-            tlb.remove(address & !0xfff);
+            match large {
+                Some(span) => tlb.remove_span(span),
+                None => tlb.remove(span.start),
+            }
         }
-        self.jumps.iter().for_each(JumpCache::flush);
+        self.jumps.iter().for_each(|jumps| jumps.remove_span(span));
+        span
+    }
+
+    /// Remembers that translations of a large page are in use: an invalidation of any address in
+    /// it drops them all (SDM 3A 4.10.4.1).
+    pub(crate) fn note(&self, address: u64, page: Page) {
+        if page.bytes == 4096 {
+            return;
+        }
+        let mut large = self.large.borrow_mut();
+        if !large
+            .iter()
+            .any(|span| span.contains(address) && span.bytes >= page.bytes)
+        {
+            large.push(Span::around(address, page.bytes));
+        }
     }
 
     /// True if the page at `phys` holds translated code.
@@ -165,6 +198,7 @@ impl Mmu {
         if write && self.is_code(page.phys) {
             return false;
         }
+        self.note(address, page);
         let key = address & !0xfff;
         self.tlbs[tlb_index(user, write)].fill(key, host as u64);
         true
@@ -184,6 +218,7 @@ impl Mmu {
         if cpu.cr0 & CR0_PG == 0 {
             return Ok(Page {
                 phys: address & 0xffff_f000,
+                bytes: 4096,
             });
         }
         let write = access == Access::Write;
@@ -279,7 +314,7 @@ impl Mmu {
                 entry & 0xffff_f000
             };
             let phys = (base | address & (span - 1)) & !0xfff;
-            return Ok(Page { phys });
+            return Ok(Page { phys, bytes: span });
         }
     }
 

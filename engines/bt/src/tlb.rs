@@ -30,6 +30,27 @@ pub(crate) fn tlb_index(user: bool, write: bool) -> usize {
 
 use std::cell::RefCell;
 
+/// A naturally aligned range of guest-virtual addresses: what one page-table entry maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub start: u64,
+    pub bytes: u64,
+}
+
+impl Span {
+    /// The page of this size around `address`.
+    pub(crate) fn around(address: u64, bytes: u64) -> Span {
+        Span {
+            start: address & !(bytes - 1),
+            bytes,
+        }
+    }
+
+    pub(crate) fn contains(&self, address: u64) -> bool {
+        address.wrapping_sub(self.start) < self.bytes
+    }
+}
+
 #[repr(C)]
 struct Entry {
     key: u64,
@@ -81,9 +102,10 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
     pub(crate) fn fill(&self, key: u64, host: u64) {
         let index = Self::index(key);
         // SAFETY: index < ENTRIES.
-        unsafe { *self.entries.add(index) = Entry { key, host } };
+        let before = unsafe { self.entries.add(index).replace(Entry { key, host }) };
+        let was_empty = Self::index(before.key) != index;
         let mut filled = self.filled.borrow_mut();
-        if filled.len() < ENTRIES {
+        if was_empty && filled.len() < ENTRIES {
             filled.push(index as u16);
         }
     }
@@ -110,6 +132,26 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
     pub(crate) fn remove(&self, key: u64) {
         if self.get(key).is_some() {
             self.clear(Self::index(key));
+        }
+    }
+
+    /// Empties the entries for keys in `span`.
+    pub(crate) fn remove_span(&self, span: Span) {
+        let remove = |index: usize| {
+            // SAFETY: index < ENTRIES.
+            let key = unsafe { (*self.entries.add(index)).key };
+            if span.contains(key) && Self::index(key) == index {
+                self.clear(index);
+            }
+        };
+        let filled = self.filled.borrow();
+        if filled.len() >= ENTRIES {
+            (0..ENTRIES).for_each(remove);
+        } else {
+            filled
+                .iter()
+                .map(|&index| usize::from(index))
+                .for_each(remove);
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     arena::Arena,
     cache::{Cache, Key, Refusal, Source},
     context::HOST_FAULT,
-    core::{Cause, Core, Shutdown},
+    core::{Cause, Core, Flushed, Shutdown},
     cpu::Cpu,
     decode::Mode,
     fault::{self, Fault},
@@ -218,8 +218,10 @@ impl BtVcpu {
 
     /// Acts on what privileged code did to memory and mappings.
     fn settle_writes(&mut self) {
-        if std::mem::take(&mut self.core.flushed) {
-            self.cache.unlink_across(&self.arena);
+        match std::mem::take(&mut self.core.flushed) {
+            Flushed::Nothing => {}
+            Flushed::Page(span) => self.cache.unlink_across(Some(span), &self.arena),
+            Flushed::Everything => self.cache.unlink_across(None, &self.arena),
         }
         for (phys, len) in std::mem::take(&mut self.core.code_writes) {
             self.kill(phys, len);
@@ -271,6 +273,7 @@ impl BtVcpu {
             .core
             .mmu
             .walk(&self.core.cpu, virt, Access::Fetch, mode.user)?;
+        self.core.mmu.note(virt, page);
         let key = Key {
             virt,
             phys: page.phys | virt & 0xfff,

@@ -15,7 +15,7 @@ use engine_core::ExitReason;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use crate::{
-    core::{Core, Shutdown},
+    core::{Core, Flushed, Shutdown},
     cpu::{Bits, CR4_TSD, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, Seg},
     fault::{self, Fault},
     mmu::Access,
@@ -272,8 +272,11 @@ impl Core {
             Clts => self.set_cr0(self.cpu.cr0 & !crate::cpu::CR0_TS)?,
             Invlpg => {
                 let address = self.operand_address(instr);
-                self.mmu.invalidate(address);
-                self.flushed = true;
+                let span = self.mmu.invalidate(address);
+                self.flushed = match self.flushed {
+                    Flushed::Nothing => Flushed::Page(span),
+                    Flushed::Page(_) | Flushed::Everything => Flushed::Everything,
+                };
             }
             Invd | Wbinvd => {}
             Rdmsr => {
