@@ -28,7 +28,7 @@ pub(crate) fn tlb_index(user: bool, write: bool) -> usize {
     usize::from(user) * 2 + usize::from(write)
 }
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 /// A naturally aligned range of guest-virtual addresses: what one page-table entry maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,9 @@ struct Entry {
 pub(crate) struct Table<const SHIFT: u32, const ENTRIES: usize> {
     entries: *mut Entry,
     filled: RefCell<Vec<u16>>,
+    /// One bit for each page number modulo 64 that a key was entered for since the last flush: most
+    /// invalidations concern pages that hold no branch target.
+    pages: Cell<u64>,
 }
 
 /// A software TLB.
@@ -77,6 +80,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         let table = Table {
             entries: address as *mut Entry,
             filled: RefCell::default(),
+            pages: Cell::new(0),
         };
         for index in 0..ENTRIES {
             table.clear(index);
@@ -103,6 +107,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         let index = Self::index(key);
         // SAFETY: index < ENTRIES.
         let before = unsafe { self.entries.add(index).replace(Entry { key, host }) };
+        self.pages.set(self.pages.get() | 1 << (key >> 12 & 63));
         let was_empty = Self::index(before.key) != index;
         let mut filled = self.filled.borrow_mut();
         if was_empty && filled.len() < ENTRIES {
@@ -126,6 +131,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
             filled.iter().for_each(|&index| self.clear(index.into()));
         }
         filled.clear();
+        self.pages.set(0);
     }
 
     /// Empties the entry for `key`, if it holds it.
@@ -137,6 +143,9 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
 
     /// Empties the entries for keys in `span`.
     pub(crate) fn remove_span(&self, span: Span) {
+        if span.bytes == 4096 && self.pages.get() >> (span.start >> 12 & 63) & 1 == 0 {
+            return;
+        }
         let remove = |index: usize| {
             // SAFETY: index < ENTRIES.
             let key = unsafe { (*self.entries.add(index)).key };
