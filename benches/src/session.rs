@@ -2,7 +2,7 @@
 //!
 //! In each round every contender boots afresh, measures its empty window, and then has its turn at
 //! every workload, in an order that [`Plan`] rotates. What one contender does at one workload
-//! stands in [`crate::turn`]. Invariant: whatever happens, each pair of contender and workload ends
+//! stands in module `turn`. Invariant: whatever happens, each pair of contender and workload ends
 //! with at least one row, and no virtual machine outlives the run.
 
 use std::time::{Duration, Instant};
