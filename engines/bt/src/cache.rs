@@ -45,8 +45,8 @@ pub(crate) struct Block {
     pub second: Option<u64>,
     /// Host address.
     pub entry: u64,
-    code_len: u32,
-    guest_len: u32,
+    pub code_len: u32,
+    pub guest_len: u32,
     marks: Box<[Mark]>,
     /// Sites whose branch is linked to this block.
     incoming: Vec<u32>,
@@ -152,6 +152,11 @@ impl Cache {
 
     pub(crate) fn system(&self, index: u32) -> Instruction {
         self.system[index as usize]
+    }
+
+    /// Living blocks, oldest first.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = &Block> {
+        self.blocks.iter().filter(|block| block.alive)
     }
 
     /// The block for `key`.

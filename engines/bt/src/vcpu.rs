@@ -16,7 +16,7 @@ use crate::{
     decode::Mode,
     fault::{self, Fault},
     kick::Doorbell,
-    lower::Layout,
+    lower::{self, Layout},
     mmu::{Access, Page},
     signal::{Active, Guard},
     site::{Homes, Ip, Kind, Site, Slow},
@@ -167,6 +167,38 @@ impl BtVcpu {
         self.cache.emptied
     }
 
+    /// Guest and host code of every living block in `range` of guest-virtual addresses.
+    pub fn listing(&self, range: std::ops::Range<u64>) -> String {
+        let mut text = String::new();
+        for block in self
+            .cache
+            .blocks()
+            .filter(|block| range.contains(&block.key.virt))
+        {
+            let guest_len =
+                (block.guest_len as usize).min(4096 - (block.key.phys & 0xfff) as usize);
+            let mut guest = vec![0; guest_len];
+            self.fetch(block.key.phys, &mut guest);
+            // SAFETY: a block's code lies in the cache, whose pages are readable.
+            let host = unsafe {
+                std::slice::from_raw_parts(block.entry as *const u8, block.code_len as usize)
+            };
+            let bits = match block.key.mode.bits {
+                crate::cpu::Bits::Bits64 => 64,
+                crate::cpu::Bits::Bits32 => 32,
+                crate::cpu::Bits::Bits16 => 16,
+            };
+            text += &format!("block {:#x} {:?}\n", block.key.virt, block.key.mode);
+            for (bits, bytes, ip) in [(bits, &guest[..], block.key.virt), (64, host, block.entry)] {
+                for instr in iced_x86::Decoder::with_ip(bits, bytes, ip, 0) {
+                    text += &format!("  {:#12x}  {instr}\n", instr.ip());
+                }
+                text += "\n";
+            }
+        }
+        text
+    }
+
     fn go(&mut self) -> Result<Stop, Error> {
         let active = Active {
             context: self.arena.context(),
@@ -186,7 +218,10 @@ impl BtVcpu {
             let entry = match self.resume {
                 Resume::Host(entry) => entry,
                 Resume::Boundary => match self.boundary() {
-                    Ok(Some(entry)) => entry,
+                    Ok(Some(entry)) => {
+                        lower::lend(self.core.context());
+                        entry
+                    }
                     Ok(None) => continue,
                     Err(stop) => return Ok(stop),
                 },

@@ -52,7 +52,7 @@ impl Lower<'_> {
     pub(super) fn loop_branch(&mut self, insn: &Insn) -> Result<(), String> {
         // These count without touching the flags, and so must whatever surrounds them.
         if self.homes.lazy {
-            self.restore_flags();
+            self.restore_flags(0);
         }
         self.leave(true);
         let target = self.wrap(insn.instr.near_branch_target());
@@ -128,7 +128,7 @@ impl Lower<'_> {
     /// Goes to `Context::target`.
     fn indirect(&mut self, insn: &Insn) {
         if insn.live_out & ALL_FLAGS != 0 && !self.homes.lazy {
-            self.save_flags();
+            self.save_flags(0);
         }
         let key = self.take(0, insn);
         let entry = self.take(1 << key, insn);

@@ -117,6 +117,7 @@ impl Lower<'_> {
         self.need(insn.reads);
         let open = self.open(insn, Address::Bits(&insn.instr, offset), size, write, 0)?;
         let bit = self.take(1 << open.register | 1 << open.table, insn);
+        self.busy |= 1 << bit;
         let number = offset.full_register().number() as u8;
         self.need(insn.reads);
         dynasm!(self.asm
@@ -153,11 +154,12 @@ impl Lower<'_> {
         avoid: u16,
     ) -> Result<Open, String> {
         if insn.live_in != 0 && !self.homes.lazy {
-            self.save_flags();
+            self.save_flags(avoid);
             self.need(insn.reads);
         }
         let register = self.take(avoid, insn);
         let table = self.take(avoid | 1 << register, insn);
+        self.busy = avoid | 1 << register;
         let homes = self.homes;
         let retry = self.position();
         let stack = self.address_into(address, register, table, size)?;
@@ -195,6 +197,7 @@ impl Lower<'_> {
     /// Ends the body. `next_ip` is where the guest goes on if nothing of the instruction is left
     /// but to move RSP by `rsp`.
     pub(super) fn close(&mut self, open: Open, next_ip: Option<u64>, rsp: i32) {
+        self.busy = 0;
         let body = self.asm.ops[open.body..].to_vec();
         let marks = self.marks[open.first_mark..]
             .iter()

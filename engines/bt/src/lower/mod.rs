@@ -6,7 +6,8 @@
 //! own registers, so an instruction without memory operand is copied as it is. Everything that
 //! needs scratch borrows a guest register: its value goes to `Context::spill`, and it comes back
 //! when the guest's code next reads it, not before (`need`). Registers that are overwritten first
-//! never come back. At the end of a block everything is home again, so blocks link freely.
+//! never come back. Where blocks meet, R12 and R13 are borrowed and everything else is home: blocks
+//! link freely, and most accesses find two scratch registers that cost nothing.
 //!
 //! # Memory
 //!
@@ -44,6 +45,8 @@ use crate::{
 
 pub(crate) const RAX: u16 = 1;
 pub(crate) const RSP: u16 = 1 << 4;
+/// Registers that are borrowed wherever blocks meet: the last that compilers hand out.
+pub(crate) const CONTRACT: u16 = 1 << 12 | 1 << 13;
 
 /// Addresses that lowered code refers to, as displacements.
 #[derive(Clone, Copy)]
@@ -109,6 +112,8 @@ pub(crate) struct Lower<'a> {
     encoder: &'a mut Encoder,
     mode: Mode,
     homes: Homes,
+    /// Borrowed registers that hold something until the access being emitted is done.
+    busy: u16,
     sites: Vec<Site>,
     marks: Vec<Mark>,
     system: Vec<Instruction>,
@@ -155,7 +160,11 @@ pub(crate) fn lower(
         layout,
         encoder,
         mode,
-        homes: Homes::default(),
+        homes: Homes {
+            spilled: CONTRACT,
+            lazy: false,
+        },
+        busy: 0,
         sites: Vec::new(),
         marks: Vec::new(),
         system: Vec::new(),
@@ -246,7 +255,7 @@ impl Lower<'_> {
     /// #DE) to be worth a test: a host fault costs some 3 µs.
     fn check_divisor(&mut self, insn: &Insn) {
         if insn.live_out != 0 && !self.homes.lazy {
-            self.save_flags();
+            self.save_flags(0);
         }
         let divisor = insn.instr.op0_register();
         let number = divisor.full_register().number() as u8;
@@ -326,7 +335,7 @@ impl Lower<'_> {
     /// as they were.
     fn flags_for(&mut self, insn: &Insn) {
         if self.homes.lazy && needs_flags(insn) {
-            self.restore_flags();
+            self.restore_flags(self.busy);
         }
     }
 
@@ -377,20 +386,22 @@ impl Lower<'_> {
         register
     }
 
-    /// Moves live flags out of the way of a table lookup.
-    fn save_flags(&mut self) {
-        self.spill(0);
+    /// Moves live flags out of the way of a table lookup, by way of RAX, whose value waits in a
+    /// borrowed register outside `busy`.
+    fn save_flags(&mut self, busy: u16) {
+        let keeper = self.keep_rax(busy);
         dynasm!(self.asm
             ; .arch x64
             ; lahf
             ; seto al
             ; mov [self.layout.lazy_flags()], rax
         );
+        self.give_rax_back(keeper);
         self.homes.lazy = true;
     }
 
-    fn restore_flags(&mut self) {
-        self.spill(0);
+    fn restore_flags(&mut self, busy: u16) {
+        let keeper = self.keep_rax(busy);
         // 1 + 127 overflows a signed byte and 0 + 127 doesn't.
         dynasm!(self.asm
             ; .arch x64
@@ -398,16 +409,44 @@ impl Lower<'_> {
             ; add al, 127
             ; sahf
         );
+        self.give_rax_back(keeper);
         self.homes.lazy = false;
     }
 
-    /// Everything home, for leaving the block; flags only if somebody reads them.
+    /// Makes RAX free for the flags. Without a borrowed register to keep it in it is borrowed
+    /// itself, and comes back when needed.
+    fn keep_rax(&mut self, busy: u16) -> Option<u8> {
+        if self.homes.spilled & RAX != 0 {
+            return None;
+        }
+        let idle = self.homes.spilled & !busy;
+        if idle == 0 {
+            self.spill(0);
+            return None;
+        }
+        let keeper = 15 - idle.leading_zeros() as u8;
+        dynasm!(self.asm ; .arch x64 ; mov Rq(keeper), rax);
+        Some(keeper)
+    }
+
+    fn give_rax_back(&mut self, keeper: Option<u8>) {
+        if let Some(keeper) = keeper {
+            dynasm!(self.asm ; .arch x64 ; mov rax, Rq(keeper));
+        }
+    }
+
+    /// Everything where the next block expects it; flags only if somebody reads them.
     fn leave(&mut self, flags_live: bool) {
         if self.homes.lazy && flags_live {
-            self.restore_flags();
+            self.restore_flags(0);
         }
         self.homes.lazy = false;
-        self.need(0xffff);
+        self.need(!CONTRACT);
+        for register in 0..16 {
+            if CONTRACT >> register & 1 == 1 {
+                self.spill(register);
+            }
+        }
     }
 
     fn load_constant(&mut self, register: u8, value: u64) {
@@ -497,6 +536,15 @@ impl Lower<'_> {
 
     fn tlb(&self, write: bool) -> i32 {
         self.layout.tlb[tlb_index(self.mode.user, write)]
+    }
+}
+
+/// Puts settled registers where a block expects them at its entry.
+pub(crate) fn lend(context: &mut Context) {
+    for register in 0..16 {
+        if CONTRACT >> register & 1 == 1 {
+            context.spill[register] = context.gpr[register];
+        }
     }
 }
 
