@@ -84,7 +84,7 @@ pub(crate) fn check() -> anyhow::Result<ExitCode> {
             Ok(()) => "ok".to_owned(),
             Err(error) => {
                 failed += 1;
-                format!("FAILED: {error:#}")
+                format!("FAILED: {}", crate::one_line(&error))
             }
         };
         lines.push(format!("{:<14} {seconds:6.1} s  {verdict}", step.name));
