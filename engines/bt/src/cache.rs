@@ -15,7 +15,7 @@
 //! and it isn't entered in a jump cache: every entry goes through the runtime, which checks both.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     hash::{BuildHasherDefault, Hasher},
 };
 
@@ -45,12 +45,16 @@ pub(crate) struct Block {
     pub second: Option<u64>,
     /// Host address.
     pub entry: u64,
+    /// Host address for who comes with the flags in `Context::lazy_flags`.
+    pub lazy_entry: u64,
     pub code_len: u32,
     pub guest_len: u32,
     marks: Box<[Mark]>,
     /// Sites whose branch is linked to this block.
     incoming: Vec<u32>,
     alive: bool,
+    /// Shared lookups that could not succeed.
+    strikes: u8,
 }
 
 /// Integer keys need mixing, not protection from collisions by design: a guest that makes its own
@@ -107,6 +111,8 @@ pub(crate) struct Cache {
     system: Vec<Instruction>,
     by_key: Map<Key, u32>,
     by_page: Map<u64, Vec<u32>>,
+    /// Blocks whose accesses look up for themselves, because sharing didn't pay.
+    apart: HashSet<Key, BuildHasherDefault<Mix>>,
     /// Linked sites whose target lies in another page.
     across: Vec<u32>,
     encoder: Encoder,
@@ -132,6 +138,7 @@ impl Cache {
             system: Vec::new(),
             by_key: Map::default(),
             by_page: Map::default(),
+            apart: HashSet::default(),
             across: Vec::new(),
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
@@ -199,6 +206,7 @@ impl Cache {
         self.by_key.clear();
         self.by_page.clear();
         self.across.clear();
+        self.apart.clear();
         mmu.jumps.iter().for_each(|jumps| jumps.flush());
         self.emptied += 1;
     }
@@ -230,9 +238,11 @@ impl Cache {
             block: number,
             first_site: self.sites.len(),
             first_system: self.system.len(),
+            groups: !self.apart.contains(&key),
         };
         let Lowered {
             code,
+            lazy_entry,
             sites,
             marks,
             system,
@@ -254,11 +264,13 @@ impl Cache {
             key,
             second,
             entry: self.next,
+            lazy_entry: self.next + u64::from(lazy_entry),
             code_len: code.len() as u32,
             guest_len: decoded.len,
             marks: marks.into(),
             incoming: Vec::new(),
             alive: true,
+            strikes: 0,
         });
         self.next = (self.next + code.len() as u64).next_multiple_of(16);
         self.sites.extend(sites);
@@ -271,6 +283,26 @@ impl Cache {
             mmu.set_code(page, true);
         }
         Ok(number)
+    }
+
+    /// Notes that a shared lookup of `block` could not succeed. A block that keeps doing that is
+    /// thrown away, to be translated without.
+    pub(crate) fn strike(&mut self, block: u32, arena: &Arena, mmu: &Mmu) {
+        /// A stack frame now and then crosses a page; a device or a page with code always fails.
+        const STRIKES: u8 = 32;
+        let found = &mut self.blocks[block as usize];
+        found.strikes = found.strikes.saturating_add(1);
+        if found.strikes != STRIKES {
+            return;
+        }
+        found.alive = false;
+        let key = found.key;
+        self.apart.insert(key);
+        if self.by_key.get(&key) == Some(&block) {
+            self.by_key.remove(&key);
+        }
+        self.unlink_incoming(block, arena);
+        mmu.jumps.iter().for_each(|jumps| jumps.flush());
     }
 
     /// Links the direct branch of `site` to `target`, if that is sound. Returns true if it did.

@@ -120,6 +120,8 @@ pub(crate) struct Insn {
     pub reads: u16,
     /// Registers that it overwrites whole.
     pub writes: u16,
+    /// Registers that it changes in any way.
+    pub modifies: u16,
     pub memory: Option<Memory>,
     /// It names ah, bh, ch or dh: no REX prefix may be added.
     pub high_byte: bool,
@@ -328,10 +330,16 @@ pub(crate) fn gpr_bit(register: Register) -> u16 {
 
 fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactory) -> Insn {
     let info = factory.info(&instr);
-    let (mut reads, mut writes) = (0, 0);
+    let (mut reads, mut writes, mut modifies) = (0, 0, 0);
     for used in info.used_registers() {
         let bit = gpr_bit(used.register());
         let whole = used.register().size() >= 4;
+        if !matches!(
+            used.access(),
+            OpAccess::None | OpAccess::NoMemAccess | OpAccess::Read | OpAccess::CondRead
+        ) {
+            modifies |= bit;
+        }
         match used.access() {
             OpAccess::Write if whole => writes |= bit,
             OpAccess::None | OpAccess::NoMemAccess => {}
@@ -369,6 +377,7 @@ fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactor
         class,
         reads,
         writes,
+        modifies,
         memory,
         high_byte,
         live_in: 0,

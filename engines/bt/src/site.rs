@@ -36,6 +36,8 @@ impl Homes {
 pub(crate) enum Kind {
     /// An access missed the software TLB; phase 1 is a bounced access that has to be written back.
     Memory(Slow),
+    /// A lookup for several accesses missed.
+    Group(Shared),
     /// A direct branch that isn't linked yet: `patch` is the address of its rel32.
     /// `stub` is what the rel32 leads to until then.
     Direct { target: u64, patch: u64, stub: u64 },
@@ -70,6 +72,17 @@ pub(crate) struct Slow {
     pub next_ip: Option<u64>,
     /// How far RSP still has to move before `next_ip`.
     pub rsp: i32,
+}
+
+/// A lookup that stands for the accesses of several instructions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shared {
+    pub size: u16,
+    pub write: bool,
+    /// Computes the address again and looks it up.
+    pub retry: u64,
+    /// Instructions to execute one by one if the lookup can't succeed.
+    pub steps: u16,
 }
 
 /// A place where translated code leaves.

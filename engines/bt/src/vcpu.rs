@@ -19,7 +19,7 @@ use crate::{
     lower::{self, Layout},
     mmu::{Access, Page},
     signal::{Active, Guard},
-    site::{Homes, Ip, Kind, Site, Slow},
+    site::{Homes, Ip, Kind, Shared, Site, Slow},
     stubs::{self, Stubs},
     system::{self, Step, Trap},
     x87,
@@ -103,6 +103,8 @@ pub struct BtVcpu {
     doorbell: Arc<Doorbell>,
     window: bool,
     resume: Resume,
+    /// Instructions to execute one by one.
+    steps: u16,
     pending: Pending,
     /// Data of the exit under way.
     data: [u8; 8],
@@ -149,6 +151,7 @@ impl BtVcpu {
             doorbell: Arc::new(Doorbell::new(arena.clone())),
             window: false,
             resume: Resume::Boundary,
+            steps: 0,
             pending: Pending::Nothing,
             data: [0; 8],
             jump_modes: [None; 2],
@@ -242,7 +245,8 @@ impl BtVcpu {
             self.request_interrupt_window(false);
             return Err(Stop::Window);
         }
-        let single = std::mem::take(&mut self.core.cpu.shadow);
+        let single = std::mem::take(&mut self.core.cpu.shadow) || self.steps > 0;
+        self.steps = self.steps.saturating_sub(1);
         match self.find(single) {
             Ok((entry, _)) => Ok(Some(entry)),
             Err(Trap::Fault(fault)) => self.raise(fault).map(|()| None),
@@ -297,7 +301,7 @@ impl BtVcpu {
         let entry = block.entry;
         // Translated code looks a branch's offset up, which is the address only in a flat segment.
         if !single && block.second.is_none() && mode.flat {
-            self.core.mmu.jumps[user].fill(virt, entry);
+            self.core.mmu.jumps[user].fill(virt, block.lazy_entry);
         }
         Ok((entry, Some(number)))
     }
@@ -406,6 +410,10 @@ impl BtVcpu {
                 done: 0,
                 step: 0,
             }),
+            Kind::Group(shared) => {
+                self.shared(site, shared);
+                Ok(())
+            }
             Kind::Direct { target, .. } => self.direct(index, site, target),
             Kind::Indirect => {
                 self.settle(site.homes, 0);
@@ -509,6 +517,29 @@ impl BtVcpu {
             done: 0,
             step: 0,
         })
+    }
+
+    /// A lookup for several accesses missed: fills the TLB, or has them executed one by one.
+    fn shared(&mut self, site: Site, shared: Shared) {
+        let ea = self.core.context().ea;
+        let access = if shared.write {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        let user = self.core.user();
+        if (ea & 0xfff) + u64::from(shared.size) <= 4096
+            && let Ok(page) = self.core.mmu.walk(&self.core.cpu, ea, access, user)
+            && self.core.mmu.fill(ea, page, access, user)
+        {
+            self.counts.add(ExitReason::TlbMiss);
+            self.resume = Resume::Host(shared.retry);
+            return;
+        }
+        self.counts.add(ExitReason::Bounce);
+        self.settle(site.homes, site.ip);
+        self.steps = shared.steps;
+        self.cache.strike(site.block, &self.arena, &self.core.mmu);
     }
 
     /// Copies between the bounce buffer and wherever the access belongs, until a device has to be

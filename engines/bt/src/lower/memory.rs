@@ -25,7 +25,8 @@ use crate::{
     context::Context,
     cpu::Bits,
     decode::Insn,
-    site::{Homes, Ip, Kind, Mark, Slow},
+    groups::{Group, Member},
+    site::{Homes, Ip, Kind, Mark, Shared, Slow},
     tlb::TLB_ENTRIES,
 };
 
@@ -40,12 +41,17 @@ pub(super) enum Address<'a> {
     Stack(i32),
     /// RBP, in the stack segment.
     Frame,
+    /// The lowest byte of a group.
+    Group(&'a Group),
 }
 
 /// An access whose body is being emitted.
 pub(super) struct Open {
-    /// Holds the operand's host address in the body.
+    /// Holds the operand's host address in the body, but for `offset`.
     pub register: u8,
+    pub offset: i32,
+    /// The lookup is a group's: there is no slow path of its own.
+    grouped: bool,
     table: u8,
     ip: u64,
     size: u32,
@@ -58,6 +64,17 @@ pub(super) struct Open {
     body: usize,
     homes: Homes,
     first_mark: usize,
+}
+
+/// A lookup just emitted.
+struct Lookup {
+    register: u8,
+    table: u8,
+    stack: bool,
+    /// Where things were when it began.
+    homes: Homes,
+    retry: usize,
+    miss: usize,
 }
 
 /// An access whose slow path is still to be emitted.
@@ -84,6 +101,10 @@ impl Lower<'_> {
         self.operand(insn, memory.size, memory.write, 0, |lower, open| {
             let mut body = body;
             body.set_memory_base(gpr64(open.register));
+            if open.offset != 0 {
+                body.set_memory_displacement64(open.offset as i64 as u64);
+                body.set_memory_displ_size(1);
+            }
             lower.encode(&body)
         })
     }
@@ -153,6 +174,91 @@ impl Lower<'_> {
         write: bool,
         avoid: u16,
     ) -> Result<Open, String> {
+        if let Some(member) = self.plan.members[self.at] {
+            return self.open_member(insn, member, avoid);
+        }
+        let lookup = self.look_up(insn, address, size, write, avoid)?;
+        Ok(Open {
+            register: lookup.register,
+            offset: 0,
+            grouped: false,
+            table: lookup.table,
+            ip: insn.instr.ip(),
+            size,
+            write,
+            read: !write || insn.memory.is_some_and(|memory| memory.read),
+            stack: lookup.stack,
+            disp: self.tlb(write),
+            retry: lookup.retry,
+            miss: lookup.miss,
+            body: self.position(),
+            homes: lookup.homes,
+            first_mark: self.marks.len(),
+        })
+    }
+
+    fn open_member(&mut self, insn: &Insn, member: Member, avoid: u16) -> Result<Open, String> {
+        let group = self.plan.groups[member.group];
+        if group.head == self.at {
+            let address = Address::Group(&group);
+            let lookup =
+                self.look_up(insn, address, group.bytes, group.write, avoid | group.used)?;
+            self.pinned |= 1 << lookup.register;
+            self.pins[member.group] = lookup.register;
+            let kind = Kind::Group(Shared {
+                size: group.bytes as u16,
+                write: group.write,
+                retry: self.address(lookup.retry),
+                steps: (group.last - group.head + 1) as u16,
+            });
+            let here = std::mem::replace(&mut self.homes, lookup.homes);
+            let site = self.add_site(insn.instr.ip(), kind);
+            self.homes = here;
+            let disp = self.tlb(group.write);
+            let Lookup {
+                register,
+                table,
+                miss,
+                ..
+            } = lookup;
+            self.cold.push(Cold::Group {
+                site,
+                miss,
+                register,
+                table,
+                disp,
+            });
+        }
+        let register = self.pins[member.group];
+        self.busy = avoid | 1 << register;
+        Ok(Open {
+            register,
+            offset: member.offset,
+            grouped: true,
+            table: register,
+            ip: insn.instr.ip(),
+            size: group.bytes,
+            write: group.write,
+            read: !group.write,
+            stack: false,
+            disp: 0,
+            retry: 0,
+            miss: 0,
+            body: self.position(),
+            homes: self.homes,
+            first_mark: self.marks.len(),
+        })
+    }
+
+    /// Emits an address and its lookup into a scratch register.
+    fn look_up(
+        &mut self,
+        insn: &Insn,
+        address: Address<'_>,
+        size: u32,
+        write: bool,
+        avoid: u16,
+    ) -> Result<Lookup, String> {
         if insn.live_in != 0 && !self.homes.lazy {
             self.save_flags(avoid);
             self.need(insn.reads);
@@ -177,20 +283,13 @@ impl Lower<'_> {
         let miss = self.position();
         self.asm.push_i32(0);
         dynasm!(self.asm ; .arch x64 ; add Rq(register), [Rq(table) + disp + 8]);
-        Ok(Open {
+        Ok(Lookup {
             register,
             table,
-            ip: insn.instr.ip(),
-            size,
-            write,
-            read: !write || insn.memory.is_some_and(|memory| memory.read),
             stack,
-            disp,
+            homes,
             retry,
             miss,
-            body: self.position(),
-            homes,
-            first_mark: self.marks.len(),
         })
     }
 
@@ -198,6 +297,14 @@ impl Lower<'_> {
     /// but to move RSP by `rsp`.
     pub(super) fn close(&mut self, open: Open, next_ip: Option<u64>, rsp: i32) {
         self.busy = 0;
+        if open.grouped {
+            let done = self.plan.members[self.at]
+                .is_some_and(|member| self.plan.groups[member.group].last == self.at);
+            if done {
+                self.pinned &= !(1 << open.register);
+            }
+            return;
+        }
         let body = self.asm.ops[open.body..].to_vec();
         let marks = self.marks[open.first_mark..]
             .iter()
@@ -212,6 +319,19 @@ impl Lower<'_> {
             rsp,
             open,
         }));
+    }
+
+    /// Hands the address of a lookup that missed to the runtime.
+    pub(super) fn cold_group(&mut self, site: usize, miss: usize, registers: [u8; 2], disp: i32) {
+        self.bind(miss, self.position());
+        let [register, table] = registers;
+        let ea = self.layout.slot(offset_of!(Context, ea));
+        dynasm!(self.asm
+            ; .arch x64
+            ; add Rq(register), [Rq(table) + disp]
+            ; mov [ea], Rq(register)
+        );
+        self.exit_through(site, 0);
     }
 
     pub(super) fn cold_memory(&mut self, pending: Pending) {
@@ -288,6 +408,20 @@ impl Lower<'_> {
             Address::Frame => {
                 dynasm!(self.asm ; .arch x64 ; mov Rq(register), rbp);
                 (Register::SS, narrow)
+            }
+            Address::Group(group) => {
+                let mut lea = Instruction::new();
+                lea.set_code(Code::Lea_r64_m);
+                lea.set_op0_kind(OpKind::Register);
+                lea.set_op0_register(gpr64(register));
+                lea.set_op1_kind(OpKind::Memory);
+                lea.set_memory_base(group.base);
+                lea.set_memory_index(group.index);
+                lea.set_memory_index_scale(group.scale);
+                lea.set_memory_displacement64(group.low as u64);
+                lea.set_memory_displ_size(u32::from(group.low != 0));
+                self.encode(&lea)?;
+                (Register::DS, false)
             }
             Address::Operand(instr, by) => (
                 instr.memory_segment(),

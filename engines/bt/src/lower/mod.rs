@@ -38,6 +38,7 @@ use crate::{
     cpu::Bits,
     decode::{Class, Decoded, Insn, Mode},
     fault::{self, Fault},
+    groups::{self, Plan},
     site::{Homes, Ip, Kind, Mark, Site, number},
     stubs::Stubs,
     tlb::tlb_index,
@@ -95,6 +96,8 @@ impl Layout {
 /// What lowering a block yields.
 pub(crate) struct Lowered {
     pub code: Vec<u8>,
+    /// Offset of the entry for who has the flags in `Context::lazy_flags`.
+    pub lazy_entry: u32,
     pub sites: Vec<Site>,
     pub marks: Vec<Mark>,
     pub system: Vec<Instruction>,
@@ -114,6 +117,10 @@ pub(crate) struct Lower<'a> {
     homes: Homes,
     /// Borrowed registers that hold something until the access being emitted is done.
     busy: u16,
+    plan: Plan,
+    /// Registers that hold a group's host address, and which group's.
+    pinned: u16,
+    pins: Vec<u8>,
     sites: Vec<Site>,
     marks: Vec<Mark>,
     system: Vec<Instruction>,
@@ -126,8 +133,21 @@ pub(crate) struct Lower<'a> {
 /// Code to be placed after the block's straight line.
 enum Cold {
     Memory(memory::Pending),
-    Direct { site: usize, patch: usize },
-    Exit { site: usize, patch: usize },
+    Group {
+        site: usize,
+        miss: usize,
+        register: u8,
+        table: u8,
+        disp: i32,
+    },
+    Direct {
+        site: usize,
+        patch: usize,
+    },
+    Exit {
+        site: usize,
+        patch: usize,
+    },
 }
 
 /// Where a block goes and what its numbers start at.
@@ -136,6 +156,8 @@ pub(crate) struct Place {
     pub block: u32,
     pub first_site: usize,
     pub first_system: usize,
+    /// Accesses may share lookups.
+    pub groups: bool,
 }
 
 /// Lowers `decoded`, whose first byte is `bytes[0]` at `ip`.
@@ -151,6 +173,11 @@ pub(crate) fn lower(
     layout: &Layout,
     encoder: &mut Encoder,
 ) -> Result<Lowered, String> {
+    let plan = if place.groups {
+        groups::plan(&decoded.insns, mode)
+    } else {
+        Plan::apart(decoded.insns.len())
+    };
     let mut lower = Lower {
         asm: SimpleAssembler::new(),
         base: place.base,
@@ -165,6 +192,9 @@ pub(crate) fn lower(
             lazy: false,
         },
         busy: 0,
+        pinned: 0,
+        pins: vec![0; plan.groups.len()],
+        plan,
         sites: Vec::new(),
         marks: Vec::new(),
         system: Vec::new(),
@@ -196,7 +226,13 @@ pub(crate) fn lower(
         lower.direct(last.instr.ip(), last.instr.next_ip());
     }
     lower.cold();
+    let live = decoded
+        .insns
+        .first()
+        .is_some_and(|first| first.live_in != 0);
+    let lazy_entry = if live { lower.lazy_entry() } else { 0 };
     Ok(Lowered {
+        lazy_entry,
         code: lower.asm.finalize(),
         sites: lower.sites,
         marks: lower.marks,
@@ -205,6 +241,19 @@ pub(crate) fn lower(
 }
 
 impl Lower<'_> {
+    /// An entry that brings the flags home first.
+    fn lazy_entry(&mut self) -> u32 {
+        let position = self.position() as u32;
+        self.homes = Homes {
+            spilled: CONTRACT,
+            lazy: true,
+        };
+        self.restore_flags(0);
+        let start = self.base;
+        self.jump_to(0xe9, start);
+        position
+    }
+
     fn insn(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
         match insn.class {
             Class::Nop => Ok(()),
@@ -361,7 +410,7 @@ impl Lower<'_> {
     /// wanted latest.
     fn take(&mut self, avoid: u16, insn: &Insn) -> u8 {
         // The flags move through RAX; while they may move, nothing else lives there.
-        let mut avoid = avoid | insn.used() | RSP;
+        let mut avoid = avoid | insn.used() | RSP | self.pinned;
         if insn.live_in != 0 {
             avoid |= RAX;
         }
@@ -419,7 +468,7 @@ impl Lower<'_> {
         if self.homes.spilled & RAX != 0 {
             return None;
         }
-        let idle = self.homes.spilled & !busy;
+        let idle = self.homes.spilled & !busy & !self.pinned;
         if idle == 0 {
             self.spill(0);
             return None;
@@ -441,6 +490,10 @@ impl Lower<'_> {
             self.restore_flags(0);
         }
         self.homes.lazy = false;
+        self.settle_registers();
+    }
+
+    fn settle_registers(&mut self) {
         self.need(!CONTRACT);
         for register in 0..16 {
             if CONTRACT >> register & 1 == 1 {
@@ -522,6 +575,15 @@ impl Lower<'_> {
         for cold in std::mem::take(&mut self.cold) {
             match cold {
                 Cold::Memory(pending) => self.cold_memory(pending),
+                Cold::Group {
+                    site,
+                    miss,
+                    register,
+                    table,
+                    disp,
+                } => {
+                    self.cold_group(site, miss, [register, table], disp);
+                }
                 Cold::Direct { site, patch } | Cold::Exit { site, patch } => {
                     self.bind(patch, self.position());
                     let here = self.address(self.position());
@@ -541,6 +603,8 @@ impl Lower<'_> {
 
 /// Puts settled registers where a block expects them at its entry.
 pub(crate) fn lend(context: &mut Context) {
+    // An entry may take the flags from either place.
+    context.lazy_flags = (context.flags & 0xd5) << 8 | context.flags >> 11 & 1;
     for register in 0..16 {
         if CONTRACT >> register & 1 == 1 {
             context.spill[register] = context.gpr[register];
