@@ -104,13 +104,13 @@ impl Lower<'_> {
     pub(super) fn call_indirect(&mut self, insn: &Insn) -> Result<(), String> {
         self.load_target(insn)?;
         self.push_return(insn)?;
-        self.indirect(insn);
+        self.indirect(insn, -self.return_size());
         Ok(())
     }
 
     pub(super) fn jump_indirect(&mut self, insn: &Insn) -> Result<(), String> {
         self.load_target(insn)?;
-        self.indirect(insn);
+        self.indirect(insn, 0);
         Ok(())
     }
 
@@ -121,12 +121,18 @@ impl Lower<'_> {
             insn.instr.immediate16()
         };
         self.pop_return(insn, extra.into())?;
-        self.indirect(insn);
+        self.indirect(insn, self.return_size() + i32::from(extra));
         Ok(())
     }
 
-    /// Goes to `Context::target`.
-    fn indirect(&mut self, insn: &Insn) {
+    /// Goes to `Context::target`, with RSP moved by `rsp` already.
+    fn indirect(&mut self, insn: &Insn, rsp: i32) {
+        if self.mode.single {
+            // Whoever asked for a single instruction wants to be asked again after it.
+            self.leave(insn.live_out & ALL_FLAGS != 0);
+            self.exit(insn.instr.ip(), Kind::Indirect { rsp });
+            return;
+        }
         if insn.live_out & ALL_FLAGS != 0 && !self.homes.lazy {
             self.save_flags();
         }
@@ -146,7 +152,7 @@ impl Lower<'_> {
         self.asm.push(0x85);
         let patch = self.position();
         self.asm.push_i32(0);
-        let site = self.add_site(insn.instr.ip(), Kind::Indirect);
+        let site = self.add_site(insn.instr.ip(), Kind::Indirect { rsp });
         self.cold.push(Cold::Indirect { site, patch });
         dynasm!(self.asm
             ; .arch x64

@@ -86,6 +86,7 @@ impl Lower<'_> {
             | Class::Nop
             | Class::Lea
             | Class::BitString
+            | Class::MaskedMove
             | Class::Pop
             | Class::Leave
             | Class::Jump
@@ -121,7 +122,7 @@ impl Lower<'_> {
                 4 => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rd(value)),
                 _ => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rw(value)),
             }
-            self.close(open, None, 0);
+            self.close(open, Some(insn.instr.next_ip()), size);
             self.move_rsp(size);
             return Ok(());
         }
@@ -250,7 +251,7 @@ impl Lower<'_> {
         Ok(())
     }
 
-    fn return_size(&self) -> i32 {
+    pub(super) fn return_size(&self) -> i32 {
         if self.mode.bits == Bits::Bits64 { 8 } else { 4 }
     }
 
