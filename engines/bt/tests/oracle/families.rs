@@ -139,6 +139,20 @@ impl Builder<'_> {
         self.push(instr);
     }
 
+    /// maskmovq and maskmovdqu where they may write.
+    pub(crate) fn masked_move(&mut self) {
+        let address = DATA + self.random.below(4 * PAGE - 16);
+        self.set(7, address);
+        let code = if self.random.chance(50) {
+            Code::Maskmovq_rDI_mm_mm
+        } else {
+            Code::Maskmovdqu_rDI_xmm_xmm
+        };
+        if let Some(instr) = self.form(code) {
+            self.push(instr);
+        }
+    }
+
     /// A division that mostly succeeds.
     pub(crate) fn division(&mut self) {
         let code = self.random.pick(&[
@@ -211,7 +225,11 @@ impl Builder<'_> {
             } else {
                 (Register::EAX, Register::EDX, 4)
             };
-            let code = if wide { Code::Mov_r64_rm64 } else { Code::Mov_r32_rm32 };
+            let code = if wide {
+                Code::Mov_r64_rm64
+            } else {
+                Code::Mov_r32_rm32
+            };
             if self.random.chance(70) {
                 self.push(load(code, low, 0));
                 let displaced = load(code, high, step);
@@ -280,7 +298,8 @@ impl Builder<'_> {
         let code = if by_dec {
             Code::Jne_rel8_64
         } else {
-            self.random.pick(&[Code::Loop_rel8_64_RCX, Code::Loop_rel8_64_ECX])
+            self.random
+                .pick(&[Code::Loop_rel8_64_RCX, Code::Loop_rel8_64_ECX])
         };
         self.items.push(Item::Branch { code, to: head });
         self.known[1] = None;

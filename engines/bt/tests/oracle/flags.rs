@@ -20,6 +20,8 @@ pub(crate) struct Flags {
     pub(crate) undefined: Vec<u64>,
     /// RFLAGS bits that are dead before it.
     pub(crate) dead: Vec<u64>,
+    /// RFLAGS bits that are undefined after the last.
+    pub(crate) undefined_at_end: u64,
 }
 
 /// RFLAGS bits of iced's numbering.
@@ -52,8 +54,7 @@ fn conditional(instr: &Instruction) -> bool {
 /// Flags whose value after `instr` says nothing, given those before it.
 fn undefined_after(instr: &Instruction, before: u32) -> u32 {
     use Mnemonic::*;
-    let defined =
-        instr.rflags_written() | instr.rflags_cleared() | instr.rflags_set();
+    let defined = instr.rflags_written() | instr.rflags_cleared() | instr.rflags_set();
     let mut undefined = instr.rflags_undefined() & ALL;
     match instr.mnemonic() {
         // OF is defined for counts of 1 alone, AF never, CF not for counts beyond the operand
@@ -103,9 +104,9 @@ fn successors(code: &[Instruction], at: usize) -> Option<Vec<usize>> {
             Some(find(instr.near_branch_target()).into_iter().collect())
         }
         FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return => None,
-        FlowControl::Interrupt
-        | FlowControl::Exception
-        | FlowControl::XbeginXabortXend => Some(next.into_iter().collect()),
+        FlowControl::Interrupt | FlowControl::Exception | FlowControl::XbeginXabortXend => {
+            Some(next.into_iter().collect())
+        }
     }
 }
 
@@ -135,6 +136,10 @@ pub(crate) fn follow(code: &[Instruction]) -> Option<Flags> {
     {
         return None;
     }
+    let undefined_at_end = code
+        .last()
+        .zip(undefined.last())
+        .map_or(0, |(instr, &undefined)| undefined_after(instr, undefined));
     // Backward: everything lives at the end and where nothing is known.
     let mut live = vec![0; code.len()];
     loop {
@@ -154,6 +159,7 @@ pub(crate) fn follow(code: &[Instruction]) -> Option<Flags> {
     }
     Some(Flags {
         undefined: undefined.into_iter().map(rflags).collect(),
+        undefined_at_end: rflags(undefined_at_end),
         dead: live.into_iter().map(|live| rflags(ALL & !live)).collect(),
     })
 }

@@ -1,10 +1,10 @@
 //! Random sequences, from seeds.
 
+use crate::families::stack;
 use crate::layout::{DATA, PAGE, Start};
 use crate::operands::Builder;
 use crate::random::Random;
 use crate::sequence::{Item, Sequence, offset};
-use crate::families::stack;
 use crate::table::Table;
 
 /// A sequence for this seed, not yet checked for undefined flags.
@@ -131,7 +131,8 @@ fn unit(builder: &mut Builder<'_>, table: &Table) -> Option<Join> {
         890..910 => builder.jump(),
         910..930 => builder.odd_bytes(table),
         930..932 => builder.trap(table),
-        932..940 => builder.define_flags(),
+        932..935 => builder.masked_move(),
+        935..940 => builder.define_flags(),
         _ => {
             let item = builder.forward();
             return Some(Join {

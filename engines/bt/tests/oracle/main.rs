@@ -46,7 +46,7 @@ use translated::Translated;
 const DEFAULT_INSTRUCTIONS: u64 = 300_000;
 const DEFAULT_SEED: u64 = 1;
 /// Differences shown before the test gives up.
-const SHOWN: usize = 60;
+const SHOWN: usize = 12;
 
 fn environment(name: &str, default: u64) -> u64 {
     std::env::var(name)
@@ -122,7 +122,12 @@ impl Bench {
             self.instructions as f64 / seconds * 60.0 / 1e6,
             self.rejected,
         );
-        for (vector, count) in self.vectors.iter().enumerate().filter(|(_, count)| **count > 0) {
+        for (vector, count) in self
+            .vectors
+            .iter()
+            .enumerate()
+            .filter(|(_, count)| **count > 0)
+        {
             let _ = write!(text, " {vector}: {count}");
         }
         text
@@ -175,7 +180,11 @@ impl Bench {
         }
         match lost {
             Some(Lost::Died(at)) => {
-                panic!("the native side died at seed {}: {}", jobs[at].seed, list(&jobs[at].placed))
+                panic!(
+                    "the native side died at seed {}: {}",
+                    jobs[at].seed,
+                    list(&jobs[at].placed)
+                )
             }
             // The rest of the batch is skipped: a loop without an end compares nothing.
             Some(Lost::Endless(at)) => {
@@ -326,8 +335,7 @@ fn list(placed: &Placed) -> String {
         let mut line = String::new();
         formatter.format(instr, &mut line);
         let at = (instr.ip() & 0xfff | instr.ip().wrapping_sub(base) & 0x1000) as usize;
-        let slot_offset = (instr.ip() - layout::CODE) as usize
-            % layout::SLOT_STRIDE as usize;
+        let slot_offset = (instr.ip() - layout::CODE) as usize % layout::SLOT_STRIDE as usize;
         let bytes: String = placed.bytes[slot_offset..slot_offset + instr.len()]
             .iter()
             .map(|byte| format!("{byte:02x}"))
@@ -374,7 +382,7 @@ impl Watch {
                 if round != last || round % 2 == 0 {
                     last = round;
                     since = Instant::now();
-                } else if since.elapsed() > Duration::from_secs(4)
+                } else if since.elapsed() > Duration::from_secs(30)
                     && let Some(handle) = &*watched.handle.lock().expect("not poisoned")
                 {
                     handle.kick();

@@ -250,18 +250,16 @@ unsafe fn child(
                 libc::_exit(90);
             }
         };
+        // What the parent keeps below 4 GiB (the translator's arena) isn't there for sequences.
+        const FIRST: usize = 0x1_0000;
+        libc::munmap(FIRST as *mut c_void, (1 << 32) - FIRST);
         let page = PAGE as usize;
         let (r, rw, rx) = (
             libc::PROT_READ,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::PROT_READ | libc::PROT_EXEC,
         );
-        map(
-            PROLOGUE,
-            std::mem::offset_of!(Shared, prologue),
-            page,
-            rx,
-        );
+        map(PROLOGUE, std::mem::offset_of!(Shared, prologue), page, rx);
         map(CONTROL, std::mem::offset_of!(Shared, control), page, rw);
         for index in 0..SLOTS {
             let offset = std::mem::offset_of!(Shared, code) + index * SLOT_BYTES;
@@ -354,7 +352,10 @@ unsafe fn no_system_calls_from_code() {
         k,
     };
     let mut filter = [
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, INSTRUCTION_POINTER_HIGH),
+        statement(
+            libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
+            INSTRUCTION_POINTER_HIGH,
+        ),
         libc::sock_filter {
             code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
             jt: 0,

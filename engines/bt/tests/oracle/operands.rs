@@ -321,7 +321,14 @@ impl<'a> Builder<'a> {
                     if instr.mnemonic() != iced_x86::Mnemonic::Push {
                         return Option::None;
                     }
-                    set(&mut instr, if kind == fs { Register::FS } else { Register::GS });
+                    set(
+                        &mut instr,
+                        if kind == fs {
+                            Register::FS
+                        } else {
+                            Register::GS
+                        },
+                    );
                 }
                 cr_reg => set(&mut instr, Register::CR0),
                 dr_reg => set(&mut instr, Register::DR0),
@@ -368,7 +375,11 @@ impl<'a> Builder<'a> {
                 }
                 imm16 => {
                     instr.set_op_kind(operand, OpKind::Immediate16);
-                    let mask = if info.is_stack_instruction() { 0x1ff } else { 0xffff };
+                    let mask = if info.is_stack_instruction() {
+                        0x1ff
+                    } else {
+                        0xffff
+                    };
                     instr.set_immediate16(self.immediate() as u16 & mask);
                 }
                 imm32 => {

@@ -55,8 +55,10 @@ pub(crate) fn prologue() -> Prologue {
             asm.pop(register)?;
         }
         asm.ret()?;
-        let result =
-            asm.assemble_options(PROLOGUE, BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
+        let result = asm.assemble_options(
+            PROLOGUE,
+            BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS,
+        )?;
         Ok(Prologue {
             enter: PROLOGUE,
             load: result.label_ip(&load)?,

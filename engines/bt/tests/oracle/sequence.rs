@@ -55,10 +55,8 @@ impl Sequence {
                 Item::Raw(bytes) => Instruction::with_declare_byte(bytes).ok()?,
                 Item::Branch { code, to } => Instruction::with_branch(*code, fake(*to)).ok()?,
                 Item::Label { register, to } => {
-                    let memory = iced_x86::MemoryOperand::with_base_displ(
-                        Register::RIP,
-                        fake(*to) as i64,
-                    );
+                    let memory =
+                        iced_x86::MemoryOperand::with_base_displ(Register::RIP, fake(*to) as i64);
                     Instruction::with2(Code::Lea_r64_m, *register, memory).ok()?
                 }
             };

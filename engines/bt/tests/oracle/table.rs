@@ -33,7 +33,9 @@ impl Table {
                 && info.encoding() == EncodingKind::Legacy
                 && !info.fwait()
                 && announced(code)
-                && comparable(code.mnemonic());
+                && comparable(code.mnemonic())
+                // Without its operand, as few processors decode it.
+                && code != Code::Ud0;
             if !usable {
                 continue;
             }
@@ -56,7 +58,12 @@ impl Table {
                 _ if info.is_privileged() || info.must_be_cpl0() => &mut table.forbidden,
                 _ if string => &mut table.string,
                 Push | Pop | Enter | Leave | Pushf | Pushfd | Pushfq => &mut table.stack,
-                _ if has(&[CpuidFeature::FPU, CpuidFeature::FPU287, CpuidFeature::FPU387]) => {
+                _ if has(&[
+                    CpuidFeature::FPU,
+                    CpuidFeature::FPU287,
+                    CpuidFeature::FPU387,
+                ]) =>
+                {
                     &mut table.x87
                 }
                 _ if has(&[CpuidFeature::MMX]) => &mut table.mmx,
@@ -117,7 +124,8 @@ fn announced(code: Code) -> bool {
 }
 
 /// False for what reads descriptor tables, counters, CPUID or the address of the last x87
-/// instruction, changes segments, or asks the operating system.
+/// instruction, changes segments, or asks the operating system. maskmovq and maskmovdqu are a
+/// family of their own: which of their bytes a fault names differs between processors.
 fn comparable(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     !matches!(
@@ -157,6 +165,8 @@ fn comparable(mnemonic: Mnemonic) -> bool {
             | Int3
             | Xgetbv
             | Xsetbv
+            | Maskmovq
+            | Maskmovdqu
             | Rsm
             | Swapgs
     )

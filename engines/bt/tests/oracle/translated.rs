@@ -27,7 +27,7 @@ const CODE_PHYS: u64 = 0x40_0000;
 const RAM_MIB: u64 = 8;
 
 /// Supervisor pages: IDT, GDT, TSS, handlers, stack, FPU image.
-const KERNEL: u64 = 0x7800_0000;
+const KERNEL: u64 = 0x6d5a_3000;
 const KERNEL_PAGES: u64 = 8;
 const IDT: u64 = KERNEL;
 const GDT: u64 = KERNEL + PAGE;
@@ -104,7 +104,11 @@ impl Translated {
     ///
     /// # Errors
     /// What the engine did instead of delivering an exception.
-    pub(crate) fn run(&mut self, start: &Start, template: &[u8; DATA_BYTES]) -> Result<End, String> {
+    pub(crate) fn run(
+        &mut self,
+        start: &Start,
+        template: &[u8; DATA_BYTES],
+    ) -> Result<End, String> {
         self.put(DATA_PHYS, template);
         // SAFETY: `Start` is plain integers without padding that matters; read as bytes.
         let bytes = unsafe {
