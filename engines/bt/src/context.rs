@@ -60,6 +60,8 @@ pub(crate) const HOST_FAULT: u64 = u64::MAX;
 pub(crate) struct HostFault {
     /// SIGSEGV, SIGFPE, SIGILL, SIGBUS or SIGTRAP.
     pub signal: i32,
+    /// Number of the exception that the host's CPU took.
+    pub vector: u8,
     /// si_code.
     pub code: i32,
     /// Host address of the instruction.

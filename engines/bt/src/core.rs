@@ -12,11 +12,12 @@ use crate::{
     context::{Context, NATIVE_FLAGS},
     cpu::{
         Bits, CR0_EM, CR0_PE, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, FLAG_NT, FLAG_RF, FLAG_TF,
-        FLAG_VM, SYSTEM_FLAGS, Seg,
+        FLAG_VM, SYSTEM_FLAGS, Seg, canonical,
     },
     decode::Mode,
     fault::{self, Fault},
     mmu::{Access, Mmu},
+    system::on_stack,
     tlb::Span,
 };
 
@@ -196,6 +197,9 @@ impl Core {
     /// The first page fault. Writes to device memory are dropped.
     pub(crate) fn write(&mut self, address: u64, bytes: &[u8], user: bool) -> Result<(), Fault> {
         let last = address.wrapping_add(bytes.len() as u64 - 1);
+        if self.cpu.long() && !canonical(last) {
+            return Err(Fault::gp());
+        }
         // A page in a write TLB holds no translated code.
         if last & !0xfff == address & !0xfff
             && let Some(host) = self.mmu.written(address, user)
@@ -350,10 +354,8 @@ impl Core {
             put(value);
         }
         let rsp = rsp.wrapping_sub(at as u64);
-        if (rsp as i64) << 16 >> 16 != rsp as i64 {
-            return Err(Fault::selector(fault::SS, 0));
-        }
-        self.write(rsp, &frame[..at], new_cpl == 3)?;
+        self.write(rsp, &frame[..at], new_cpl == 3)
+            .map_err(on_stack)?;
         if new_cpl < cpl {
             // A null selector with the new privilege (SDM 3A 6.14.5).
             let null = Segment {

@@ -54,6 +54,11 @@ pub(crate) enum Bits {
     Bits64,
 }
 
+/// True for linear addresses that 4-level paging can translate (SDM 1 3.3.7.1).
+pub(crate) fn canonical(address: u64) -> bool {
+    (address as i64) << 16 >> 16 == address as i64
+}
+
 /// System registers of one CPU.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cpu {

@@ -23,6 +23,11 @@ pub(crate) const ALL_FLAGS: u32 = RflagsBits::OF
     | RflagsBits::CF
     | RflagsBits::PF;
 
+/// Opcodes 0F 0D and 0F 18 to 0F 1F do nothing on a processor that lacks what they were given to
+/// later: prefetches, MPX, CET (SDM 1 18.3.1, SDM 2B NOP). Compilers emit some of them (rdsspq,
+/// endbr64) without asking CPUID.
+const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP;
+
 /// Most instructions in one block.
 const MAX_INSTRUCTIONS: usize = 64;
 
@@ -56,6 +61,8 @@ pub(crate) enum Class {
     Lea,
     /// bt, bts, btr, btc with a register offset into memory.
     BitString,
+    /// maskmovq, maskmovdqu: a store through RDI.
+    MaskedMove,
     Push,
     Pop,
     Leave,
@@ -85,6 +92,7 @@ impl Class {
             | Class::Nop
             | Class::Lea
             | Class::BitString
+            | Class::MaskedMove
             | Class::Push
             | Class::Pop
             | Class::Leave
@@ -109,6 +117,8 @@ pub(crate) struct Memory {
     pub size: u32,
     pub read: bool,
     pub write: bool,
+    /// #GP unless the address is a multiple of 16; this comes before any page fault.
+    pub aligned: bool,
 }
 
 /// One instruction of a block.
@@ -166,7 +176,7 @@ pub(crate) fn decode(
         Bits::Bits32 => 32,
         Bits::Bits64 => 64,
     };
-    let mut decoder = Decoder::with_ip(width, bytes, ip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(width, bytes, ip, OPTIONS);
     let mut insns = Vec::new();
     let limit = if mode.single { 1 } else { MAX_INSTRUCTIONS };
     let mut len = 0;
@@ -240,6 +250,7 @@ impl Decoded {
             | Class::Nop
             | Class::Lea
             | Class::BitString
+            | Class::MaskedMove
             | Class::Push
             | Class::Pop
             | Class::Leave
@@ -275,7 +286,7 @@ impl Decoded {
 fn live_at(code: &[u8], ip: u64, width: u32) -> u32 {
     let mut undecided = ALL_FLAGS;
     let mut live = 0;
-    let mut decoder = Decoder::with_ip(width, code, ip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(width, code, ip, OPTIONS);
     for _ in 0..8 {
         if !decoder.can_decode() {
             break;
@@ -316,6 +327,20 @@ fn kills(instr: &Instruction) -> u32 {
         // A string instruction with a count of zero changes nothing.
         _ if instr.is_string_instruction() => 0,
         _ => instr.rflags_modified() & ALL_FLAGS,
+    }
+}
+
+/// Segment of the memory operand. 64-bit mode ignores prefixes other than fs and gs, so a stack
+/// register as base keeps its #SS and others their #GP (SDM 1 3.4.2.1).
+pub(crate) fn data_segment(instr: &Instruction, bits: Bits) -> Register {
+    match instr.segment_prefix() {
+        Register::ES | Register::CS | Register::SS | Register::DS if bits == Bits::Bits64 => {
+            match instr.memory_base().full_register() {
+                Register::RSP | Register::RBP => Register::SS,
+                _ => Register::DS,
+            }
+        }
+        _ => instr.memory_segment(),
     }
 }
 
@@ -366,6 +391,7 @@ fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactor
             size: used.memory_size().size() as u32,
             read,
             write,
+            aligned: aligned(&instr),
         });
     }
     let high = [Register::AH, Register::CH, Register::DH, Register::BH];
@@ -382,6 +408,25 @@ fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactor
         high_byte,
         live_in: 0,
         live_out: 0,
+    }
+}
+
+/// True if a memory operand of `instr` has to be aligned to 16 bytes: those of legacy SSE
+/// instructions, with exceptions (SDM 1 12.10.4 and the instructions' own pages).
+fn aligned(instr: &Instruction) -> bool {
+    use Mnemonic::*;
+    match instr.mnemonic() {
+        Cmpxchg16b | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 => true,
+        Movups | Movupd | Movdqu | Lddqu | Maskmovdqu => false,
+        Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm => false,
+        Pcmpestri64 | Pcmpestrm64 => false,
+        _ => {
+            instr.memory_size().size() == 16
+                && instr.cpuid_features().iter().any(|feature| {
+                    use CpuidFeature::*;
+                    matches!(feature, SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2)
+                })
+        }
     }
 }
 
@@ -419,15 +464,12 @@ fn announced(instr: &Instruction) -> bool {
                 | MSR
                 | CPUID
                 | SYSCALL
-                | SEP
                 | PAUSE
                 | MULTIBYTENOP
-                | PREFETCHW
                 // These execute as their older selves on processors without the feature (rep bsf,
-                // rep bsr, hint nops), which compilers rely on.
+                // rep bsr), which compilers rely on.
                 | BMI1
                 | LZCNT
-                | CET_IBT
         ) && (*feature != BMI1 || instr.mnemonic() == Mnemonic::Tzcnt)
     })
 }
@@ -445,10 +487,6 @@ fn is_fpu(instr: &Instruction) -> bool {
         Mnemonic::Mfence
             | Mnemonic::Lfence
             | Mnemonic::Sfence
-            | Mnemonic::Prefetchnta
-            | Mnemonic::Prefetcht0
-            | Mnemonic::Prefetcht1
-            | Mnemonic::Prefetcht2
             | Mnemonic::Movnti
             | Mnemonic::Clflush
     )
@@ -456,6 +494,9 @@ fn is_fpu(instr: &Instruction) -> bool {
 
 fn classify(instr: &Instruction, mode: Mode) -> Class {
     use Mnemonic::*;
+    if instr.mnemonic() == Reservednop {
+        return Class::Nop;
+    }
     if instr.is_invalid() || !announced(instr) {
         return Class::Fault(Fault::ud());
     }
@@ -516,21 +557,17 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         Sti if mode.interrupts && !mode.single => Class::Sti,
         Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cpuid | Rdtscp | Rdpmc
         | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw | Lar | Lsl | Lds | Les | Lss | Lfs
-        | Lgs | Enter | Xlatb | Maskmovq | Maskmovdqu | In | Out | Pusha | Pushad | Popa
-        | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
+        | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad | Popa | Popad | Daa | Das | Aaa
+        | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
         Rdtsc if !mode.tsc => Class::System,
+        Maskmovq | Maskmovdqu => Class::MaskedMove,
         Push => Class::Push,
         Pop => Class::Pop,
+        Leave if instr.code() == Code::Leavew => Class::System,
         Leave => Class::Leave,
         Lea => Class::Lea,
         Bt | Bts | Btr | Btc if has_memory && instr.op1_kind() == OpKind::Register => {
             Class::BitString
-        }
-        Nop | Reservednop | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw
-        | Prefetch | Endbr64 | Endbr32
-            if has_memory || matches!(instr.mnemonic(), Endbr64 | Endbr32) =>
-        {
-            Class::Nop
         }
         _ if has_memory => Class::Memory,
         _ => Class::Plain,

@@ -222,6 +222,7 @@ fn operand(insn: &Insn, moved: i64) -> Option<Operand> {
         | Class::Nop
         | Class::Lea
         | Class::BitString
+        | Class::MaskedMove
         | Class::Leave
         | Class::Cli
         | Class::Sti

@@ -18,7 +18,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::{
     arena::Arena,
-    cpu::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, Cpu, EFER_NXE},
+    cpu::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, Cpu, EFER_NXE, canonical},
     fault::Fault,
     tlb::{JumpCache, Span, Tlb, tlb_index},
 };
@@ -235,7 +235,7 @@ impl Mmu {
             )
         };
         let (mut level, mut table, wide) = if cpu.long() {
-            if (address as i64) << 16 >> 16 != address as i64 {
+            if !canonical(address) {
                 return Err(Fault::gp());
             }
             (4u32, cpu.cr3 & 0x000f_ffff_ffff_f000, true)
@@ -352,6 +352,11 @@ impl Mmu {
         user: bool,
     ) -> Result<(), Fault> {
         let mut done = 0;
+        let last = address.wrapping_add(bytes.len() as u64 - 1);
+        // An address that isn't canonical comes before any page fault.
+        if cpu.long() && !canonical(last) {
+            return Err(Fault::gp());
+        }
         while done < bytes.len() {
             let at = address.wrapping_add(done as u64);
             let len = (4096 - (at & 0xfff) as usize).min(bytes.len() - done);

@@ -41,8 +41,9 @@ pub(crate) enum Kind {
     /// A direct branch that isn't linked yet: `patch` is the address of its rel32.
     /// `stub` is what the rel32 leads to until then.
     Direct { target: u64, patch: u64, stub: u64 },
-    /// An indirect branch whose target (`Context::target`) isn't in the jump cache.
-    Indirect,
+    /// An indirect branch whose target (`Context::target`) isn't in the jump cache. RSP has moved
+    /// by `rsp`, which is taken back should the target not be canonical.
+    Indirect { rsp: i32 },
     /// Instruction `index` of the side list is the runtime's to execute.
     System { index: u32 },
     /// The instruction raises an exception.
@@ -68,6 +69,8 @@ pub(crate) struct Slow {
     pub after: Homes,
     /// The access is to the stack: #SS instead of #GP.
     pub stack: bool,
+    /// The access has to be aligned to 16 bytes.
+    pub aligned: bool,
     /// Guest instruction pointer after the body, None if more of the instruction is to come.
     pub next_ip: Option<u64>,
     /// How far RSP still has to move before `next_ip`.

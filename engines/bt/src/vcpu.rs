@@ -12,7 +12,7 @@ use crate::{
     cache::{Cache, Key, Refusal, Source},
     context::HOST_FAULT,
     core::{Cause, Core, Flushed, Shutdown},
-    cpu::Cpu,
+    cpu::{Bits, Cpu, canonical},
     decode::Mode,
     fault::{self, Fault},
     kick::Doorbell,
@@ -345,6 +345,8 @@ impl BtVcpu {
         {
             Ok(number) => return Ok(number),
             Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message)),
+            // There were enough bytes for any instruction: this one is too long.
+            Err(Refusal::Crosses) if room >= 15 => return Err(Fault::gp().into()),
             Err(Refusal::Crosses) => {}
         }
         let second = self.next_page(virt, mode)?;
@@ -415,10 +417,17 @@ impl BtVcpu {
                 Ok(())
             }
             Kind::Direct { target, .. } => self.direct(index, site, target),
-            Kind::Indirect => {
-                self.settle(site.homes, 0);
-                self.core.rip = self.core.context().target;
+            Kind::Indirect { rsp } => {
+                let target = self.core.context().target;
+                self.settle(site.homes, target);
                 self.counts.add(ExitReason::IndirectMiss);
+                if self.core.cpu.bits() == Bits::Bits64 && !canonical(target) {
+                    // The branch faults, not its target (SDM 2, JMP, CALL and RET).
+                    let before = self.core.gpr(4).wrapping_sub(rsp as i64 as u64);
+                    self.core.set_gpr(4, before);
+                    self.core.rip = site.ip;
+                    return self.raise(Fault::gp());
+                }
                 Ok(())
             }
             Kind::System { index } => {
@@ -480,10 +489,18 @@ impl BtVcpu {
                     }
                 })
         };
-        let page = check(ea)?;
+        if slow.aligned && ea & 15 != 0 {
+            return Err(Fault::gp());
+        }
         let crosses = (ea & 0xfff) + u64::from(slow.size) > 4096;
+        let next = (ea & !0xfff).wrapping_add(4096);
+        // An address that isn't canonical comes before any page fault.
+        if crosses && self.core.cpu.long() && !canonical(next) {
+            check(next)?;
+        }
+        let page = check(ea)?;
         if crosses {
-            check((ea & !0xfff).wrapping_add(4096))?;
+            check(next)?;
         }
         Ok((page, crosses))
     }
@@ -614,7 +631,7 @@ impl BtVcpu {
             self.settle(slow.after, next);
             let rsp = self.core.gpr(4).wrapping_add(slow.rsp as i64 as u64);
             if slow.rsp != 0 {
-                let wide = self.core.cpu.bits() == crate::cpu::Bits::Bits64;
+                let wide = self.core.cpu.bits() == Bits::Bits64;
                 self.core.set_gpr_sized(4, rsp, if wide { 8 } else { 4 });
             }
         } else {
@@ -717,8 +734,8 @@ impl BtVcpu {
         let fault = self.core.context().fault;
         let lost = |what: &str| {
             Stop::Internal(format!(
-                "{what}: signal {} code {} at host {:#x}, address {:#x}",
-                fault.signal, fault.code, fault.rip, fault.address
+                "{what}: signal {} code {} vector {} at host {:#x}, address {:#x}",
+                fault.signal, fault.code, fault.vector, fault.rip, fault.address
             ))
         };
         let Some(mark) = self.cache.mark(fault.rip) else {
@@ -737,33 +754,15 @@ impl BtVcpu {
             // The boundary that comes next finds the window open.
             return Ok(());
         }
-        /// si_code of integer division and of faults that the kernel can't put an address to.
-        const FPE_INTDIV: i32 = 1;
-        const SI_KERNEL: i32 = 0x80;
-        match (fault.signal, fault.code) {
-            (libc::SIGFPE, FPE_INTDIV) => self.raise(Fault::plain(fault::DE)),
-            (libc::SIGFPE, _) => {
-                let vector = if self.is_x87(fault.rip) {
-                    fault::MF
-                } else {
-                    fault::XM
-                };
+        // The kernel says which exception it was; si_code alone doesn't tell #MF from #XM.
+        match (fault.signal, fault.vector) {
+            (libc::SIGFPE, vector @ (fault::DE | fault::MF | fault::XM)) => {
                 self.raise(Fault::plain(vector))
             }
-            (libc::SIGSEGV, SI_KERNEL) => self.raise(Fault::gp()),
-            (libc::SIGILL, _) => self.raise(Fault::ud()),
+            (libc::SIGSEGV, fault::GP) => self.raise(Fault::gp()),
+            (libc::SIGILL, fault::UD) => self.raise(Fault::ud()),
             _ => Err(lost("a fault that no guest instruction explains")),
         }
-    }
-
-    /// True if the host instruction at `rip` is an x87 or MMX one.
-    fn is_x87(&self, rip: u64) -> bool {
-        // SAFETY: `rip` is in the code cache, whose pages are readable, and 16 bytes after any
-        // instruction there is still cache or its guard.
-        let bytes = unsafe { std::slice::from_raw_parts(rip as *const u8, 2) };
-        (0xd8..=0xdf).contains(&bytes[0])
-            || bytes[0] == 0x9b
-            || bytes[0] == 0x0f && bytes[1] == 0x77
     }
 }
 

@@ -104,13 +104,13 @@ impl Lower<'_> {
     pub(super) fn call_indirect(&mut self, insn: &Insn) -> Result<(), String> {
         self.load_target(insn)?;
         self.push_return(insn)?;
-        self.indirect(insn, None);
+        self.indirect(insn, None, -self.return_size());
         Ok(())
     }
 
     pub(super) fn jump_indirect(&mut self, insn: &Insn) -> Result<(), String> {
         self.load_target(insn)?;
-        self.indirect(insn, None);
+        self.indirect(insn, None, 0);
         Ok(())
     }
 
@@ -121,16 +121,22 @@ impl Lower<'_> {
             insn.instr.immediate16()
         };
         let target = self.pop_return(insn, extra.into())?;
-        self.indirect(insn, Some(target));
+        self.indirect(insn, Some(target), self.return_size() + i32::from(extra));
         Ok(())
     }
 
-    /// Goes to `Context::target`, which a borrowed register may hold as well.
+    /// Goes to `Context::target`, which a borrowed register may hold as well, with RSP moved by
+    /// `rsp` already.
     ///
     /// The lookup ruins the flags. They are saved before it and stay saved: a block that is entered
     /// through a jump cache brings them back itself if it reads them before it writes them, which
     /// the code after a call or at the start of a function hardly ever does.
-    fn indirect(&mut self, insn: &Insn, target: Option<u8>) {
+    fn indirect(&mut self, insn: &Insn, target: Option<u8>, rsp: i32) {
+        if self.mode.single {
+            // Whoever asked for a single instruction wants to be asked again after it.
+            self.exit(insn.instr.ip(), Kind::Indirect { rsp });
+            return;
+        }
         if !self.homes.lazy {
             self.save_flags(target.map_or(0, |register| 1 << register));
         }
@@ -154,7 +160,7 @@ impl Lower<'_> {
         self.asm.push(0x85);
         let patch = self.position();
         self.asm.push_i32(0);
-        let site = self.add_site(insn.instr.ip(), Kind::Indirect);
+        let site = self.add_site(insn.instr.ip(), Kind::Indirect { rsp });
         self.cold.push(Cold::Exit { site, patch });
         let lent = (CONTRACT >> entry) & 1 == 1 && self.homes.spilled >> entry & 1 == 1;
         dynasm!(self.asm ; .arch x64 ; mov Rq(entry), [Rq(entry) + table + 8]);

@@ -24,7 +24,7 @@ use super::{Cold, Lower, gpr64, memory_operand, needs_flags};
 use crate::{
     context::Context,
     cpu::Bits,
-    decode::Insn,
+    decode::{Insn, data_segment},
     groups::{Group, Member},
     site::{Homes, Ip, Kind, Mark, Shared, Slow},
     tlb::TLB_ENTRIES,
@@ -58,6 +58,7 @@ pub(super) struct Open {
     write: bool,
     read: bool,
     stack: bool,
+    aligned: bool,
     disp: i32,
     retry: usize,
     miss: usize,
@@ -165,6 +166,35 @@ impl Lower<'_> {
         Ok(())
     }
 
+    /// maskmovq and maskmovdqu, whose address is RDI and nothing else: it holds the host's address
+    /// during the body.
+    pub(super) fn masked_move(&mut self, insn: &Insn) -> Result<(), String> {
+        const RDI: u8 = 7;
+        let mut operand = insn.instr;
+        let (size, base) = match insn.instr.op0_kind() {
+            OpKind::MemorySegRDI => (insn.instr.op1_register().size(), Register::RDI),
+            OpKind::MemorySegEDI => (insn.instr.op1_register().size(), Register::EDI),
+            _ => return Err("16-bit address".into()),
+        };
+        operand.set_memory_base(base);
+        operand.set_memory_index(Register::None);
+        operand.set_memory_displacement64(0);
+        operand.set_memory_displ_size(0);
+        self.need(insn.reads);
+        let open = self.open(insn, Address::Operand(&operand, 0), size as u32, true, 0)?;
+        self.need(insn.reads);
+        self.spill(RDI);
+        let at = open.register;
+        dynasm!(self.asm ; .arch x64 ; mov rdi, Rq(at));
+        self.mark(Ip::At(insn.instr.ip()));
+        let mut body = insn.instr;
+        body.set_op0_kind(OpKind::MemorySegRDI);
+        body.set_segment_prefix(Register::None);
+        self.encode(&body)?;
+        self.close(open, Some(insn.instr.next_ip()), 0);
+        Ok(())
+    }
+
     /// Emits address and lookup. The body follows, then `close`.
     pub(super) fn open(
         &mut self,
@@ -188,6 +218,7 @@ impl Lower<'_> {
             write,
             read: !write || insn.memory.is_some_and(|memory| memory.read),
             stack: lookup.stack,
+            aligned: insn.memory.is_some_and(|memory| memory.aligned),
             disp: self.tlb(write),
             retry: lookup.retry,
             miss: lookup.miss,
@@ -241,6 +272,7 @@ impl Lower<'_> {
             write: group.write,
             read: !group.write,
             stack: false,
+            aligned: false,
             disp: 0,
             retry: 0,
             miss: 0,
@@ -363,6 +395,7 @@ impl Lower<'_> {
             after,
             read: open.read,
             stack: open.stack,
+            aligned: open.aligned,
             next_ip,
             rsp,
         };
@@ -423,12 +456,12 @@ impl Lower<'_> {
                 self.encode(&lea)?;
                 (Register::DS, false)
             }
-            Address::Operand(instr, by) => (
-                instr.memory_segment(),
-                self.operand_address(instr, by, register)?,
-            ),
+            Address::Operand(instr, by) => {
+                self.operand_address(instr, by, register)?;
+                (data_segment(instr, self.mode.bits), false)
+            }
             Address::Bits(instr, offset) => {
-                let truncate = self.operand_address(instr, 0, register)?;
+                self.operand_address(instr, 0, register)?;
                 let number = offset.full_register().number() as u8;
                 match size {
                     2 => dynasm!(self.asm
@@ -450,7 +483,10 @@ impl Lower<'_> {
                         ; lea Rq(register), [Rq(register) + 8 * Rq(scratch)]
                     ),
                 }
-                (instr.memory_segment(), truncate)
+                (
+                    data_segment(instr, self.mode.bits),
+                    address_bits(instr, self.mode.bits) == 32,
+                )
             }
         };
         let index = match segment {
@@ -474,13 +510,13 @@ impl Lower<'_> {
         Ok(index == 2)
     }
 
-    /// Emits the offset part of a memory operand. Returns true if it still has to be cut to 32 bits.
+    /// Emits the offset part of a memory operand, cut to 32 bits if it has no more.
     fn operand_address(
         &mut self,
         instr: &Instruction,
         by: i64,
         register: u8,
-    ) -> Result<bool, String> {
+    ) -> Result<(), String> {
         let narrow = address_bits(instr, self.mode.bits) == 32;
         let no_register = instr.memory_base() == Register::None
             && instr.memory_index() == Register::None
@@ -488,7 +524,7 @@ impl Lower<'_> {
         if no_register {
             let offset = instr.memory_displacement64().wrapping_add(by as u64);
             self.load_constant(register, if narrow { offset & 0xffff_ffff } else { offset });
-            return Ok(false);
+            return Ok(());
         }
         let code = if narrow {
             Code::Lea_r32_m
@@ -507,8 +543,7 @@ impl Lower<'_> {
                 lea.set_memory_displ_size(1);
             }
         }
-        self.encode(&lea)?;
-        Ok(false)
+        self.encode(&lea)
     }
 }
 
@@ -520,6 +555,8 @@ fn address_bits(instr: &Instruction, bits: Bits) -> u32 {
     };
     match register {
         Register::None if bits != Bits::Bits64 => 32,
+        // An address-size prefix and nothing else: iced says so by the displacement's size.
+        Register::None if instr.memory_displ_size() == 4 => 32,
         Register::None => 64,
         Register::EIP => 32,
         register if register.size() == 4 => 32,

@@ -261,6 +261,7 @@ impl Lower<'_> {
             Class::Lea => self.lea(insn),
             Class::Memory => self.memory(insn),
             Class::BitString => self.bit_string(insn),
+            Class::MaskedMove => self.masked_move(insn),
             Class::Push => self.push(insn),
             Class::Pop => self.pop(insn),
             Class::Leave => self.leave_frame(insn),

@@ -90,6 +90,7 @@ impl Lower<'_> {
             | Class::Nop
             | Class::Lea
             | Class::BitString
+            | Class::MaskedMove
             | Class::Pop
             | Class::Leave
             | Class::Cli
@@ -127,7 +128,7 @@ impl Lower<'_> {
                 4 => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rd(value)),
                 _ => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rw(value)),
             }
-            self.close(open, None, 0);
+            self.close(open, Some(insn.instr.next_ip()), size);
             self.move_rsp(size);
             return Ok(());
         }
@@ -263,7 +264,7 @@ impl Lower<'_> {
         Ok(value)
     }
 
-    fn return_size(&self) -> i32 {
+    pub(super) fn return_size(&self) -> i32 {
         if self.mode.bits == Bits::Bits64 { 8 } else { 4 }
     }
 
