@@ -1,7 +1,7 @@
 //! The guest kernel: entry, page tables, traps, drivers.
 //!
-//! A kernel as small as the measurements allow: one processor, one address space, no interrupts,
-//! no allocation. It greets on the console, answers the protocol of [`abi`] line by line, runs
+//! A kernel as small as the measurements allow: one processor, few address spaces, no
+//! interrupts, no allocation but of frames. It greets on the console, answers the protocol of [`abi`] line by line, runs
 //! compute workloads in ring 3 and privileged operations in ring 0.
 //!
 //! # Boot flow
@@ -25,9 +25,11 @@
 //! | 0 - 1 MiB | same | the VMM's start info and command line; page 0 not present | - |
 //! | 1 MiB - 2 MiB | same | this image; 4 KiB pages, rights by section | programs: text RX, rodata R |
 //! | 2 MiB - 1 GiB | same | all other memory, 2 MiB pages, RW NX | - |
-//! | 0x4000_0000 + up to 64 MiB | from 4 MiB | arena, 2 MiB pages, RW NX | RW |
+//! | 0x4000_0000 + up to 64 MiB | from 6 MiB | arena, 2 MiB pages, RW NX | RW |
+//! | 0x7fa0_0000 + up to 1 MiB | 4 MiB - 5 MiB | the storm's pages, mapped one by one at their first touch, RW NX | RW |
 //! | 0x7fc0_0000 + 2 MiB | 2 MiB - 4 MiB | stack of ring 3, one 2 MiB page, RW NX | RW |
 //! | 0x7fe0_0000 + 4 KiB | one of two frames in the image | probe page | - |
+//! | 0x8000_0000 + up to 256 KiB | from the pool, 5 MiB - 6 MiB | own pages of a space, beside the first one, RW NX | RW |
 //!
 //! # Rules
 //!
@@ -50,6 +52,8 @@ pub mod crash;
 mod memory;
 #[cfg(not(test))]
 mod nano;
+#[cfg(not(test))]
+mod spaces;
 pub mod start_info;
 #[cfg(not(test))]
 mod traps;
