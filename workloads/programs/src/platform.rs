@@ -1,6 +1,10 @@
 //! What a workload may ask of its machine.
 
-use crate::{Refusal, micro::Micro, nano::Operation};
+use crate::{
+    Refusal,
+    micro::Micro,
+    nano::{Operation, divzero, pgfault, ptemod},
+};
 
 /// A compute kernel: arena, size, iterations; returns a checksum.
 ///
@@ -62,8 +66,34 @@ pub trait Platform {
     /// counts. The page is unmapped and invalidated again. Returns the word read plus the count.
     fn page_fault(&mut self) -> u64;
 
+    /// [`Platform::page_fault`] that many times, folded. A machine whose faults an application takes
+    /// does it all with [`pgfault::touches`] there.
+    ///
+    /// # Errors
+    /// [`Refusal::Fault`] when the application faults elsewhere.
+    #[inline(always)]
+    fn page_faults(&mut self, iterations: u64) -> Result<u64, Refusal>
+    where
+        Self: Sized,
+    {
+        Ok(pgfault::faults(self, iterations))
+    }
+
     /// Divides by zero; the handler skips the instruction and counts. Returns the count.
     fn divide_by_zero(&mut self) -> u64;
+
+    /// [`Platform::divide_by_zero`] that many times, folded. A machine whose faults an application
+    /// takes does it all with [`divzero::divisions`] there.
+    ///
+    /// # Errors
+    /// [`Refusal::Fault`] when the application faults elsewhere.
+    #[inline(always)]
+    fn divide_errors(&mut self, iterations: u64) -> Result<u64, Refusal>
+    where
+        Self: Sized,
+    {
+        Ok(divzero::faults(self, iterations))
+    }
 
     /// Calls a function that returns three times `value` plus one.
     fn call_return(&mut self, value: u64) -> u64;
@@ -73,6 +103,19 @@ pub trait Platform {
 
     /// Points the probe page's entry at frame A (even) or B (odd), and invalidates nothing.
     fn modify_entry(&mut self, which: u64);
+
+    /// [`Platform::modify_entry`] that many times, with 0, 1, 2 and so on. A machine that changes
+    /// entries in batches does so here, and leaves the state that single changes would leave.
+    ///
+    /// # Errors
+    /// [`Refusal::Fault`] when an application that reads through the entries faults.
+    #[inline(always)]
+    fn modify_entries(&mut self, iterations: u64) -> Result<u64, Refusal>
+    where
+        Self: Sized,
+    {
+        Ok(ptemod::stores(self, iterations))
+    }
 
     /// Masks interrupts and unmasks them again.
     fn mask_unmask(&mut self);

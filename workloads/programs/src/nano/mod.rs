@@ -73,11 +73,11 @@ impl Operation {
             Operation::Cpuid => cpuid::reads(platform, iterations),
             Operation::Cr3Reload => cr3_reload::reloads(platform, iterations),
             Operation::Invlpg => invlpg::invalidations(platform, iterations),
-            Operation::PageFault => pgfault::faults(platform, iterations),
-            Operation::DivZero => divzero::faults(platform, iterations),
+            Operation::PageFault => platform.page_faults(iterations)?,
+            Operation::DivZero => platform.divide_errors(iterations)?,
             Operation::CallRet => callret::calls(platform, iterations),
             Operation::Cr8Write => cr8wr::writes(platform, iterations),
-            Operation::PteMod => ptemod::stores(platform, iterations),
+            Operation::PteMod => platform.modify_entries(iterations)?,
             Operation::CliSti => cli_sti::pairs(platform, iterations),
         })
     }
