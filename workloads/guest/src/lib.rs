@@ -1,4 +1,5 @@
-//! The guest kernel: entry, page tables, traps, drivers.
+//! The guest kernel: entry, page tables, traps, drivers; one flavour of it for each way to reach the
+//! machine. What follows is the `unaware` one; the other is [`aware`].
 //!
 //! A kernel as small as the measurements allow: one processor, few address spaces, no
 //! interrupts, no allocation but of frames. It greets on the console, answers the protocol of [`abi`] line by line, runs
@@ -39,25 +40,34 @@
 //! - `core` is compiled with a red zone, so every vector has an IST stack.
 #![no_std]
 
+// Each flavour is a feature, so that an image is built with its own alone.
+
 // A test binary of this crate is an ordinary position-independent process: it holds the modules
 // that are plain logic. The rest needs the linker script and a bare machine, and is tested by
 // booting the image.
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "aware"))]
+pub mod aware;
+#[cfg(all(not(test), feature = "unaware"))]
 pub mod console;
 #[cfg(not(test))]
+#[cfg_attr(
+    not(feature = "unaware"),
+    allow(dead_code, reason = "an aware kernel uses few of the instructions")
+)]
 mod cpu;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 pub mod crash;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 mod memory;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 mod nano;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 mod spaces;
+#[cfg(feature = "unaware")]
 pub mod start_info;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 mod traps;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 pub mod unaware;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 mod user;
