@@ -1,5 +1,5 @@
 //! The machine that workloads see: what an unaware kernel does by privileged instruction is done
-//! here by hypercall, and what it does in ring 0 with its own page tables here with a user process's.
+//! here by hypercall, and what it does with ring 0's page tables here with a user process's.
 //!
 //! | operation | here |
 //! |---|---|
