@@ -21,10 +21,9 @@ aware_entry:
     call aware_start
     ud2
 
-# extern "C" fn aware_enter(registers: *const Registers) -> Ended
+# extern "C" fn aware_enter(form, argument) -> Ended
 #
-# iret START with these registers. Comes back by aware_leave, or with the call's error in rax and
-# rdx 0.
+# iret. Comes back by aware_leave, or with the call's error in rax and rdx 0.
     .globl aware_enter
 aware_enter:
     push rbx
@@ -35,8 +34,6 @@ aware_enter:
     push r15
     sub rsp, 8
     mov [aware_resume_stack], rsp
-    mov rsi, rdi
-    xor edi, edi                # START
     mov rax, [aware_hypercalls]
     add rax, 23 * 32            # iret
     call rax

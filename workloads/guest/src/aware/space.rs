@@ -8,7 +8,7 @@ use super::{
     frames::{self, Number},
     hypercall::{self, Errno},
     tables::{CONSTANTS, DATA, TEXT, Tree},
-    user,
+    user::Process,
 };
 use abi::hypercall::{StartInfo, feature, mmuext};
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -63,6 +63,7 @@ static CURRENT: AtomicU64 = AtomicU64::new(0);
 pub(super) struct First {
     /// Its tables.
     pub(super) tree: Tree,
+    process: Process,
     /// Words of the arena.
     pub(super) words: u64,
     /// Frames A and B of the probe pages.
@@ -107,6 +108,7 @@ impl First {
             .map_err(|_| "the host does not take the first page tables")?;
         let first = First {
             tree,
+            process: Process::new(Number(stack.0 + STACK_PAGES - 1), STACK_END),
             words: pages * LARGE * PAGE / 8,
             probes,
             storm,
@@ -125,7 +127,7 @@ impl First {
         iterations: u64,
     ) -> Result<u64, Refusal> {
         switch(self.tree.root).map_err(broken)?;
-        user::call(kernel, STACK_END, (arena, words), size, iterations)
+        self.process.call(kernel, (arena, words), size, iterations)
     }
 }
 
@@ -133,6 +135,8 @@ impl First {
 #[derive(Debug)]
 pub(super) struct Space {
     tree: Tree,
+    process: Process,
+    stack: Number,
     pages: u64,
     /// Frame of the first own page.
     pub(super) own: Number,
@@ -144,7 +148,7 @@ impl Space {
         let pages = pages.clamp(1, aspace::MOST);
         let tree = Tree::new();
         map_programs(&tree);
-        tree.map_owned(OWN_STACK_END - PAGE);
+        let stack = tree.map_owned(OWN_STACK_END - PAGE);
         let mut own = None;
         for page in 0..pages {
             let frame = tree.map_owned(OWN + page * PAGE);
@@ -153,7 +157,13 @@ impl Space {
         }
         tree.pin().map_err(broken)?;
         let own = own.ok_or(Refusal::Broken("a space has no page"))?;
-        Ok(Space { tree, pages, own })
+        Ok(Space {
+            tree,
+            process: Process::new(stack, OWN_STACK_END),
+            stack,
+            pages,
+            own,
+        })
     }
 
     /// Calls an application here, with the own pages as arena.
@@ -161,7 +171,7 @@ impl Space {
     pub(super) fn call(&self, kernel: Kernel) -> Result<u64, Refusal> {
         switch(self.tree.root).map_err(broken)?;
         let arena = (OWN, self.pages * PAGE / 8);
-        user::call(kernel, OWN_STACK_END, arena, self.pages, 1)
+        self.process.call(kernel, arena, self.pages, 1)
     }
 
     /// Ends it. The stack's frame and the own pages go back as the programs left them: cleared
@@ -171,8 +181,7 @@ impl Space {
             CURRENT.store(0, Relaxed);
         }
         // What programs write: one word of each own page, which the pool overwrites, and the stack.
-        let stack = self.tree.frame(OWN_STACK_END - PAGE);
-        for word in stack.words() {
+        for word in self.stack.words() {
             word.store(0, Relaxed);
         }
         self.tree.destroy().map_err(broken)

@@ -84,11 +84,6 @@ impl Tree {
         self.slot(address, PAGE_LEVEL)
     }
 
-    /// The frame of a page that is mapped.
-    pub(super) fn frame(&self, address: u64) -> Number {
-        frame_of(self.page(address).load(Relaxed))
-    }
-
     /// Maps `count` pages to frames one after another.
     pub(super) fn map(&self, address: u64, first: Number, count: u64, rights: u64) {
         for index in 0..count {

@@ -3,9 +3,9 @@
 //! What runs there lies in the section `.utext` or in the crate `programs`: nothing else of the
 //! image is mapped in a user process.
 
-use super::{space::PROBES, upcalls};
-use abi::hypercall::{Registers, layout};
-use core::arch::asm;
+use super::{frames::Number, space::PROBES, upcalls};
+use abi::hypercall::{Registers, iret, layout};
+use core::{arch::asm, cell::Cell, sync::atomic::Ordering::Relaxed};
 use programs::{
     Kernel, Refusal,
     micro::PAGE_WORDS,
@@ -18,7 +18,7 @@ use programs::{
 
 /// System call: the kernel's answer to an argument.
 pub(super) const ANSWER: u64 = layout::SYSCALL_FIRST;
-/// System call: the application has ended with this value.
+/// System call: the application has ended with this value. Returns when there is another job.
 pub(super) const LEAVE: u64 = layout::SYSCALL_FIRST + 1;
 /// System call: takes all probe pages away.
 pub(super) const UNMAP: u64 = layout::SYSCALL_FIRST + 2;
@@ -33,60 +33,102 @@ struct Ended {
 }
 
 unsafe extern "C" {
-    safe fn aware_enter(registers: &Registers) -> Ended;
+    safe fn aware_enter(form: u64, argument: u64) -> Ended;
 }
 
-/// Calls `kernel` in the current space, with `words` words from `arena` on, which user mode may
-/// access as the kernel does, and a stack that ends at `stack`.
-#[inline]
-pub(super) fn call(
-    kernel: Kernel,
-    stack: u64,
-    (arena, words): (u64, u64),
+/// What an application is to do: written by the kernel at the end of its stack.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Job {
+    kernel: u64,
+    arena: u64,
+    words: u64,
     size: u64,
     iterations: u64,
-) -> Result<u64, Refusal> {
-    let mut registers = Registers {
-        rip: user_call as *const () as u64,
-        // Bit 1 is always set; interrupts are on.
-        rflags: 0x202,
-        cs: layout::USER_CS.into(),
-        ss: layout::USER_SS.into(),
-        ..Registers::default()
-    };
-    // As after a call: 8 below a multiple of 16.
-    registers.gpr[4] = stack - 8;
-    // rdi, rsi, rdx, rcx, r8, in encoding order.
-    let arguments = [kernel as usize as u64, arena, words, size, iterations];
-    for (register, argument) in [7, 6, 2, 1, 8].into_iter().zip(arguments) {
-        registers.gpr[register] = argument;
+    /// Keeps the stack below aligned to 16.
+    unused: u64,
+}
+
+/// The user process of a space. Its application waits in the system call [`LEAVE`] between jobs, as
+/// a process does that was switched away from; taking up the next is a switch, not a start.
+#[derive(Debug)]
+pub(super) struct Process {
+    /// Last frame of its stack, and where that ends.
+    stack: Number,
+    stack_end: u64,
+    waiting: Cell<bool>,
+}
+
+impl Process {
+    /// A process that has never run.
+    pub(super) fn new(stack: Number, stack_end: u64) -> Self {
+        Process {
+            stack,
+            stack_end,
+            waiting: Cell::new(false),
+        }
     }
-    let ended = aware_enter(&registers);
-    if ended.entered == 0 {
-        return Err(Refusal::Broken("the host does not enter user mode"));
-    }
-    match upcalls::fault() {
-        Some(fault) => Err(Refusal::Fault(fault)),
-        None => Ok(ended.value),
+
+    /// Calls `kernel` in this process, whose space is the current one, with `words` words from `arena`
+    /// on, which user mode may access as the kernel does.
+    #[inline]
+    pub(super) fn call(
+        &self,
+        kernel: Kernel,
+        (arena, words): (u64, u64),
+        size: u64,
+        iterations: u64,
+    ) -> Result<u64, Refusal> {
+        let job = [kernel as usize as u64, arena, words, size, iterations];
+        let place = PAGE_WORDS - size_of::<Job>() / 8;
+        for (slot, word) in self.stack.words().iter().skip(place).zip(job) {
+            slot.store(word, Relaxed);
+        }
+        let ended = if self.waiting.get() {
+            aware_enter(iret::RESUME, 0)
+        } else {
+            let job = self.stack_end - size_of::<Job>() as u64;
+            let mut registers = Registers {
+                rip: user_call as *const () as u64,
+                // Bit 1 is always set; interrupts are on.
+                rflags: 0x202,
+                cs: layout::USER_CS.into(),
+                ss: layout::USER_SS.into(),
+                ..Registers::default()
+            };
+            // rsp as after a call: 8 below a multiple of 16. rdi is the argument.
+            registers.gpr[4] = job - 8;
+            registers.gpr[7] = job;
+            aware_enter(iret::START, &raw const registers as u64)
+        };
+        self.waiting.set(false);
+        if ended.entered == 0 {
+            return Err(Refusal::Broken("the host does not enter user mode"));
+        }
+        match upcalls::fault() {
+            Some(fault) => Err(Refusal::Fault(fault)),
+            None => {
+                self.waiting.set(true);
+                Ok(ended.value)
+            }
+        }
     }
 }
 
-/// Where `call` enters user mode.
+/// Where a process starts.
 #[unsafe(link_section = ".utext")]
-extern "C" fn user_call(
-    kernel: *const (),
-    arena: *mut u64,
-    words: usize,
-    size: u64,
-    iterations: u64,
-) -> ! {
-    // SAFETY: `call` passes a function of that type, and memory that is mapped for user mode and
-    // that nothing else uses meanwhile.
-    let kernel = unsafe { core::mem::transmute::<*const (), Kernel>(kernel) };
-    // SAFETY: as above.
-    let arena = unsafe { core::slice::from_raw_parts_mut(arena, words) };
-    let sum = kernel(arena, size, iterations);
+unsafe extern "C" fn user_call(job: *const Job) -> ! {
     loop {
+        // SAFETY: the kernel has written a job there, with a function of that type, and memory that is
+        // mapped for user mode and that nothing else uses while it runs.
+        let (kernel, arena, job) = unsafe {
+            let job = job.read_volatile();
+            let kernel = core::mem::transmute::<*const (), Kernel>(job.kernel as *const ());
+            let words = job.words as usize;
+            let arena = core::slice::from_raw_parts_mut(job.arena as *mut u64, words);
+            (kernel, arena, job)
+        };
+        let sum = kernel(arena, job.size, job.iterations);
         system_call(LEAVE, sum);
     }
 }
