@@ -37,10 +37,9 @@ pub(super) fn mask() {
 
 /// Unmasks events: sti. What became pending meanwhile is taken now.
 ///
-/// There is one vCPU, and the host raises events from another processor: a compiler fence would not
-/// keep the load from passing the store. Neither has to be kept: the host never interrupts the
-/// kernel, so an event that is missed here is found at the next unmasking, or by the host itself
-/// when user mode is entered.
+/// The store may pass the load, as far as the processor is concerned, and an event that arrives
+/// between them be missed here. It is not lost: the host never interrupts the kernel, looks itself
+/// before it enters user mode or sleeps, and the next unmasking looks again.
 #[inline(always)]
 pub(super) fn unmask() {
     shared().upcall_mask.store(0, Relaxed);
