@@ -1,7 +1,8 @@
 //! What a guest and whoever runs it agree on: I/O ports, marks and the console protocol.
 //!
-//! This is the only crate that host and guest share. It holds constants and words, no behaviour.
-//! Everything here works on a foreign VMM too: ports that it does not know are ignored by it,
+//! This is the only crate that host and guest share. It holds constants, words and the layout of
+//! what is shared, no behaviour. [`hypercall`] is what the `aware` flavour has instead of ports.
+//! All but [`hypercall`] works on a foreign VMM too: ports that it does not know are ignored by it,
 //! and the console is a plain 16550.
 //!
 //! # Console protocol
@@ -27,6 +28,8 @@
 //! A guest whose command line holds `run WORKLOAD SIZE ITERATIONS` obeys that after its greeting,
 //! as if it came from the console, and ends: with 0 after `done`, else with 1.
 #![no_std]
+
+pub mod hypercall;
 
 /// Version of this protocol, sent in the greeting.
 pub const PROTOCOL_VERSION: u32 = 1;
