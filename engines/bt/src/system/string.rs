@@ -168,13 +168,21 @@ impl Core {
     }
 
     /// Elements from `address` to the page's end in the direction of `form`, at most `count`; 0 if
-    /// the first one crosses the page.
-    fn run_length(form: &Form, address: u64, count: u64) -> u64 {
+    /// the first one crosses the page. `index` is the register behind the address: where that wraps
+    /// around the address size, so does the string.
+    fn run_length(form: &Form, address: u64, index: u64, count: u64) -> u64 {
         let size = u64::from(form.size);
         let offset = address & 0xfff;
         if offset + size > 4096 {
             return 0;
         }
+        let index = index & form.mask;
+        let before_wrap = if form.step == size {
+            (form.mask - index) / size
+        } else {
+            index / size
+        };
+        let count = count.min(before_wrap.saturating_add(1));
         let room = if form.step == size {
             (4096 - offset) / size
         } else {
@@ -197,7 +205,7 @@ impl Core {
         let mut done = 0;
         while done < BATCH {
             let address = self.destination(form);
-            let run = Self::run_length(form, address, self.count(form));
+            let run = Self::run_length(form, address, self.gpr(7), self.count(form));
             if run == 0 {
                 let user = self.user();
                 self.write(address, &value[..size], user)?;
@@ -231,8 +239,8 @@ impl Core {
         let mut done = 0;
         while done < BATCH {
             let (from, to) = (self.source(form), self.destination(form));
-            let run = Self::run_length(form, to, self.count(form));
-            let run = Self::run_length(form, from, run);
+            let run = Self::run_length(form, to, self.gpr(7), self.count(form));
+            let run = Self::run_length(form, from, self.gpr(6), run);
             let hosts = if run == 0 {
                 None
             } else {
