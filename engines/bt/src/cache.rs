@@ -49,6 +49,8 @@ pub(crate) struct Block {
     pub lazy_entry: u64,
     pub code_len: u32,
     pub guest_len: u32,
+    /// Guest bytes that a write must not change unseen.
+    watched: u32,
     marks: Box<[Mark]>,
     /// Sites whose branch is linked to this block.
     incoming: Vec<u32>,
@@ -267,6 +269,7 @@ impl Cache {
             lazy_entry: self.next + u64::from(lazy_entry),
             code_len: code.len() as u32,
             guest_len: decoded.len,
+            watched: decoded.watched,
             marks: marks.into(),
             incoming: Vec::new(),
             alive: true,
@@ -379,14 +382,14 @@ impl Cache {
                     return false;
                 }
                 let start = block.key.phys;
-                let first = (4096 - (start & 0xfff)).min(block.guest_len.into());
+                let first = (4096 - (start & 0xfff)).min(block.watched.into());
                 let overlaps = |from: u64, length: u64| {
                     length != 0 && from < phys + len && phys < from + length
                 };
                 let hit = overlaps(start, first)
                     || block
                         .second
-                        .is_some_and(|second| overlaps(second, u64::from(block.guest_len) - first));
+                        .is_some_and(|second| overlaps(second, u64::from(block.watched) - first));
                 if hit {
                     self.blocks[number as usize].alive = false;
                     let key = self.blocks[number as usize].key;

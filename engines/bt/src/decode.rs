@@ -159,6 +159,9 @@ pub(crate) struct Decoded {
     pub insns: Vec<Insn>,
     /// Guest bytes from the first instruction's first to the last one's last.
     pub len: u32,
+    /// Guest bytes that the translation depends on: those of the block, and of the code behind it
+    /// that was looked at to learn which flags it reads.
+    pub watched: u32,
 }
 
 /// Decodes the instructions at `ip` from `bytes`, which end with the page (or hold exactly one
@@ -195,7 +198,11 @@ pub(crate) fn decode(
             break;
         }
     }
-    let mut decoded = Decoded { insns, len };
+    let mut decoded = Decoded {
+        insns,
+        len,
+        watched: len,
+    };
     decoded.settle_sti();
     decoded.liveness(bytes, ip, width);
     Some(decoded)
@@ -235,10 +242,15 @@ impl Decoded {
             return;
         };
         let next = last.instr.next_ip();
-        let peek = |target: u64| {
+        let mut watched = self.len;
+        let mut peek = |target: u64| {
             let offset = target.wrapping_sub(ip);
             match bytes.get(offset as usize..) {
-                Some(code) if !code.is_empty() => live_at(code, target, width),
+                Some(code) if !code.is_empty() => {
+                    let (live, seen) = live_at(code, target, width);
+                    watched = watched.max(offset as u32 + seen);
+                    live
+                }
                 Some(_) | None => ALL_FLAGS,
             }
         };
@@ -263,6 +275,7 @@ impl Decoded {
             | Class::System
             | Class::Fault(_) => ALL_FLAGS,
         };
+        self.watched = watched;
         if live != ALL_FLAGS {
             self.backward(live);
         }
@@ -282,8 +295,9 @@ impl Decoded {
     }
 }
 
-/// Flags that the code at `ip` reads before it writes them, as far as a short look tells.
-fn live_at(code: &[u8], ip: u64, width: u32) -> u32 {
+/// Flags that the code at `ip` reads before it writes them, as far as a short look tells, and how
+/// many bytes were looked at.
+fn live_at(code: &[u8], ip: u64, width: u32) -> (u32, u32) {
     let mut undecided = ALL_FLAGS;
     let mut live = 0;
     let mut decoder = Decoder::with_ip(width, code, ip, OPTIONS);
@@ -298,13 +312,13 @@ fn live_at(code: &[u8], ip: u64, width: u32) -> u32 {
         live |= instr.rflags_read() & undecided;
         undecided &= !kills(&instr);
         if undecided == 0 {
-            return live;
+            break;
         }
         if instr.flow_control() != FlowControl::Next || instr.is_privileged() {
             break;
         }
     }
-    live | undecided
+    (live | undecided, decoder.position() as u32)
 }
 
 /// Flags that `instr` leaves in a new state, whatever they were before.

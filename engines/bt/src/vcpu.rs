@@ -218,18 +218,21 @@ impl BtVcpu {
             return Ok(stop);
         }
         loop {
+            let mut stub = self.stubs.enter;
             let entry = match self.resume {
                 Resume::Host(entry) => entry,
                 Resume::Boundary => match self.boundary() {
                     Ok(Some(entry)) => {
-                        lower::lend(self.core.context());
+                        if lower::lend(self.core.context()) {
+                            stub = self.stubs.enter_lazy;
+                        }
                         entry
                     }
                     Ok(None) => continue,
                     Err(stop) => return Ok(stop),
                 },
             };
-            if let Err(stop) = self.enter(entry) {
+            if let Err(stop) = self.enter(stub, entry) {
                 return Ok(stop);
             }
         }
@@ -298,10 +301,10 @@ impl BtVcpu {
         }
         let number = self.block(mode, virt)?;
         let block = self.cache.block(number);
-        let entry = block.entry;
+        let entry = block.lazy_entry;
         // Translated code looks a branch's offset up, which is the address only in a flat segment.
         if !single && block.second.is_none() && mode.flat {
-            self.core.mmu.jumps[user].fill(virt, block.lazy_entry);
+            self.core.mmu.jumps[user].fill(virt, entry);
         }
         Ok((entry, Some(number)))
     }
@@ -387,13 +390,13 @@ impl BtVcpu {
         }
     }
 
-    fn enter(&mut self, entry: u64) -> Result<(), Stop> {
+    fn enter(&mut self, stub: u64, entry: u64) -> Result<(), Stop> {
         self.entries += 1;
         self.core.context().resume = entry;
         // SAFETY: the stub follows the C calling convention, and translated code reaches nothing
         // but the arena and guest RAM.
         unsafe {
-            let enter: extern "C" fn() = std::mem::transmute(self.stubs.enter as usize);
+            let enter: extern "C" fn() = std::mem::transmute(stub as usize);
             enter();
         }
         self.resume = Resume::Boundary;

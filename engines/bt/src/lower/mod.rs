@@ -602,8 +602,9 @@ impl Lower<'_> {
     }
 }
 
-/// Puts settled registers where a block expects them at its entry.
-pub(crate) fn lend(context: &mut Context) {
+/// Puts settled registers and flags where a block's lazy entry expects them. Returns true if the
+/// host's own flags don't matter: DF, which has no other home, is clear.
+pub(crate) fn lend(context: &mut Context) -> bool {
     // An entry may take the flags from either place.
     context.lazy_flags = (context.flags & 0xd5) << 8 | context.flags >> 11 & 1;
     for register in 0..16 {
@@ -611,6 +612,7 @@ pub(crate) fn lend(context: &mut Context) {
             context.spill[register] = context.gpr[register];
         }
     }
+    context.flags & 1 << 10 == 0
 }
 
 /// True if the body of `insn` wants the host's flags to be the guest's.

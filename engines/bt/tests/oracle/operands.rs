@@ -226,7 +226,7 @@ impl<'a> Builder<'a> {
         (0..6).find_map(|_| {
             let instr = self.try_form(code)?;
             self.encoder.encode(&instr, crate::layout::CODE).ok()?;
-            self.encoder.take_buffer();
+            let _ = self.encoder.take_buffer();
             Some(instr)
         })
     }
