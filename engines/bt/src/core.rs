@@ -11,10 +11,10 @@ use crate::{
     arena::Arena,
     context::{Context, NATIVE_FLAGS},
     cpu::{
-        Bits, CR0_EM, CR0_PE, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, FLAG_NT, FLAG_RF, FLAG_TF,
-        FLAG_VM, SYSTEM_FLAGS, Seg, canonical,
+        Bits, CR0_EM, CR0_MP, CR0_PE, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, FLAG_NT, FLAG_RF,
+        FLAG_TF, FLAG_VM, SYSTEM_FLAGS, Seg, canonical,
     },
-    decode::Mode,
+    decode::{Fpu, Mode},
     fault::{self, Fault},
     mmu::{Access, Mmu},
     system::on_stack,
@@ -168,7 +168,12 @@ impl Core {
                 || [Seg::ES, Seg::CS, Seg::SS, Seg::DS]
                     .iter()
                     .all(|&index| cpu.segments[index].base == 0),
-            fpu: cpu.cr0 & (CR0_EM | CR0_TS) == 0 && (cpu.cr4 & CR4_OSFXSR != 0 || !cpu.long()),
+            fpu: Fpu {
+                emulated: cpu.cr0 & CR0_EM != 0,
+                switched: cpu.cr0 & CR0_TS != 0,
+                monitored: cpu.cr0 & (CR0_TS | CR0_MP) == CR0_TS | CR0_MP,
+                sse: cpu.cr4 & CR4_OSFXSR != 0,
+            },
             tsc: cpu.cr4 & CR4_TSD == 0 || !user,
             interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,

@@ -16,7 +16,8 @@ pub(crate) const CR0_PG: u64 = 1 << 31;
 /// CR0.NW and CR0.CD, which exclude each other in one direction.
 pub(crate) const CR0_NW: u64 = 1 << 29;
 pub(crate) const CR0_CD: u64 = 1 << 30;
-/// CR0.EM and CR0.TS: FPU instructions fault.
+/// CR0.MP, CR0.EM and CR0.TS: FPU instructions fault.
+pub(crate) const CR0_MP: u64 = 1 << 1;
 pub(crate) const CR0_EM: u64 = 1 << 2;
 pub(crate) const CR0_TS: u64 = 1 << 3;
 pub(crate) const CR4_TSD: u64 = 1 << 2;
