@@ -22,6 +22,8 @@ use crate::{
     mmu::Access,
 };
 
+const FLAG_ZF: u64 = 1 << 6;
+
 /// CR4.UMIP isn't announced: sgdt and its kin work in every ring.
 const UNPRIVILEGED_STORES: &[Mnemonic] = &[
     Mnemonic::Sgdt,
@@ -307,6 +309,21 @@ impl Core {
             | Retf | Sysenter | Sysexit | Sysexitq => return self.flow(instr),
             Enter => self.enter(instr)?,
             Leave => self.leave_narrow()?,
+            Lar | Lsl => {
+                let selector = self.value(instr, 1)? as u16;
+                let found = self.rights_or_limit(selector, mnemonic == Lsl)?;
+                self.set_arithmetic(FLAG_ZF, if found.is_some() { FLAG_ZF } else { 0 });
+                if let Some(value) = found {
+                    let register = instr.op0_register();
+                    let number = register.full_register().number();
+                    self.set_gpr_sized(number, value, register.size().min(4) as u32);
+                }
+            }
+            Verr | Verw => {
+                let selector = self.value(instr, 0)? as u16;
+                let good = self.accessible(selector, mnemonic == Verw)?;
+                self.set_arithmetic(FLAG_ZF, if good { FLAG_ZF } else { 0 });
+            }
             _ => return Err(Trap::Unsupported("not implemented".into())),
         }
         Ok(Step::Next)
