@@ -60,6 +60,10 @@ enum Pending {
         size: u8,
         address: u64,
     },
+    /// A string instruction waits for an element from device memory.
+    StringRead {
+        instr: Instruction,
+    },
     Device(Transfer),
 }
 
@@ -685,6 +689,14 @@ impl BtVcpu {
                 };
                 return Err(Stop::In { port, size });
             }
+            Step::WriteDevice { phys, size, value } => {
+                return Err(self.write_element(instr, phys, size, value));
+            }
+            Step::ReadDevice { phys, size } => {
+                self.pending = Pending::StringRead { instr: *instr };
+                let len = size.into();
+                return Err(Stop::Read { phys, len });
+            }
             Step::OutString { port, size, value } => {
                 if !self.core.finish_port_string(instr, false) {
                     self.core.rip = next;
@@ -693,6 +705,16 @@ impl BtVcpu {
             }
         }
         Ok(())
+    }
+
+    /// Leaves to write one element of a string to a device.
+    fn write_element(&mut self, instr: &Instruction, phys: u64, size: u8, value: u64) -> Stop {
+        if !self.core.goes_on(instr) {
+            self.core.rip = instr.next_ip();
+        }
+        self.data = value.to_le_bytes();
+        let len = size.into();
+        Stop::Write { phys, len }
     }
 
     /// Takes in the answer to the exit that `run` returned last.
@@ -717,6 +739,25 @@ impl BtVcpu {
                     self.core.rip = instr.next_ip();
                 }
                 None
+            }
+            Pending::StringRead { instr } => {
+                let value = u64::from_le_bytes(self.data);
+                match self.core.finish_device_read(&instr, value) {
+                    Ok(Step::WriteDevice { phys, size, value }) => {
+                        Some(self.write_element(&instr, phys, size, value))
+                    }
+                    Ok(_) => {
+                        if !self.core.goes_on(&instr) {
+                            self.core.rip = instr.next_ip();
+                        }
+                        None
+                    }
+                    // Checked before the device was asked; should the mapping be gone, the
+                    // instruction faults as it would have without the device.
+                    Err(Trap::Fault(fault)) => self.raise(fault).err(),
+                    Err(Trap::Shutdown) => Some(Stop::Shutdown),
+                    Err(Trap::Unsupported(message)) => Some(Stop::Internal(message)),
+                }
             }
             Pending::Device(mut transfer) => {
                 let ea = self.core.context().ea;

@@ -50,6 +50,10 @@ pub(crate) enum Step {
     Out { port: u16, size: u8, value: u32 },
     /// Read a port for `ins`, into memory at `address`; then it isn't finished if it repeats.
     InString { port: u16, size: u8, address: u64 },
+    /// Write an element of a string to device memory; registers have moved past it.
+    WriteDevice { phys: u64, size: u8, value: u64 },
+    /// Read an element of a string from device memory, for `finish_device_read`.
+    ReadDevice { phys: u64, size: u8 },
     /// As `Out`, for `outs`.
     OutString { port: u16, size: u8, value: u32 },
 }
@@ -401,7 +405,7 @@ impl Core {
         }
         let down = down.wrapping_sub(instr.immediate16().into());
         // The new top of the stack has to be writable, whether anything goes there or not.
-        self.probe_write(self.stack_address(down), size)
+        self.probe_write(self.stack_address(down), size, user)
             .map_err(on_stack)?;
         self.set_gpr_sized(5, frame, size);
         self.pop_bytes(down);
@@ -577,8 +581,7 @@ impl Core {
     }
 
     /// Checks that `size` bytes at `address` could be written.
-    fn probe_write(&self, address: u64, size: u32) -> Result<(), Fault> {
-        let user = self.user();
+    pub(crate) fn probe_write(&self, address: u64, size: u32, user: bool) -> Result<(), Fault> {
         self.mmu.walk(&self.cpu, address, Access::Write, user)?;
         let last = address.wrapping_add(u64::from(size) - 1);
         if last & !0xfff != address & !0xfff {
