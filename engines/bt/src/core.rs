@@ -31,6 +31,9 @@ pub(crate) struct Core {
     pub flushed: Flushed,
     /// What [`Core::mode`] said last, until something that it depends on changes.
     pub mode: Option<Mode>,
+    /// Somebody asked for the task priority since `run` last returned: an interrupt waits for it to
+    /// fall, so writing CR8 has to end the run.
+    pub priority_matters: bool,
     /// RAM with translated code that was written since the run loop last looked.
     pub code_writes: Vec<(u64, u64)>,
 }
@@ -71,6 +74,7 @@ impl Core {
             rip: 0,
             flushed: Flushed::Nothing,
             mode: None,
+            priority_matters: false,
             code_writes: Vec::new(),
         }
     }
@@ -258,6 +262,10 @@ impl Core {
                 Ok(()) => return Ok(()),
                 Err(met) => met,
             };
+            // A page fault leaves its address even if it turns into something else.
+            if let Some(address) = met.address {
+                self.cpu.cr2 = address;
+            }
             fault = fault.then(met).ok_or(Shutdown)?;
         }
     }

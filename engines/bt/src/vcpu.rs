@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use engine_core::{
-    CpuState, Error, Exit, ExitCounts, ExitReason, GuestPhys, GuestRam, Vcpu, kick::KickHandle,
+    CpuState, Error, Exit, ExitCounts, ExitReason, GuestPhys, GuestRam, Kick, Vcpu,
+    kick::KickHandle,
 };
 use iced_x86::Instruction;
 
@@ -52,6 +53,8 @@ enum Resume {
 /// An exit that waits for its answer.
 enum Pending {
     Nothing,
+    /// Delivering an interrupt ended in a triple fault.
+    Shutdown,
     In {
         size: u8,
     },
@@ -628,13 +631,19 @@ impl BtVcpu {
                 Stop::Read { phys, len: step }
             });
         }
+        if self.window && transfer.step != 0 && (!write || slow.next_ip.is_none()) {
+            // The device may have an interrupt to deliver, and this instruction goes on in
+            // translated code: stop that soon.
+            self.doorbell.kick();
+        }
         if !write {
             let context = self.core.context();
             let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
             context.gpr[usize::from(slow.register)] = bounce;
             self.resume = Resume::Host(slow.bounce);
-        } else if let (true, Some(next)) = (killed > 0, slow.next_ip) {
-            // The rest of this block may be what was overwritten.
+        } else if let (true, Some(next)) = (killed > 0 || self.window, slow.next_ip) {
+            // The rest of this block may be what was overwritten, or a device that was written to
+            // has an interrupt to deliver.
             self.settle(slow.after, next);
             let rsp = self.core.gpr(4).wrapping_add(slow.rsp as i64 as u64);
             if slow.rsp != 0 {
@@ -663,6 +672,10 @@ impl BtVcpu {
         let next = instr.next_ip();
         match step {
             Step::Next => self.core.rip = next,
+            Step::Yield => {
+                self.core.rip = next;
+                return Err(Stop::Interrupted);
+            }
             Step::Jump | Step::Again => {}
             Step::Halt => {
                 self.core.rip = next;
@@ -721,6 +734,7 @@ impl BtVcpu {
     fn answer(&mut self) -> Option<Stop> {
         match std::mem::replace(&mut self.pending, Pending::Nothing) {
             Pending::Nothing => None,
+            Pending::Shutdown => Some(Stop::Shutdown),
             Pending::In { size } => {
                 let value = u64::from_le_bytes(self.data);
                 self.core.set_gpr_sized(0, value, size.into());
@@ -813,6 +827,7 @@ impl BtVcpu {
 impl Vcpu for BtVcpu {
     fn run(&mut self) -> Result<Exit<'_>, Error> {
         let stop = self.go()?;
+        self.core.priority_matters = false;
         match stop {
             Stop::Out { value, .. } => self.data = u64::from(value).to_le_bytes(),
             Stop::In { .. } | Stop::Read { .. } => self.data = [0; 8],
@@ -894,9 +909,7 @@ impl Vcpu for BtVcpu {
         if let Err(fault) = self.core.deliver(vector, None, Cause::External)
             && self.core.raise(fault).is_err()
         {
-            return Err(Error::Engine(format!(
-                "triple fault delivering vector {vector}"
-            )));
+            self.pending = Pending::Shutdown;
         }
         Ok(())
     }
@@ -913,9 +926,11 @@ impl Vcpu for BtVcpu {
     }
 
     fn task_priority(&mut self) -> u8 {
+        self.core.priority_matters = true;
         self.core.cpu.cr8 as u8
     }
 
+    /// Comes in the middle of the access that wrote the local APIC's register.
     fn set_task_priority(&mut self, priority: u8) -> Result<(), Error> {
         self.core.cpu.cr8 = priority.into();
         Ok(())

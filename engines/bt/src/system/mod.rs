@@ -40,6 +40,8 @@ pub(crate) enum Step {
     Next,
     /// RIP has been set.
     Jump,
+    /// Let the run loop look at interrupts, after it.
+    Yield,
     /// It isn't finished: execute it again.
     Again,
     /// Wait for an interrupt, after it.
