@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
-use engine_core::{GuestRam, Segment};
+use engine_core::{CpuState, GuestRam, Segment};
 
 use crate::{
     arena::Arena,
-    context::{Context, NATIVE_FLAGS},
+    context::{Context, NATIVE_FLAGS, flags_from_lazy},
     cpu::{
         Bits, CR0_EM, CR0_MP, CR0_PE, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, FLAG_NT, FLAG_RF,
         FLAG_TF, FLAG_VM, SYSTEM_FLAGS, Seg, canonical,
@@ -17,6 +17,7 @@ use crate::{
     decode::{Fpu, Mode},
     fault::{self, Fault},
     mmu::{Access, Mmu},
+    site::Homes,
     system::on_stack,
     tlb::Span,
 };
@@ -68,7 +69,7 @@ impl Core {
     pub(crate) unsafe fn new(ram: Arc<GuestRam>, arena: &Arena) -> Core {
         Core {
             context: arena.context(),
-            cpu: Cpu::default(),
+            cpu: Cpu::new(&CpuState::default()),
             // SAFETY: the caller's promise.
             mmu: unsafe { Mmu::new(ram, arena) },
             rip: 0,
@@ -128,6 +129,24 @@ impl Core {
 
     pub(crate) fn set_interrupts(&mut self, enabled: bool) {
         self.context().interrupt_flag = enabled.into();
+    }
+
+    /// General registers and RFLAGS with `homes` taken into account.
+    pub(crate) fn seen_from(&self, homes: Homes) -> ([u64; 16], u64) {
+        let slots = self.slots();
+        let gpr = std::array::from_fn(|register| {
+            if homes.spilled >> register & 1 == 1 {
+                slots.spill[register]
+            } else {
+                slots.gpr[register]
+            }
+        });
+        let native = if homes.lazy {
+            slots.flags & !0x8d5 | flags_from_lazy(slots.lazy_flags)
+        } else {
+            slots.flags
+        };
+        (gpr, native & NATIVE_FLAGS | self.rflags() & !NATIVE_FLAGS)
     }
 
     /// Arithmetic flags alone.
@@ -367,8 +386,14 @@ impl Core {
             put(value);
         }
         let rsp = rsp.wrapping_sub(at as u64);
-        self.write(rsp, &frame[..at], new_cpl == 3)
-            .map_err(on_stack)?;
+        self.write(rsp, &frame[..at], new_cpl == 3).map_err(|met| {
+            // Words are pushed from the top: the highest one that can't be is what a fault names.
+            let words = (0..at).step_by(8).rev();
+            let highest = words
+                .map(|word| self.probe_write(rsp.wrapping_add(word as u64), 8, new_cpl == 3))
+                .find_map(Result::err);
+            on_stack(highest.unwrap_or(met))
+        })?;
         if new_cpl < cpl {
             // A null selector with the new privilege (SDM 3A 6.14.5).
             let null = Segment {

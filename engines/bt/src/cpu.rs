@@ -117,6 +117,26 @@ impl Cpu {
         }
     }
 
+    /// Takes over an architectural state; what it doesn't cover stays.
+    pub(crate) fn load(&mut self, state: &CpuState) {
+        let old = std::mem::take(self);
+        *self = Cpu {
+            star: old.star,
+            lstar: old.lstar,
+            cstar: old.cstar,
+            fmask: old.fmask,
+            kernel_gs_base: old.kernel_gs_base,
+            sysenter: old.sysenter,
+            tsc_aux: old.tsc_aux,
+            pat: old.pat,
+            misc_enable: old.misc_enable,
+            apic_base: old.apic_base,
+            mtrr_def_type: old.mtrr_def_type,
+            dr: old.dr,
+            ..Cpu::new(state)
+        };
+    }
+
     /// Current privilege level: SS.DPL in protected mode (SDM 3A 5.5).
     pub(crate) fn cpl(&self) -> u8 {
         if self.cr0 & CR0_PE == 0 {

@@ -13,7 +13,7 @@ use crate::{
     cache::{Cache, Key, Refusal, Source},
     context::HOST_FAULT,
     core::{Cause, Core, Flushed, Shutdown},
-    cpu::{Bits, Cpu, canonical},
+    cpu::{Bits, canonical},
     decode::Mode,
     fault::{self, Fault},
     kick::Doorbell,
@@ -355,8 +355,6 @@ impl BtVcpu {
         {
             Ok(number) => return Ok(number),
             Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message)),
-            // There were enough bytes for any instruction: this one is too long.
-            Err(Refusal::Crosses) if room >= 15 => return Err(Fault::gp().into()),
             Err(Refusal::Crosses) => {}
         }
         let second = self.next_page(virt, mode)?;
@@ -866,12 +864,26 @@ impl Vcpu for BtVcpu {
     }
 
     fn state(&self) -> Result<CpuState, Error> {
-        let gpr = std::array::from_fn(|number| self.core.gpr(number));
-        Ok(self.core.cpu.state(gpr, self.core.rip, self.core.rflags()))
+        let (gpr, flags, rip) = match &self.pending {
+            // In the middle of an instruction: as before it.
+            Pending::Device(transfer) => {
+                let (gpr, flags) = self.core.seen_from(transfer.site.homes);
+                (gpr, flags, transfer.site.ip)
+            }
+            Pending::Nothing
+            | Pending::Shutdown
+            | Pending::In { .. }
+            | Pending::InString { .. }
+            | Pending::StringRead { .. } => {
+                let (gpr, flags) = self.core.seen_from(Homes::default());
+                (gpr, flags, self.core.rip)
+            }
+        };
+        Ok(self.core.cpu.state(gpr, rip, flags))
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {
-        self.core.cpu = Cpu::new(state);
+        self.core.cpu.load(state);
         for (index, &segment) in state.segments.iter().enumerate() {
             self.core.set_segment(index, segment);
         }
@@ -881,6 +893,7 @@ impl Vcpu for BtVcpu {
         self.core.set_rflags(state.rflags);
         self.core.rip = state.rip;
         self.core.flush();
+        self.steps = 0;
         self.resume = Resume::Boundary;
         self.pending = Pending::Nothing;
         Ok(())
