@@ -9,6 +9,8 @@
 //! | `code` | self-modifying and remapped code, instructions across pages |
 //! | `memory` | strings, device memory, ports, locked operations, SSE state |
 //! | `interrupts` | timer, windows and shadows, task priority, kicks |
+//! | `state` | what the engine shows of itself, and takes back |
+//! | `protected` | 32-bit code |
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
 
 mod code;
@@ -19,4 +21,6 @@ mod limits;
 mod memory;
 mod paging;
 mod privilege;
+mod protected;
 mod run;
+mod state;
