@@ -2,9 +2,17 @@
 #![no_std]
 #![no_main]
 
-use abi::hypercall::{self as h, Call, StartInfo};
+use abi::hypercall as h;
 use core::arch::global_asm;
 use core::panic::PanicInfo;
+
+use h::StartInfo;
+
+mod cost;
+mod errors;
+mod kernel;
+mod scenes;
+mod user;
 
 global_asm!(include_str!("../../../workloads/guest/image/mem.s"));
 global_asm!(
@@ -22,16 +30,22 @@ global_asm!(
     start = sym start,
 );
 
-mod kernel;
-
 extern "C" fn start(info: &'static StartInfo) -> ! {
     kernel::init(info);
-    kernel::say("hello\n");
-    kernel::shutdown(0)
+    let name = kernel::command();
+    for (known, scene) in scenes::ALL.iter().chain(errors::ALL).chain(cost::ALL) {
+        if *known == name {
+            scene();
+            kernel::shutdown(0);
+        }
+    }
+    kernel::say("no such scenario\n");
+    kernel::shutdown(98)
 }
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
     kernel::say("panic\n");
+    kernel::tell("line", info.location().map_or(0, |at| at.line().into()));
     kernel::shutdown(99)
 }
