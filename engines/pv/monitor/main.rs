@@ -137,7 +137,7 @@ extern "C" fn start() -> ! {
     };
     let listener = sys::filter(calls, true);
     check(13, listener >= 0);
-    check(14, sys::send_descriptor(k_fd::SOCKET, listener as i32));
+    check(14, sys::send_descriptor(k_fd::SOCKET, listener as i32, 1));
     let close = |first: i32, last: i32| {
         // SAFETY: closes descriptors that nothing here uses any more.
         unsafe {

@@ -15,6 +15,8 @@ pub(crate) mod nr {
     pub(crate) const IOCTL: u64 = 16;
     pub(crate) const YIELD: u64 = 24;
     pub(crate) const SENDMSG: u64 = 46;
+    pub(crate) const RECVMSG: u64 = 47;
+    pub(crate) const DUP2: u64 = 33;
     pub(crate) const CLONE: u64 = 56;
     pub(crate) const CAPSET: u64 = 126;
     pub(crate) const SIGALTSTACK: u64 = 131;
@@ -143,16 +145,18 @@ pub(crate) fn drop_capabilities() -> bool {
     }
 }
 
-/// Sends descriptor `fd` over `socket`.
-pub(crate) fn send_descriptor(socket: i32, fd: i32) -> bool {
-    #[repr(C)]
-    struct Control {
-        length: u64,
-        level: i32,
-        kind: i32,
-        fd: i32,
-        padding: i32,
-    }
+/// A control message that holds one descriptor.
+#[repr(C)]
+struct Control {
+    length: u64,
+    level: i32,
+    kind: i32,
+    fd: i32,
+    padding: i32,
+}
+
+/// Sends descriptor `fd` over `socket`, with `bytes` bytes of zero beside it.
+pub(crate) fn send_descriptor(socket: i32, fd: i32, bytes: u64) -> bool {
     // SOL_SOCKET, SCM_RIGHTS; CMSG_LEN(4).
     let control = Control {
         length: 20,
@@ -162,24 +166,45 @@ pub(crate) fn send_descriptor(socket: i32, fd: i32) -> bool {
         padding: 0,
     };
     let byte = 0u8;
-    let vector = [&raw const byte as u64, 1];
+    let vector = [&raw const byte as u64, bytes];
     // msghdr: name, its length, vector, its length, control, its length, flags.
     let message: [u64; 7] = [
         0,
         0,
         &raw const vector as u64,
-        1,
+        bytes,
         &raw const control as u64,
         size_of::<Control>() as u64,
         0,
     ];
     // SAFETY: all of it is readable for the duration of the call.
-    unsafe {
-        call(
-            nr::SENDMSG,
-            [socket as u64, &raw const message as u64, 0, 0, 0, 0],
-        ) == 1
-    }
+    let sent = unsafe { call(nr::SENDMSG, [socket as u64, &raw const message as u64, 0, 0, 0, 0]) };
+    sent == bytes as i64
+}
+
+/// Receives a number and a descriptor over `socket`.
+pub(crate) fn receive_order(socket: i32) -> Option<(u32, i32)> {
+    let mut control = Control {
+        length: 0,
+        level: 0,
+        kind: 0,
+        fd: -1,
+        padding: 0,
+    };
+    let mut number = 0u32;
+    let vector = [&raw mut number as u64, 4];
+    let mut message: [u64; 7] = [
+        0,
+        0,
+        &raw const vector as u64,
+        1,
+        &raw mut control as u64,
+        size_of::<Control>() as u64,
+        0,
+    ];
+    // SAFETY: all of it is writable for the duration of the call.
+    let received = unsafe { call(nr::RECVMSG, [socket as u64, &raw mut message as u64, 0, 0, 0, 0]) };
+    (received == 4 && control.kind == 1).then_some((number, control.fd))
 }
 
 /// Handles `signal` by `handler`, on the alternate stack, every signal blocked meanwhile.

@@ -30,7 +30,7 @@ const MONITOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/monitor.elf"));
 const STUB: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/stub.elf"));
 
 /// The largest signal frame that fits a user process's signal stack beside a fresh frame.
-const SIGNAL_FRAME: u64 = 24 * 1024;
+const SIGNAL_FRAME: u64 = 16 * 1024;
 
 /// How a guest is tied to its host.
 #[derive(Debug)]

@@ -17,8 +17,8 @@ use crate::Error;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Descriptors above this number hold sources while targets are filled.
 const HIGH: libc::c_int = 200;
-/// Descriptors that a party can have: K's process descriptors are the highest.
-const DESCRIPTORS: libc::rlim_t = 160;
+/// Descriptors that a party can have: K's sockets to user processes have the highest numbers.
+const DESCRIPTORS: libc::rlim_t = 256;
 
 /// A child process of V: ended and reaped when dropped.
 #[derive(Debug)]
@@ -205,4 +205,31 @@ pub(crate) fn receive_descriptor(socket: &UnixStream) -> io::Result<OwnedFd> {
     };
     // SAFETY: the kernel has just installed it for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends `number` and a descriptor over `socket`.
+pub(crate) fn send_order(socket: &UnixStream, number: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut bytes = number.to_ne_bytes();
+    let mut vector = libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    };
+    let mut control = [0u64; 4];
+    // SAFETY: all zero is a valid msghdr.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut vector;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    // SAFETY: the header lies in `control`, which has room for one descriptor; the message describes
+    // readable memory for the duration of the call.
+    let sent = unsafe {
+        message.msg_controllen = libc::CMSG_SPACE(4) as usize;
+        let header = libc::CMSG_FIRSTHDR(&message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(4) as usize;
+        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(fd.as_raw_fd());
+        libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

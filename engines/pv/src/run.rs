@@ -21,7 +21,7 @@ use crate::console::Broken;
 use crate::count::Snapshot;
 use crate::guest::Guest;
 use crate::ledger;
-use crate::process::Process;
+use crate::process::{self, Process};
 use crate::wire::{k_fd, vmm};
 
 /// The timer's port, as the monitor knows it.
@@ -421,7 +421,8 @@ impl Guest {
 
     /// Makes the user process of a slot; its process id.
     fn create(&mut self, id: u64, slot: u64) -> Result<i64, i64> {
-        use std::io::{Read, Write};
+        use std::io::Read;
+        use std::os::unix::net::UnixDatagram;
         let place = usize::try_from(slot)
             .ok()
             .filter(|&place| place < self.users.len());
@@ -429,9 +430,9 @@ impl Guest {
         if self.users[place].is_some() {
             return Err(errno::EBUSY);
         }
+        let (ours, theirs) = UnixDatagram::pair().map_err(|_| errno::ENOMEM)?;
         let mut answer = [0; 8];
-        self.zygote_socket
-            .write_all(&(slot as u32).to_ne_bytes())
+        process::send_order(&self.zygote_socket, slot as u32, theirs.as_fd())
             .and_then(|()| self.zygote_socket.read_exact(&mut answer))
             .map_err(|_| errno::ENOMEM)?;
         let pid = i64::from_ne_bytes(answer);
@@ -439,26 +440,26 @@ impl Guest {
         let process = process
             .and_then(|pid| Process::adopt(pid).ok())
             .ok_or(errno::ENOMEM)?;
-        let add = libc::seccomp_notif_addfd {
-            id,
-            flags: libc::SECCOMP_ADDFD_FLAG_SETFD as u32,
-            srcfd: process.descriptor.as_raw_fd() as u32,
-            newfd: (k_fd::PROCESS as usize + place) as u32,
-            newfd_flags: 0,
-        };
-        // SAFETY: the request takes this structure.
-        let added = unsafe {
-            libc::ioctl(
-                self.listener.as_raw_fd(),
-                libc::SECCOMP_IOCTL_NOTIF_ADDFD,
-                &add,
-            )
-        };
-        if added < 0 {
-            return Err(errno::ENOMEM);
+        for (fd, first) in [(process.descriptor.as_fd(), k_fd::PROCESS), (ours.as_fd(), k_fd::DOOR)] {
+            self.give(id, fd, first + place as i32)?;
         }
         self.users[place] = Some(process);
         Ok(pid)
+    }
+
+    /// Installs a descriptor in K, which waits in call `id`.
+    fn give(&self, id: u64, fd: BorrowedFd<'_>, number: i32) -> Result<(), i64> {
+        let add = libc::seccomp_notif_addfd {
+            id,
+            flags: libc::SECCOMP_ADDFD_FLAG_SETFD as u32,
+            srcfd: fd.as_raw_fd() as u32,
+            newfd: number as u32,
+            newfd_flags: 0,
+        };
+        let listener = self.listener.as_raw_fd();
+        // SAFETY: the request takes this structure.
+        let added = unsafe { libc::ioctl(listener, libc::SECCOMP_IOCTL_NOTIF_ADDFD, &add) };
+        if added < 0 { Err(errno::ENOMEM) } else { Ok(()) }
     }
 
     /// Lets K go on. A K that is gone is noticed by its process descriptor.

@@ -67,6 +67,9 @@ pub mod u {
     pub const SIGNAL_STACK: u64 = COMMANDS + 4096;
     /// Bytes of the signal stack.
     pub const SIGNAL_STACK_SIZE: u64 = super::SLOT_SIZE - 4096;
+    /// Where the gate puts together what it passes to recvmsg: on the signal stack, between the place
+    /// of a fresh frame and that of the host's.
+    pub const MESSAGE: u64 = SIGNAL_STACK + 4096;
     /// The rest of the stub, which only the zygote keeps.
     pub const STUB: u64 = 0x7000_1000_0000;
 }
@@ -94,6 +97,8 @@ pub mod k_fd {
     pub const SOCKET: i32 = 10;
     /// Process descriptor of the user process in slot 0; others follow.
     pub const PROCESS: i32 = 64;
+    /// The socket by which the user process in slot 0 gets guest memory; others follow.
+    pub const DOOR: i32 = 128;
 }
 
 /// Descriptors of the zygote and of U.
@@ -104,8 +109,10 @@ pub mod u_fd {
     pub const SOCKET: i32 = 4;
     /// The filter of U; closed in U before guest code runs.
     pub const PLAN: i32 = 5;
-    /// Guest memory, while the gate maps.
-    pub const RAM: i32 = 3;
+    /// The one descriptor that stays in U: K sends guest memory's through it.
+    pub const DOOR: i32 = 3;
+    /// Guest memory, while the gate maps: the lowest number there is.
+    pub const RAM: i32 = 0;
 }
 
 /// System call numbers by which the gate notifies K; from elsewhere they are guest system calls.
@@ -171,8 +178,8 @@ pub struct Commands {
     pub frame: u64,
     /// Bit 0: set FS base; bit 1: set GS base.
     pub bases: u32,
-    /// Not 0 leaves the memory descriptor open: a control of the attack tests.
-    pub keep: u32,
+    /// Bit 0: receive the memory descriptor; bit 1: leave it open (a control of the attack tests).
+    pub memory: u32,
     /// FS base.
     pub fs: u64,
     /// GS base.

@@ -3,8 +3,9 @@
 # Guest code may jump here, to any byte, with any registers, stack and flags. So nothing below the
 # notification trusts a register: every address is an immediate, every operand comes from the
 # command page, which U cannot write. The stack is not used. The descriptor of guest memory exists
-# only between a notification that K answers with it and the close below, and every way from there
-# back to guest code leads through that close: a signal in between enters gate_signal again.
+# only between the recvmsg and the close below, and is there to be received only when K has sent it
+# with its answer; whatever interrupts the gate in between is a signal whose frame points into the
+# gate, and K ends a process that shows it one.
 
     .section .gate, "ax", @progbits
     .balign 4096
@@ -21,6 +22,21 @@ gate_notify:
     mov r14d, [r15]
     xor r13d, r13d
     lea rbx, [r15 + 64]
+    test dword ptr [r15 + 20], 1
+    jz 2f
+    movabs rsi, 0x700000012000      # u::MESSAGE, a struct msghdr
+    xor eax, eax
+    mov [rsi], rax
+    mov [rsi + 8], rax
+    mov [rsi + 16], rax
+    mov [rsi + 24], rax
+    lea rax, [rsi + 64]
+    mov [rsi + 32], rax             # control
+    mov qword ptr [rsi + 40], 24
+    mov edi, 3                      # u_fd::DOOR
+    mov edx, 0x40                   # MSG_DONTWAIT
+    mov eax, 47                     # recvmsg
+    syscall
 2:  test r14d, r14d
     jz 5f
     mov rdi, [rbx]
@@ -29,7 +45,7 @@ gate_notify:
     jne 3f
     mov edx, [rbx + 16]
     mov r10d, 0x11                  # MAP_SHARED | MAP_FIXED
-    mov r8d, 3                      # u_fd::RAM
+    xor r8d, r8d                    # u_fd::RAM
     mov r9, [rbx + 24]
     mov eax, 9                      # mmap
     syscall
@@ -42,9 +58,9 @@ gate_notify:
 6:  add rbx, 32
     dec r14d
     jmp 2b
-5:  cmp dword ptr [r15 + 20], 0     # a control of the attack tests leaves it open
-    jne 7f
-    mov edi, 3
+5:  test dword ptr [r15 + 20], 2    # a control of the attack tests leaves it open
+    jnz 7f
+    xor edi, edi
     mov eax, 3                      # close
     syscall
 7:  cmp dword ptr [r15 + 4], 0

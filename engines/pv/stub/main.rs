@@ -87,7 +87,7 @@ extern "C" fn start() -> ! {
     if listener < 0 {
         sys::exit(5);
     }
-    if !sys::send_descriptor(u_fd::SOCKET, listener as i32) {
+    if !sys::send_descriptor(u_fd::SOCKET, listener as i32, 1) {
         sys::exit(6);
     }
     // Only K may answer.
@@ -106,23 +106,24 @@ fn serve(plan: &StubPlan) -> ! {
     // SAFETY: has no arguments.
     let parent = unsafe { sys::call(nr::GETPPID, [0; 6]) };
     loop {
-        let mut slot = 0u32;
-        let socket = u_fd::SOCKET as u64;
-        // SAFETY: `slot` is writable for the duration of the call.
-        if unsafe { sys::call(nr::READ, [socket, &raw mut slot as u64, 4, 0, 0, 0]) } != 4 {
+        let Some((slot, door)) = sys::receive_order(u_fd::SOCKET) else {
             sys::exit(0);
-        }
+        };
         // SAFETY: an ordinary fork: the child runs on its own copy of this stack.
         let pid = unsafe { sys::call(nr::CLONE, [CLONE_PARENT | SIGCHLD, 0, 0, 0, 0, 0]) };
         if pid == 0 {
-            become_user(plan, slot, parent);
+            become_user(plan, slot, door, parent);
         }
-        // SAFETY: `pid` is readable for the duration of the call.
-        unsafe { sys::call(nr::WRITE, [socket, &raw const pid as u64, 8, 0, 0, 0]) };
+        // SAFETY: closes what this function has received; `pid` is readable for the duration.
+        unsafe {
+            sys::call(nr::CLOSE_RANGE, [door as u64, door as u64, 0, 0, 0, 0]);
+            let socket = u_fd::SOCKET as u64;
+            sys::call(nr::WRITE, [socket, &raw const pid as u64, 8, 0, 0, 0]);
+        }
     }
 }
 
-fn become_user(plan: &StubPlan, slot: u32, parent: i64) -> ! {
+fn become_user(plan: &StubPlan, slot: u32, door: i32, parent: i64) -> ! {
     // SAFETY: plain numbers.
     if unsafe { sys::call(nr::PRCTL, [PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0]) } != 0 {
         sys::exit(10);
@@ -186,7 +187,14 @@ fn become_user(plan: &StubPlan, slot: u32, parent: i64) -> ! {
         }
     }
     // SAFETY: plain numbers; nothing here owns a descriptor any more.
-    if unsafe { sys::call(nr::CLOSE_RANGE, [0, u64::from(u32::MAX), 0, 0, 0, 0]) } != 0 {
+    let closed = unsafe {
+        let target = u_fd::DOOR as u64;
+        let every = u64::from(u32::MAX);
+        sys::call(nr::DUP2, [door as u64, target, 0, 0, 0, 0]) == target as i64
+            && sys::call(nr::CLOSE_RANGE, [0, target - 1, 0, 0, 0, 0]) == 0
+            && sys::call(nr::CLOSE_RANGE, [target + 1, every, 0, 0, 0, 0]) == 0
+    };
+    if !closed {
         sys::exit(13);
     }
     // SAFETY: never returns, so that it may unmap this code and stack.
