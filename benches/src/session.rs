@@ -2,7 +2,7 @@
 //!
 //! In each round every contender boots afresh, measures its empty window, and then has its turn at
 //! every workload, in an order that [`Plan`] rotates. What one contender does at one workload
-//! stands in [`crate::turn`]. Invariant: whatever happens, each pair of contender and workload ends
+//! stands in module `turn`. Invariant: whatever happens, each pair of contender and workload ends
 //! with at least one row, and no virtual machine outlives the run.
 
 use std::time::{Duration, Instant};
@@ -180,9 +180,13 @@ impl<'a> Session<'a> {
                     windows.push(verified.done.window);
                     cycles.push(verified.done.cycles);
                     let place = slot.place(EMPTY, Phase::Warm, self.round);
-                    let ns = verified.done.window.as_nanos() as f64;
-                    let checksum = Some(verified.done.checksum);
-                    self.recorder.value(place, &Metric::TIME, ns, checksum)?;
+                    if verified.done.window.is_zero() {
+                        self.recorder.refusal(place, &unseen())?;
+                    } else {
+                        let ns = verified.done.window.as_nanos() as f64;
+                        let checksum = Some(verified.done.checksum);
+                        self.recorder.value(place, &Metric::TIME, ns, checksum)?;
+                    }
                 }
                 Err(failure) => {
                     let refusal = Refusal::new(
@@ -275,6 +279,15 @@ impl<'a> Session<'a> {
         }
         Ok(())
     }
+}
+
+/// An empty window whose two ends the harness read at once. It counts as zero in the median that
+/// is subtracted, which is what it took from the other windows; a row would call it a figure.
+fn unseen() -> Refusal {
+    Refusal::new(
+        Status::Skipped,
+        "both ends arrived in one read: shorter than a wake-up of the harness",
+    )
 }
 
 /// Peak resident memory of a process so far: VmHWM in proc_pid_status(5).

@@ -10,6 +10,8 @@ pub(crate) enum Group {
     Compute,
     /// One privileged operation.
     Nano,
+    /// Acts of a kernel with address spaces.
+    Micro,
     /// Not in the list.
     Unlisted,
     /// The harness's own cost: measured, subtracted, never compared.
@@ -28,6 +30,7 @@ const COMPUTE: &[&str] = &[
 
 const NANO: &[&str] = &[
     "syscall",
+    "hypercall",
     "in",
     "out",
     "cpuid",
@@ -41,12 +44,16 @@ const NANO: &[&str] = &[
     "cli_sti",
 ];
 
+const MICRO: &[&str] = &["ctxsw2", "ctxsw8", "pfstorm", "aspace"];
+
 /// The group of a workload.
 pub(crate) fn group(workload: &str) -> Group {
     if COMPUTE.contains(&workload) {
         Group::Compute
     } else if NANO.contains(&workload) {
         Group::Nano
+    } else if MICRO.contains(&workload) {
+        Group::Micro
     } else if workload == reports_data::EMPTY {
         Group::Empty
     } else {
@@ -60,6 +67,7 @@ impl Group {
         match self {
             Group::Compute => "Compute",
             Group::Nano => "Privileged operations",
+            Group::Micro => "Address spaces",
             Group::Unlisted => "Other workloads",
             Group::Empty => "The measurement itself",
         }
@@ -70,7 +78,10 @@ impl Group {
 pub(crate) fn sort(workloads: &mut [&str]) {
     workloads.sort_by_key(|workload| {
         let place = |list: &[&str]| list.iter().position(|name| name == workload);
-        let place = place(COMPUTE).or(place(NANO)).unwrap_or_default();
+        let place = place(COMPUTE)
+            .or(place(NANO))
+            .or(place(MICRO))
+            .unwrap_or_default();
         (group(workload), place)
     });
 }

@@ -4,7 +4,8 @@
 //! own script, and the native process must contain the very object file of `programs` that the
 //! image contains, so that both run the same machine code.
 //!
-//! The steps: `abi`, `programs` (once, for both), `guest`, then the two programs.
+//! The steps: `abi`, `programs` (once, for all), `guest` and the image for each flavour, then the
+//! native process.
 
 use std::{
     env,
@@ -13,7 +14,7 @@ use std::{
 };
 
 /// One image for each.
-const FLAVOURS: &[&str] = &["unaware"];
+const FLAVOURS: &[&str] = &["unaware", "aware"];
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -36,7 +37,7 @@ const COMMON: &[&str] = &[
 /// For what runs in the image. A trap in ring 0 without IST would overwrite a red zone.
 const NO_REDZONE: &str = "-Cno-redzone=yes";
 
-/// For what runs in ring 0 only; see the rules at the head of `guest`. The compiler warns that
+/// For the kernel only; see the rules at the head of `guest`. The compiler warns that
 /// floats could not be passed in registers then (rust-lang/rust issue 116344): a kernel has none.
 const NO_SSE: &str = "-Ctarget-feature=-sse,-sse2";
 
@@ -50,13 +51,8 @@ fn main() {
         &[("abi", &abi)],
         &[NO_REDZONE],
     );
-    let guest = build.library(
-        "guest",
-        "guest/src/lib.rs",
-        &[("abi", &abi), ("programs", &programs)],
-        &[NO_REDZONE, NO_SSE],
-    );
     for flavour in FLAVOURS {
+        let guest = build.flavour(flavour, &abi, &programs);
         let script = build.workloads.join(format!("guest/image/{flavour}.ld"));
         build.program(
             &format!("guest/image/{flavour}.rs"),
@@ -128,6 +124,22 @@ impl Build {
         command.args(["--crate-type=rlib", "--crate-name", name]);
         run(command, source);
         output
+    }
+
+    /// Compiles the kernel in one flavour.
+    fn flavour(&self, flavour: &str, abi: &Path, programs: &Path) -> PathBuf {
+        let feature = format!("--cfg=feature=\"{flavour}\"");
+        let compiled = self.library(
+            "guest",
+            "guest/src/lib.rs",
+            &[("abi", abi), ("programs", programs)],
+            &[NO_REDZONE, NO_SSE, &feature],
+        );
+        // The next flavour's has the same name.
+        let own = self.out.join(format!("libguest-{flavour}.rlib"));
+        std::fs::rename(&compiled, &own)
+            .unwrap_or_else(|error| panic!("{}: {error}", own.display()));
+        own
     }
 
     /// Compiles and links a program.

@@ -55,7 +55,7 @@ fn main() -> ExitCode {
         Chore::Doctor => doctor::doctor(),
     };
     done.unwrap_or_else(|error| {
-        eprintln!("xtask: {error:#}");
+        eprintln!("xtask: {}", one_line(&error));
         ExitCode::FAILURE
     })
 }
@@ -65,4 +65,18 @@ fn report(dir: &std::path::Path) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("render the report of {}", dir.display()))?;
     println!("{}", path.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// An error and what caused it, on one line. Causes that an error already quotes are not repeated.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !line.contains(&cause) {
+            line = match line.as_str() {
+                "" => cause,
+                _ => format!("{line}: {cause}"),
+            };
+        }
+    }
+    line
 }

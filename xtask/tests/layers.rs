@@ -34,8 +34,10 @@ const LAYERS: &[(&str, &[&str])] = &[
 ];
 
 /// Packages that may use more in their tests, which are programs of their own.
-const TESTS_MAY_ALSO_USE: &[(&str, &[&str])] =
-    &[("images", &["programs"]), ("bt", &["images", "programs"])];
+const TESTS_MAY_ALSO_USE: &[(&str, &[&str])] = &[
+    ("images", &["abi", "programs"]),
+    ("bt", &["images", "programs"]),
+];
 
 /// Packages of other people that only one crate may use: the measuring crate's clock and bars,
 /// the reader of csv, the way into the host's kernel.

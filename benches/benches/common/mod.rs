@@ -63,6 +63,7 @@ pub(crate) fn bench_mode(mode: &str) {
         let group = match workload.group {
             Group::Compute => "compute",
             Group::Nano => "nano",
+            Group::Micro => "micro",
             // Its window is subtracted from every other one.
             Group::Empty => continue,
         };

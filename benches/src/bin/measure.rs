@@ -75,7 +75,7 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             let usage = error.is::<Usage>();
-            eprintln!("measure: {error:#}");
+            eprintln!("measure: {}", one_line(&error));
             ExitCode::from(if usage { 2 } else { 1 })
         }
     }
@@ -232,4 +232,18 @@ impl Images {
 fn unix_seconds() -> anyhow::Result<u64> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     Ok(now.context("the clock stands before 1970")?.as_secs())
+}
+
+/// An error and what caused it, on one line. Causes that an error already quotes are not repeated.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !line.contains(&cause) {
+            line = match line.as_str() {
+                "" => cause,
+                _ => format!("{line}: {cause}"),
+            };
+        }
+    }
+    line
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! base            Context                         rw
 //! +DOORBELL       doorbell page                   rw, or nothing while a kick is pending
+//! +WINDOW         interrupt window page           rw, or nothing while one is waited for
 //! +TLB            4 software TLBs (see tlb.rs)    rw
 //! +JUMP           2 jump caches (see tlb.rs)      rw
 //! +CODE           code cache                      rx   (the same pages are rw at `writable`)
@@ -21,7 +22,9 @@ use crate::{
 const PAGE: usize = 4096;
 /// Offset of the doorbell page.
 pub(crate) const DOORBELL: usize = PAGE;
-const TLB: usize = 2 * PAGE;
+/// Offset of the interrupt window page.
+pub(crate) const WINDOW: usize = 2 * PAGE;
+const TLB: usize = 3 * PAGE;
 const JUMP: usize = TLB + 4 * TLB_BYTES;
 const CODE: usize = JUMP + 2 * JUMP_BYTES;
 
@@ -112,6 +115,11 @@ impl Arena {
     /// Address of the doorbell page.
     pub(crate) fn doorbell(&self) -> usize {
         self.base + DOORBELL
+    }
+
+    /// Address of the interrupt window page.
+    pub(crate) fn window(&self) -> usize {
+        self.base + WINDOW
     }
 
     /// Address of software TLB `index` (see [`crate::tlb`]).

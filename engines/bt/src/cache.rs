@@ -15,7 +15,7 @@
 //! and it isn't entered in a jump cache: every entry goes through the runtime, which checks both.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     hash::{BuildHasherDefault, Hasher},
 };
 
@@ -27,6 +27,7 @@ use crate::{
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
     site::{Kind, Mark, Site},
+    tlb::Span,
 };
 
 /// What a block is known by.
@@ -44,12 +45,18 @@ pub(crate) struct Block {
     pub second: Option<u64>,
     /// Host address.
     pub entry: u64,
-    code_len: u32,
-    guest_len: u32,
+    /// Host address for who comes with the flags in `Context::lazy_flags`.
+    pub lazy_entry: u64,
+    pub code_len: u32,
+    pub guest_len: u32,
+    /// Guest bytes that a write must not change unseen.
+    watched: u32,
     marks: Box<[Mark]>,
     /// Sites whose branch is linked to this block.
     incoming: Vec<u32>,
     alive: bool,
+    /// Shared lookups that could not succeed.
+    strikes: u8,
 }
 
 /// Integer keys need mixing, not protection from collisions by design: a guest that makes its own
@@ -106,6 +113,8 @@ pub(crate) struct Cache {
     system: Vec<Instruction>,
     by_key: Map<Key, u32>,
     by_page: Map<u64, Vec<u32>>,
+    /// Blocks whose accesses look up for themselves, because sharing didn't pay.
+    apart: HashSet<Key, BuildHasherDefault<Mix>>,
     /// Linked sites whose target lies in another page.
     across: Vec<u32>,
     encoder: Encoder,
@@ -131,6 +140,7 @@ impl Cache {
             system: Vec::new(),
             by_key: Map::default(),
             by_page: Map::default(),
+            apart: HashSet::default(),
             across: Vec::new(),
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
@@ -151,6 +161,11 @@ impl Cache {
 
     pub(crate) fn system(&self, index: u32) -> Instruction {
         self.system[index as usize]
+    }
+
+    /// Living blocks, oldest first.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = &Block> {
+        self.blocks.iter().filter(|block| block.alive)
     }
 
     /// The block for `key`.
@@ -193,7 +208,8 @@ impl Cache {
         self.by_key.clear();
         self.by_page.clear();
         self.across.clear();
-        mmu.jumps.iter_mut().for_each(|jumps| jumps.flush());
+        self.apart.clear();
+        mmu.jumps.iter().for_each(|jumps| jumps.flush());
         self.emptied += 1;
     }
 
@@ -224,9 +240,11 @@ impl Cache {
             block: number,
             first_site: self.sites.len(),
             first_system: self.system.len(),
+            groups: !self.apart.contains(&key),
         };
         let Lowered {
             code,
+            lazy_entry,
             sites,
             marks,
             system,
@@ -248,11 +266,14 @@ impl Cache {
             key,
             second,
             entry: self.next,
+            lazy_entry: self.next + u64::from(lazy_entry),
             code_len: code.len() as u32,
             guest_len: decoded.len,
+            watched: decoded.watched,
             marks: marks.into(),
             incoming: Vec::new(),
             alive: true,
+            strikes: 0,
         });
         self.next = (self.next + code.len() as u64).next_multiple_of(16);
         self.sites.extend(sites);
@@ -265,6 +286,26 @@ impl Cache {
             mmu.set_code(page, true);
         }
         Ok(number)
+    }
+
+    /// Notes that a shared lookup of `block` could not succeed. A block that keeps doing that is
+    /// thrown away, to be translated without.
+    pub(crate) fn strike(&mut self, block: u32, arena: &Arena, mmu: &Mmu) {
+        /// A stack frame now and then crosses a page; a device or a page with code always fails.
+        const STRIKES: u8 = 32;
+        let found = &mut self.blocks[block as usize];
+        found.strikes = found.strikes.saturating_add(1);
+        if found.strikes != STRIKES {
+            return;
+        }
+        found.alive = false;
+        let key = found.key;
+        self.apart.insert(key);
+        if self.by_key.get(&key) == Some(&block) {
+            self.by_key.remove(&key);
+        }
+        self.unlink_incoming(block, arena);
+        mmu.jumps.iter().for_each(|jumps| jumps.flush());
     }
 
     /// Links the direct branch of `site` to `target`, if that is sound. Returns true if it did.
@@ -309,11 +350,23 @@ impl Cache {
         }
     }
 
-    /// Undoes every link between pages: addresses may map elsewhere now.
-    pub(crate) fn unlink_across(&mut self, arena: &Arena) {
-        for site in std::mem::take(&mut self.across) {
-            self.unlink(site, arena);
-        }
+    /// Undoes links between pages: those to targets in `span`, or all. Addresses may map elsewhere.
+    pub(crate) fn unlink_across(&mut self, span: Option<Span>, arena: &Arena) {
+        let mut across = std::mem::take(&mut self.across);
+        across.retain(|&site| {
+            let Site { block, kind, .. } = self.sites[site as usize];
+            let Kind::Direct { target, .. } = kind else {
+                return false;
+            };
+            // A target is an offset in CS, and an address only if that is flat.
+            let flat = self.blocks[block as usize].key.mode.flat;
+            let stays = flat && span.is_some_and(|span| !span.contains(target));
+            if !stays {
+                self.unlink(site, arena);
+            }
+            stays
+        });
+        self.across = across;
     }
 
     /// Kills the blocks made from any of `len` bytes at `phys`. Returns how many there were.
@@ -329,14 +382,14 @@ impl Cache {
                     return false;
                 }
                 let start = block.key.phys;
-                let first = (4096 - (start & 0xfff)).min(block.guest_len.into());
+                let first = (4096 - (start & 0xfff)).min(block.watched.into());
                 let overlaps = |from: u64, length: u64| {
                     length != 0 && from < phys + len && phys < from + length
                 };
                 let hit = overlaps(start, first)
                     || block
                         .second
-                        .is_some_and(|second| overlaps(second, u64::from(block.guest_len) - first));
+                        .is_some_and(|second| overlaps(second, u64::from(block.watched) - first));
                 if hit {
                     self.blocks[number as usize].alive = false;
                     let key = self.blocks[number as usize].key;
@@ -355,7 +408,7 @@ impl Cache {
             }
         }
         if killed > 0 {
-            mmu.jumps.iter_mut().for_each(|jumps| jumps.flush());
+            mmu.jumps.iter().for_each(|jumps| jumps.flush());
         }
         killed
     }

@@ -29,6 +29,8 @@ pub(crate) struct Context {
     pub resume: u64,
     /// Host stack pointer while the guest runs.
     pub host_rsp: u64,
+    /// RFLAGS.IF, 0 or 1: a slot of its own, so that cli and sti are one store.
+    pub interrupt_flag: u64,
     /// Bases of es, cs, ss, ds, fs, gs.
     pub segment_base: [u64; 6],
     /// Guest MXCSR while Rust runs.
@@ -58,6 +60,8 @@ pub(crate) const HOST_FAULT: u64 = u64::MAX;
 pub(crate) struct HostFault {
     /// SIGSEGV, SIGFPE, SIGILL, SIGBUS or SIGTRAP.
     pub signal: i32,
+    /// Number of the exception that the host's CPU took.
+    pub vector: u8,
     /// si_code.
     pub code: i32,
     /// Host address of the instruction.

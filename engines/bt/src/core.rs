@@ -12,11 +12,13 @@ use crate::{
     context::{Context, NATIVE_FLAGS},
     cpu::{
         Bits, CR0_EM, CR0_PE, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, FLAG_NT, FLAG_RF, FLAG_TF,
-        FLAG_VM, SYSTEM_FLAGS, Seg,
+        FLAG_VM, SYSTEM_FLAGS, Seg, canonical,
     },
     decode::Mode,
     fault::{self, Fault},
     mmu::{Access, Mmu},
+    system::on_stack,
+    tlb::Span,
 };
 
 /// Registers and memory of one guest CPU.
@@ -26,9 +28,20 @@ pub(crate) struct Core {
     pub mmu: Mmu,
     pub rip: u64,
     /// Address translations were dropped: links between pages have to go too.
-    pub flushed: bool,
+    pub flushed: Flushed,
+    /// What [`Core::mode`] said last, until something that it depends on changes.
+    pub mode: Option<Mode>,
     /// RAM with translated code that was written since the run loop last looked.
     pub code_writes: Vec<(u64, u64)>,
+}
+
+/// Address translations dropped since the run loop last looked.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Flushed {
+    #[default]
+    Nothing,
+    Page(Span),
+    Everything,
 }
 
 /// The guest is beyond help: a fault while delivering a double fault.
@@ -56,7 +69,8 @@ impl Core {
             // SAFETY: the caller's promise.
             mmu: unsafe { Mmu::new(ram, arena) },
             rip: 0,
-            flushed: false,
+            flushed: Flushed::Nothing,
+            mode: None,
             code_writes: Vec::new(),
         }
     }
@@ -92,12 +106,24 @@ impl Core {
     }
 
     pub(crate) fn rflags(&self) -> u64 {
-        self.slots().flags & NATIVE_FLAGS | self.cpu.flags | 2
+        let slots = self.slots();
+        slots.flags & NATIVE_FLAGS | self.cpu.flags | slots.interrupt_flag << 9 | 2
     }
 
     pub(crate) fn set_rflags(&mut self, value: u64) {
         self.context().flags = value & NATIVE_FLAGS | 0x202;
         self.cpu.flags = value & SYSTEM_FLAGS;
+        self.set_interrupts(value & FLAG_IF != 0);
+        self.mode = None;
+    }
+
+    /// Maskable interrupts are enabled.
+    pub(crate) fn interrupts_enabled(&self) -> bool {
+        self.slots().interrupt_flag != 0
+    }
+
+    pub(crate) fn set_interrupts(&mut self, enabled: bool) {
+        self.context().interrupt_flag = enabled.into();
     }
 
     /// Arithmetic flags alone.
@@ -111,17 +137,28 @@ impl Core {
     }
 
     pub(crate) fn set_segment(&mut self, index: usize, segment: Segment) {
+        self.mode = None;
         self.cpu.segments[index] = segment;
         self.context().segment_base[index] = segment.base;
     }
 
     pub(crate) fn set_segment_base(&mut self, index: usize, base: u64) {
+        self.mode = None;
         self.cpu.segments[index].base = base;
         self.context().segment_base[index] = base;
     }
 
     /// What translation depends on, now.
-    pub(crate) fn mode(&self) -> Mode {
+    pub(crate) fn mode(&mut self) -> Mode {
+        if let Some(mode) = self.mode {
+            return mode;
+        }
+        let mode = self.current_mode();
+        self.mode = Some(mode);
+        mode
+    }
+
+    fn current_mode(&self) -> Mode {
         let cpu = &self.cpu;
         let user = self.user();
         Mode {
@@ -133,6 +170,7 @@ impl Core {
                     .all(|&index| cpu.segments[index].base == 0),
             fpu: cpu.cr0 & (CR0_EM | CR0_TS) == 0 && (cpu.cr4 & CR4_OSFXSR != 0 || !cpu.long()),
             tsc: cpu.cr4 & CR4_TSD == 0 || !user,
+            interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,
         }
     }
@@ -148,8 +186,9 @@ impl Core {
     }
 
     pub(crate) fn flush(&mut self) {
+        self.mode = None;
         self.mmu.flush();
-        self.flushed = true;
+        self.flushed = Flushed::Everything;
     }
 
     /// Writes guest-virtual memory, all of it or none.
@@ -158,9 +197,21 @@ impl Core {
     /// The first page fault. Writes to device memory are dropped.
     pub(crate) fn write(&mut self, address: u64, bytes: &[u8], user: bool) -> Result<(), Fault> {
         let last = address.wrapping_add(bytes.len() as u64 - 1);
+        if self.cpu.long() && !canonical(last) {
+            return Err(Fault::gp());
+        }
+        // A page in a write TLB holds no translated code.
+        if last & !0xfff == address & !0xfff
+            && let Some(host) = self.mmu.written(address, user)
+        {
+            // SAFETY: `host` is in a page of RAM, and the bytes stay within it.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len()) };
+            return Ok(());
+        }
         let mut parts = [(0u64, 0usize, 0usize); 2];
         let first_len = (4096 - (address & 0xfff) as usize).min(bytes.len());
         let page = self.mmu.walk(&self.cpu, address, Access::Write, user)?;
+        self.mmu.fill(address, page, Access::Write, user);
         parts[0] = (page.phys | address & 0xfff, 0, first_len);
         if first_len < bytes.len() {
             let page = self
@@ -303,10 +354,8 @@ impl Core {
             put(value);
         }
         let rsp = rsp.wrapping_sub(at as u64);
-        if (rsp as i64) << 16 >> 16 != rsp as i64 {
-            return Err(Fault::selector(fault::SS, 0));
-        }
-        self.write(rsp, &frame[..at], new_cpl == 3)?;
+        self.write(rsp, &frame[..at], new_cpl == 3)
+            .map_err(on_stack)?;
         if new_cpl < cpl {
             // A null selector with the new privilege (SDM 3A 6.14.5).
             let null = Segment {
@@ -324,8 +373,10 @@ impl Core {
         self.set_segment(Seg::CS, code);
         self.set_gpr(4, rsp);
         self.rip = target;
-        let clear = if kind == 0xe { FLAG_IF } else { 0 };
-        self.cpu.flags &= !(clear | FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
+        if kind == 0xe {
+            self.set_interrupts(false);
+        }
+        self.cpu.flags &= !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
         self.cpu.shadow = false;
         Ok(())
     }
@@ -412,8 +463,10 @@ impl Core {
         );
         self.set_gpr(4, esp.into());
         self.rip = target;
-        let clear = if kind == 0xe { FLAG_IF } else { 0 };
-        self.cpu.flags &= !(clear | FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
+        if kind == 0xe {
+            self.set_interrupts(false);
+        }
+        self.cpu.flags &= !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
         self.cpu.shadow = false;
         Ok(())
     }

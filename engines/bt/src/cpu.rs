@@ -39,8 +39,9 @@ pub(crate) const FLAG_VM: u64 = 1 << 17;
 pub(crate) const FLAG_AC: u64 = 1 << 18;
 pub(crate) const FLAG_ID: u64 = 1 << 21;
 /// RFLAGS bits that are kept here, because the host's own must not take their values.
+/// IF has a slot in the context.
 pub(crate) const SYSTEM_FLAGS: u64 =
-    FLAG_TF | FLAG_IF | FLAG_IOPL | FLAG_NT | FLAG_RF | FLAG_VM | FLAG_AC | FLAG_ID;
+    FLAG_TF | FLAG_IOPL | FLAG_NT | FLAG_RF | FLAG_VM | FLAG_AC | FLAG_ID;
 
 /// Index of segment registers, as instructions encode them.
 pub(crate) use engine_core::CpuState as Seg;
@@ -51,6 +52,11 @@ pub(crate) enum Bits {
     Bits16,
     Bits32,
     Bits64,
+}
+
+/// True for linear addresses that 4-level paging can translate (SDM 1 3.3.7.1).
+pub(crate) fn canonical(address: u64) -> bool {
+    (address as i64) << 16 >> 16 == address as i64
 }
 
 /// System registers of one CPU.
@@ -141,17 +147,12 @@ impl Cpu {
         (self.flags >> 12 & 3) as u8
     }
 
-    /// Maskable interrupts are enabled.
-    pub(crate) fn interrupts_enabled(&self) -> bool {
-        self.flags & FLAG_IF != 0
-    }
-
-    /// The part that engine-core exposes; registers and arithmetic flags are the caller's.
-    pub(crate) fn state(&self, gpr: [u64; 16], rip: u64, native_flags: u64) -> CpuState {
+    /// The part that engine-core exposes; registers and flags are the caller's.
+    pub(crate) fn state(&self, gpr: [u64; 16], rip: u64, rflags: u64) -> CpuState {
         CpuState {
             gpr,
             rip,
-            rflags: native_flags & crate::context::NATIVE_FLAGS | self.flags | 2,
+            rflags,
             segments: self.segments,
             ldtr: self.ldtr,
             tr: self.tr,

@@ -23,6 +23,11 @@ pub(crate) const ALL_FLAGS: u32 = RflagsBits::OF
     | RflagsBits::CF
     | RflagsBits::PF;
 
+/// Opcodes 0F 0D and 0F 18 to 0F 1F do nothing on a processor that lacks what they were given to
+/// later: prefetches, MPX, CET (SDM 1 18.3.1, SDM 2B NOP). Compilers emit some of them (rdsspq,
+/// endbr64) without asking CPUID.
+const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP;
+
 /// Most instructions in one block.
 const MAX_INSTRUCTIONS: usize = 64;
 
@@ -38,6 +43,8 @@ pub(crate) struct Mode {
     pub fpu: bool,
     /// rdtsc is allowed here (CR4.TSD clear or CPL 0).
     pub tsc: bool,
+    /// cli and sti are allowed (CPL <= IOPL).
+    pub interrupts: bool,
     /// One instruction only, for what an interrupt shadow or a store into this code demands.
     pub single: bool,
 }
@@ -54,9 +61,14 @@ pub(crate) enum Class {
     Lea,
     /// bt, bts, btr, btc with a register offset into memory.
     BitString,
+    /// maskmovq, maskmovdqu: a store through RDI.
+    MaskedMove,
     Push,
     Pop,
     Leave,
+    Cli,
+    /// sti with an instruction after it in the same block, which is its shadow.
+    Sti,
     Jump,
     JumpIndirect,
     Branch,
@@ -80,9 +92,12 @@ impl Class {
             | Class::Nop
             | Class::Lea
             | Class::BitString
+            | Class::MaskedMove
             | Class::Push
             | Class::Pop
-            | Class::Leave => false,
+            | Class::Leave
+            | Class::Cli
+            | Class::Sti => false,
             Class::Jump
             | Class::JumpIndirect
             | Class::Branch
@@ -102,6 +117,8 @@ pub(crate) struct Memory {
     pub size: u32,
     pub read: bool,
     pub write: bool,
+    /// #GP unless the address is a multiple of 16; this comes before any page fault.
+    pub aligned: bool,
 }
 
 /// One instruction of a block.
@@ -113,6 +130,8 @@ pub(crate) struct Insn {
     pub reads: u16,
     /// Registers that it overwrites whole.
     pub writes: u16,
+    /// Registers that it changes in any way.
+    pub modifies: u16,
     pub memory: Option<Memory>,
     /// It names ah, bh, ch or dh: no REX prefix may be added.
     pub high_byte: bool,
@@ -140,6 +159,9 @@ pub(crate) struct Decoded {
     pub insns: Vec<Insn>,
     /// Guest bytes from the first instruction's first to the last one's last.
     pub len: u32,
+    /// Guest bytes that the translation depends on: those of the block, and of the code behind it
+    /// that was looked at to learn which flags it reads.
+    pub watched: u32,
 }
 
 /// Decodes the instructions at `ip` from `bytes`, which end with the page (or hold exactly one
@@ -157,7 +179,7 @@ pub(crate) fn decode(
         Bits::Bits32 => 32,
         Bits::Bits64 => 64,
     };
-    let mut decoder = Decoder::with_ip(width, bytes, ip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(width, bytes, ip, OPTIONS);
     let mut insns = Vec::new();
     let limit = if mode.single { 1 } else { MAX_INSTRUCTIONS };
     let mut len = 0;
@@ -176,12 +198,37 @@ pub(crate) fn decode(
             break;
         }
     }
-    let mut decoded = Decoded { insns, len };
+    let mut decoded = Decoded {
+        insns,
+        len,
+        watched: len,
+    };
+    decoded.settle_sti();
     decoded.liveness(bytes, ip, width);
     Some(decoded)
 }
 
 impl Decoded {
+    /// An sti stays in line only if its shadow is in this block and goes on behind itself, or
+    /// leaves for the runtime: elsewhere the runtime sees to the shadow.
+    fn settle_sti(&mut self) {
+        let bad = (0..self.insns.len()).find(|&at| {
+            self.insns[at].class == Class::Sti
+                && !self.insns.get(at + 1).is_some_and(|shadow| {
+                    shadow.class == Class::System
+                        || !shadow.class.ends_block() && shadow.class != Class::Sti
+                })
+        });
+        if let Some(at) = bad {
+            self.len -= self.insns[at + 1..]
+                .iter()
+                .map(|insn| insn.instr.len() as u32)
+                .sum::<u32>();
+            self.insns.truncate(at + 1);
+            self.insns[at].class = Class::System;
+        }
+    }
+
     /// Fills in `live_in` and `live_out`. Nothing is known of a successor, so all flags live at the
     /// end, unless saving them would cost something: then the successors' first instructions decide.
     fn liveness(&mut self, bytes: &[u8], ip: u64, width: u32) {
@@ -195,10 +242,15 @@ impl Decoded {
             return;
         };
         let next = last.instr.next_ip();
-        let peek = |target: u64| {
+        let mut watched = self.len;
+        let mut peek = |target: u64| {
             let offset = target.wrapping_sub(ip);
             match bytes.get(offset as usize..) {
-                Some(code) if !code.is_empty() => live_at(code, target, width),
+                Some(code) if !code.is_empty() => {
+                    let (live, seen) = live_at(code, target, width);
+                    watched = watched.max(offset as u32 + seen);
+                    live
+                }
                 Some(_) | None => ALL_FLAGS,
             }
         };
@@ -210,9 +262,12 @@ impl Decoded {
             | Class::Nop
             | Class::Lea
             | Class::BitString
+            | Class::MaskedMove
             | Class::Push
             | Class::Pop
-            | Class::Leave => peek(next),
+            | Class::Leave
+            | Class::Cli
+            | Class::Sti => peek(next),
             Class::JumpIndirect
             | Class::Loop
             | Class::CallIndirect
@@ -220,6 +275,7 @@ impl Decoded {
             | Class::System
             | Class::Fault(_) => ALL_FLAGS,
         };
+        self.watched = watched;
         if live != ALL_FLAGS {
             self.backward(live);
         }
@@ -239,11 +295,12 @@ impl Decoded {
     }
 }
 
-/// Flags that the code at `ip` reads before it writes them, as far as a short look tells.
-fn live_at(code: &[u8], ip: u64, width: u32) -> u32 {
+/// Flags that the code at `ip` reads before it writes them, as far as a short look tells, and how
+/// many bytes were looked at.
+fn live_at(code: &[u8], ip: u64, width: u32) -> (u32, u32) {
     let mut undecided = ALL_FLAGS;
     let mut live = 0;
-    let mut decoder = Decoder::with_ip(width, code, ip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(width, code, ip, OPTIONS);
     for _ in 0..8 {
         if !decoder.can_decode() {
             break;
@@ -255,13 +312,13 @@ fn live_at(code: &[u8], ip: u64, width: u32) -> u32 {
         live |= instr.rflags_read() & undecided;
         undecided &= !kills(&instr);
         if undecided == 0 {
-            return live;
+            break;
         }
         if instr.flow_control() != FlowControl::Next || instr.is_privileged() {
             break;
         }
     }
-    live | undecided
+    (live | undecided, decoder.position() as u32)
 }
 
 /// Flags that `instr` leaves in a new state, whatever they were before.
@@ -287,6 +344,20 @@ fn kills(instr: &Instruction) -> u32 {
     }
 }
 
+/// Segment of the memory operand. 64-bit mode ignores prefixes other than fs and gs, so a stack
+/// register as base keeps its #SS and others their #GP (SDM 1 3.4.2.1).
+pub(crate) fn data_segment(instr: &Instruction, bits: Bits) -> Register {
+    match instr.segment_prefix() {
+        Register::ES | Register::CS | Register::SS | Register::DS if bits == Bits::Bits64 => {
+            match instr.memory_base().full_register() {
+                Register::RSP | Register::RBP => Register::SS,
+                _ => Register::DS,
+            }
+        }
+        _ => instr.memory_segment(),
+    }
+}
+
 /// Bit of a general register's 64-bit parent, or 0.
 pub(crate) fn gpr_bit(register: Register) -> u16 {
     if register.is_gpr() {
@@ -298,10 +369,16 @@ pub(crate) fn gpr_bit(register: Register) -> u16 {
 
 fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactory) -> Insn {
     let info = factory.info(&instr);
-    let (mut reads, mut writes) = (0, 0);
+    let (mut reads, mut writes, mut modifies) = (0, 0, 0);
     for used in info.used_registers() {
         let bit = gpr_bit(used.register());
         let whole = used.register().size() >= 4;
+        if !matches!(
+            used.access(),
+            OpAccess::None | OpAccess::NoMemAccess | OpAccess::Read | OpAccess::CondRead
+        ) {
+            modifies |= bit;
+        }
         match used.access() {
             OpAccess::Write if whole => writes |= bit,
             OpAccess::None | OpAccess::NoMemAccess => {}
@@ -328,6 +405,7 @@ fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactor
             size: used.memory_size().size() as u32,
             read,
             write,
+            aligned: aligned(&instr),
         });
     }
     let high = [Register::AH, Register::CH, Register::DH, Register::BH];
@@ -339,10 +417,30 @@ fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactor
         class,
         reads,
         writes,
+        modifies,
         memory,
         high_byte,
         live_in: 0,
         live_out: 0,
+    }
+}
+
+/// True if a memory operand of `instr` has to be aligned to 16 bytes: those of legacy SSE
+/// instructions, with exceptions (SDM 1 12.10.4 and the instructions' own pages).
+fn aligned(instr: &Instruction) -> bool {
+    use Mnemonic::*;
+    match instr.mnemonic() {
+        Cmpxchg16b | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 => true,
+        Movups | Movupd | Movdqu | Lddqu | Maskmovdqu => false,
+        Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm => false,
+        Pcmpestri64 | Pcmpestrm64 => false,
+        _ => {
+            instr.memory_size().size() == 16
+                && instr.cpuid_features().iter().any(|feature| {
+                    use CpuidFeature::*;
+                    matches!(feature, SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2)
+                })
+        }
     }
 }
 
@@ -380,15 +478,12 @@ fn announced(instr: &Instruction) -> bool {
                 | MSR
                 | CPUID
                 | SYSCALL
-                | SEP
                 | PAUSE
                 | MULTIBYTENOP
-                | PREFETCHW
                 // These execute as their older selves on processors without the feature (rep bsf,
-                // rep bsr, hint nops), which compilers rely on.
+                // rep bsr), which compilers rely on.
                 | BMI1
                 | LZCNT
-                | CET_IBT
         ) && (*feature != BMI1 || instr.mnemonic() == Mnemonic::Tzcnt)
     })
 }
@@ -406,10 +501,6 @@ fn is_fpu(instr: &Instruction) -> bool {
         Mnemonic::Mfence
             | Mnemonic::Lfence
             | Mnemonic::Sfence
-            | Mnemonic::Prefetchnta
-            | Mnemonic::Prefetcht0
-            | Mnemonic::Prefetcht1
-            | Mnemonic::Prefetcht2
             | Mnemonic::Movnti
             | Mnemonic::Clflush
     )
@@ -417,6 +508,9 @@ fn is_fpu(instr: &Instruction) -> bool {
 
 fn classify(instr: &Instruction, mode: Mode) -> Class {
     use Mnemonic::*;
+    if instr.mnemonic() == Reservednop {
+        return Class::Nop;
+    }
     if instr.is_invalid() || !announced(instr) {
         return Class::Fault(Fault::ud());
     }
@@ -463,7 +557,8 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         instr.op_kind(operand) == OpKind::Register
             && (register.is_segment_register() || register.is_cr() || register.is_dr())
     });
-    if system_register || instr.is_privileged() || instr.is_string_instruction() {
+    let flag = matches!(instr.mnemonic(), Cli | Sti);
+    if system_register || instr.is_privileged() && !flag || instr.is_string_instruction() {
         return Class::System;
     }
     let has_memory = (0..instr.op_count()).any(|operand| instr.op_kind(operand) == OpKind::Memory);
@@ -472,23 +567,21 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         return Class::System;
     }
     match instr.mnemonic() {
+        Cli if mode.interrupts => Class::Cli,
+        Sti if mode.interrupts && !mode.single => Class::Sti,
         Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cpuid | Rdtscp | Rdpmc
         | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw | Lar | Lsl | Lds | Les | Lss | Lfs
-        | Lgs | Enter | Xlatb | Maskmovq | Maskmovdqu | In | Out | Pusha | Pushad | Popa
-        | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
+        | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad | Popa | Popad | Daa | Das | Aaa
+        | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
         Rdtsc if !mode.tsc => Class::System,
+        Maskmovq | Maskmovdqu => Class::MaskedMove,
         Push => Class::Push,
         Pop => Class::Pop,
+        Leave if instr.code() == Code::Leavew => Class::System,
         Leave => Class::Leave,
         Lea => Class::Lea,
         Bt | Bts | Btr | Btc if has_memory && instr.op1_kind() == OpKind::Register => {
             Class::BitString
-        }
-        Nop | Reservednop | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw
-        | Prefetch | Endbr64 | Endbr32
-            if has_memory || matches!(instr.mnemonic(), Endbr64 | Endbr32) =>
-        {
-            Class::Nop
         }
         _ if has_memory => Class::Memory,
         _ => Class::Plain,
@@ -505,6 +598,7 @@ mod tests {
         flat: true,
         fpu: true,
         tsc: true,
+        interrupts: true,
         single: false,
     };
 

@@ -21,6 +21,7 @@ mod core;
 mod cpu;
 mod decode;
 mod fault;
+mod groups;
 mod kick;
 #[allow(
     clippy::useless_conversion,

@@ -7,6 +7,7 @@
 //! Invariant: a write TLB never holds a page with translated code on it, so every write to code
 //! takes the slow path and finds the blocks that it kills.
 
+use std::cell::RefCell;
 use std::sync::{
     Arc,
     atomic::{AtomicU32, AtomicU64, Ordering},
@@ -17,9 +18,9 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::{
     arena::Arena,
-    cpu::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, Cpu, EFER_NXE},
+    cpu::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, Cpu, EFER_NXE, canonical},
     fault::Fault,
-    tlb::{JumpCache, Tlb, tlb_index},
+    tlb::{JumpCache, Span, Tlb, tlb_index},
 };
 
 /// Physical address width that the pinned CPUID announces.
@@ -46,6 +47,8 @@ pub(crate) enum Access {
 pub(crate) struct Page {
     /// Physical address of the 4 KiB page.
     pub phys: u64,
+    /// Bytes that the page-table entry maps.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -62,6 +65,8 @@ pub(crate) struct Mmu {
     tlbs: [Tlb; 4],
     /// Jump caches for supervisor and user code.
     pub jumps: [JumpCache; 2],
+    /// Large pages with translations in the tables above or in links between blocks.
+    large: RefCell<Vec<Span>>,
     /// One bit per 4 KiB page of each region: it holds translated code.
     code_pages: Vec<Vec<u64>>,
 }
@@ -95,6 +100,7 @@ impl Mmu {
             _ram: ram,
             tlbs,
             jumps,
+            large: RefCell::default(),
             code_pages,
         }
     }
@@ -115,16 +121,43 @@ impl Mmu {
 
     /// Forgets every translation of data addresses and every branch target.
     pub(crate) fn flush(&mut self) {
-        self.tlbs.iter_mut().for_each(Tlb::flush);
-        self.jumps.iter_mut().for_each(JumpCache::flush);
+        self.tlbs.iter().for_each(Tlb::flush);
+        self.jumps.iter().for_each(JumpCache::flush);
+        self.large.borrow_mut().clear();
     }
 
-    /// Forgets one page.
-    pub(crate) fn invalidate(&mut self, address: u64) {
-        for tlb in &mut self.tlbs {
-            tlb.remove(address & !0xfff);
+    /// Forgets the page around `address`, however large it was when it was last looked at.
+    pub(crate) fn invalidate(&mut self, address: u64) -> Span {
+        let large = self
+            .large
+            .borrow()
+            .iter()
+            .copied()
+            .find(|span| span.contains(address));
+        let span = large.unwrap_or(Span::around(address, 4096));
+        for tlb in &self.tlbs {
+            match large {
+                Some(span) => tlb.remove_span(span),
+                None => tlb.remove(span.start),
+            }
         }
-        self.jumps.iter_mut().for_each(JumpCache::flush);
+        self.jumps.iter().for_each(|jumps| jumps.remove_span(span));
+        span
+    }
+
+    /// Remembers that translations of a large page are in use: an invalidation of any address in
+    /// it drops them all (SDM 3A 4.10.4.1).
+    pub(crate) fn note(&self, address: u64, page: Page) {
+        if page.bytes == 4096 {
+            return;
+        }
+        let mut large = self.large.borrow_mut();
+        if !large
+            .iter()
+            .any(|span| span.contains(address) && span.bytes >= page.bytes)
+        {
+            large.push(Span::around(address, page.bytes));
+        }
     }
 
     /// True if the page at `phys` holds translated code.
@@ -157,7 +190,7 @@ impl Mmu {
 
     /// Enters a page into the TLB that an access of this kind looks into. Returns false if the
     /// page must stay on the slow path: device memory, or a write to a page with code.
-    pub(crate) fn fill(&mut self, address: u64, page: Page, access: Access, user: bool) -> bool {
+    pub(crate) fn fill(&self, address: u64, page: Page, access: Access, user: bool) -> bool {
         let Some(host) = self.host(page.phys, 4096) else {
             return false;
         };
@@ -165,6 +198,7 @@ impl Mmu {
         if write && self.is_code(page.phys) {
             return false;
         }
+        self.note(address, page);
         let key = address & !0xfff;
         self.tlbs[tlb_index(user, write)].fill(key, host as u64);
         true
@@ -184,6 +218,7 @@ impl Mmu {
         if cpu.cr0 & CR0_PG == 0 {
             return Ok(Page {
                 phys: address & 0xffff_f000,
+                bytes: 4096,
             });
         }
         let write = access == Access::Write;
@@ -200,7 +235,7 @@ impl Mmu {
             )
         };
         let (mut level, mut table, wide) = if cpu.long() {
-            if (address as i64) << 16 >> 16 != address as i64 {
+            if !canonical(address) {
                 return Err(Fault::gp());
             }
             (4u32, cpu.cr3 & 0x000f_ffff_ffff_f000, true)
@@ -279,7 +314,7 @@ impl Mmu {
                 entry & 0xffff_f000
             };
             let phys = (base | address & (span - 1)) & !0xfff;
-            return Ok(Page { phys });
+            return Ok(Page { phys, bytes: span });
         }
     }
 
@@ -317,11 +352,23 @@ impl Mmu {
         user: bool,
     ) -> Result<(), Fault> {
         let mut done = 0;
+        let last = address.wrapping_add(bytes.len() as u64 - 1);
+        // An address that isn't canonical comes before any page fault.
+        if cpu.long() && !canonical(last) {
+            return Err(Fault::gp());
+        }
         while done < bytes.len() {
             let at = address.wrapping_add(done as u64);
             let len = (4096 - (at & 0xfff) as usize).min(bytes.len() - done);
-            let page = self.walk(cpu, at, Access::Read, user)?;
-            match self.host(page.phys | at & 0xfff, len as u64) {
+            let host = match self.tlbs[tlb_index(user, false)].get(at & !0xfff) {
+                Some(host) => Some((host + (at & 0xfff)) as *mut u8),
+                None => {
+                    let page = self.walk(cpu, at, Access::Read, user)?;
+                    self.fill(at, page, Access::Read, user);
+                    self.host(page.phys | at & 0xfff, len as u64)
+                }
+            };
+            match host {
                 // SAFETY: inside RAM, and `bytes` is the runtime's own memory.
                 Some(host) => unsafe {
                     std::ptr::copy_nonoverlapping(host, bytes[done..].as_mut_ptr(), len);
@@ -331,6 +378,12 @@ impl Mmu {
             done += len;
         }
         Ok(())
+    }
+
+    /// Host address of a page that this privilege has written before, if the TLB still knows.
+    pub(crate) fn written(&self, address: u64, user: bool) -> Option<*mut u8> {
+        let host = self.tlbs[tlb_index(user, true)].get(address & !0xfff)?;
+        Some((host + (address & 0xfff)) as *mut u8)
     }
 
     /// Reads a little-endian integer of `N` bytes.

@@ -153,6 +153,7 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
             target.site = HOST_FAULT;
             target.fault = HostFault {
                 signal,
+                vector: gregs[libc::REG_TRAPNO as usize] as u8,
                 code: (*info).si_code,
                 rip,
                 address: (*info).si_addr() as u64,

@@ -19,10 +19,11 @@ pub(crate) struct Homes {
 impl Homes {
     /// Brings every register and flag home to `gpr` and `flags`.
     pub(crate) fn settle(self, context: &mut Context) {
-        for register in 0..16 {
-            if self.spilled >> register & 1 == 1 {
-                context.gpr[register] = context.spill[register];
-            }
+        let mut spilled = self.spilled;
+        while spilled != 0 {
+            let register = spilled.trailing_zeros() as usize;
+            spilled &= spilled - 1;
+            context.gpr[register] = context.spill[register];
         }
         if self.lazy {
             context.flags = context.flags & !0x8d5 | flags_from_lazy(context.lazy_flags);
@@ -35,11 +36,14 @@ impl Homes {
 pub(crate) enum Kind {
     /// An access missed the software TLB; phase 1 is a bounced access that has to be written back.
     Memory(Slow),
+    /// A lookup for several accesses missed.
+    Group(Shared),
     /// A direct branch that isn't linked yet: `patch` is the address of its rel32.
     /// `stub` is what the rel32 leads to until then.
     Direct { target: u64, patch: u64, stub: u64 },
-    /// An indirect branch whose target (`Context::target`) isn't in the jump cache.
-    Indirect,
+    /// An indirect branch whose target (`Context::target`) isn't in the jump cache. RSP has moved
+    /// by `rsp`, which is taken back should the target not be canonical.
+    Indirect { rsp: i32 },
     /// Instruction `index` of the side list is the runtime's to execute.
     System { index: u32 },
     /// The instruction raises an exception.
@@ -65,10 +69,23 @@ pub(crate) struct Slow {
     pub after: Homes,
     /// The access is to the stack: #SS instead of #GP.
     pub stack: bool,
+    /// The access has to be aligned to 16 bytes.
+    pub aligned: bool,
     /// Guest instruction pointer after the body, None if more of the instruction is to come.
     pub next_ip: Option<u64>,
     /// How far RSP still has to move before `next_ip`.
     pub rsp: i32,
+}
+
+/// A lookup that stands for the accesses of several instructions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shared {
+    pub size: u16,
+    pub write: bool,
+    /// Computes the address again and looks it up.
+    pub retry: u64,
+    /// Instructions to execute one by one if the lookup can't succeed.
+    pub steps: u16,
 }
 
 /// A place where translated code leaves.

@@ -18,8 +18,11 @@ use crate::context::Context;
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stubs {
-    /// `extern "C" fn()`.
+    /// `extern "C" fn()`: with the guest's flags in the host's.
     pub enter: u64,
+    /// As `enter`, for entries that fetch the flags themselves, and with DF clear: popfq is the
+    /// most expensive instruction of an entry.
+    pub enter_lazy: u64,
     /// Target of every site's jump.
     pub exit: u64,
     /// As `exit`, for a signal handler that has stored the integer state itself.
@@ -39,24 +42,32 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
     let host_rsp = ctx + offset_of!(Context, host_rsp) as i32;
     let resume = ctx + offset_of!(Context, resume) as i32;
 
-    let enter = base + ops.offset().0 as u64;
-    for register in SAVED {
-        dynasm!(ops ; .arch x64 ; push Rq(register));
-    }
-    dynasm!(ops
-        ; .arch x64
-        ; mov [host_rsp], rsp
-        ; stmxcsr [host_mxcsr]
-        ; ldmxcsr [mxcsr]
-    );
-    for register in 0..16u8 {
-        dynasm!(ops ; .arch x64 ; movaps Rx(register), [xmm + 16 * i32::from(register)]);
-    }
-    dynasm!(ops ; .arch x64 ; push QWORD [flags] ; popfq);
-    for register in 0..16u8 {
-        dynasm!(ops ; .arch x64 ; mov Rq(register), [gpr + 8 * i32::from(register)]);
-    }
-    dynasm!(ops ; .arch x64 ; jmp QWORD [resume]);
+    let mut entry = |with_flags: bool| {
+        ops.align(16, 0xcc);
+        let entry = base + ops.offset().0 as u64;
+        for register in SAVED {
+            dynasm!(ops ; .arch x64 ; push Rq(register));
+        }
+        dynasm!(ops
+            ; .arch x64
+            ; mov [host_rsp], rsp
+            ; stmxcsr [host_mxcsr]
+            ; ldmxcsr [mxcsr]
+        );
+        for register in 0..16u8 {
+            dynasm!(ops ; .arch x64 ; movaps Rx(register), [xmm + 16 * i32::from(register)]);
+        }
+        if with_flags {
+            dynasm!(ops ; .arch x64 ; push QWORD [flags] ; popfq);
+        }
+        for register in 0..16u8 {
+            dynasm!(ops ; .arch x64 ; mov Rq(register), [gpr + 8 * i32::from(register)]);
+        }
+        dynasm!(ops ; .arch x64 ; jmp QWORD [resume]);
+        entry
+    };
+    let enter = entry(true);
+    let enter_lazy = entry(false);
 
     ops.align(16, 0xcc);
     let exit = base + ops.offset().0 as u64;
@@ -86,6 +97,7 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
     (
         Stubs {
             enter,
+            enter_lazy,
             exit,
             exit_after_signal,
         },

@@ -28,6 +28,29 @@ pub(crate) fn tlb_index(user: bool, write: bool) -> usize {
     usize::from(user) * 2 + usize::from(write)
 }
 
+use std::cell::{Cell, RefCell};
+
+/// A naturally aligned range of guest-virtual addresses: what one page-table entry maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub start: u64,
+    pub bytes: u64,
+}
+
+impl Span {
+    /// The page of this size around `address`.
+    pub(crate) fn around(address: u64, bytes: u64) -> Span {
+        Span {
+            start: address & !(bytes - 1),
+            bytes,
+        }
+    }
+
+    pub(crate) fn contains(&self, address: u64) -> bool {
+        address.wrapping_sub(self.start) < self.bytes
+    }
+}
+
 #[repr(C)]
 struct Entry {
     key: u64,
@@ -37,7 +60,10 @@ struct Entry {
 /// A direct-mapped table with entries of `1 << SHIFT` bytes of guest address each.
 pub(crate) struct Table<const SHIFT: u32, const ENTRIES: usize> {
     entries: *mut Entry,
-    filled: Vec<u16>,
+    filled: RefCell<Vec<u16>>,
+    /// One bit for each page number modulo 64 that a key was entered for since the last flush: most
+    /// invalidations concern pages that hold no branch target.
+    pages: Cell<u64>,
 }
 
 /// A software TLB.
@@ -51,9 +77,10 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
     /// # Safety
     /// The memory belongs to this table alone, translated code aside, and stays mapped.
     pub(crate) unsafe fn new(address: usize) -> Self {
-        let mut table = Table {
+        let table = Table {
             entries: address as *mut Entry,
-            filled: Vec::new(),
+            filled: RefCell::default(),
+            pages: Cell::new(0),
         };
         for index in 0..ENTRIES {
             table.clear(index);
@@ -65,7 +92,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         (key >> SHIFT) as usize & (ENTRIES - 1)
     }
 
-    fn clear(&mut self, index: usize) {
+    fn clear(&self, index: usize) {
         // SAFETY: index < ENTRIES and the table owns its memory.
         unsafe {
             *self.entries.add(index) = Entry {
@@ -76,12 +103,15 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
     }
 
     /// Enters `key -> host`. `key` has its low SHIFT bits clear.
-    pub(crate) fn fill(&mut self, key: u64, host: u64) {
+    pub(crate) fn fill(&self, key: u64, host: u64) {
         let index = Self::index(key);
         // SAFETY: index < ENTRIES.
-        unsafe { *self.entries.add(index) = Entry { key, host } };
-        if self.filled.len() < ENTRIES {
-            self.filled.push(index as u16);
+        let before = unsafe { self.entries.add(index).replace(Entry { key, host }) };
+        self.pages.set(self.pages.get() | 1 << (key >> 12 & 63));
+        let was_empty = Self::index(before.key) != index;
+        let mut filled = self.filled.borrow_mut();
+        if was_empty && filled.len() < ENTRIES {
+            filled.push(index as u16);
         }
     }
 
@@ -93,21 +123,44 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
     }
 
     /// Empties every entry.
-    pub(crate) fn flush(&mut self) {
-        if self.filled.len() >= ENTRIES {
+    pub(crate) fn flush(&self) {
+        let mut filled = self.filled.borrow_mut();
+        if filled.len() >= ENTRIES {
             (0..ENTRIES).for_each(|index| self.clear(index));
         } else {
-            for at in 0..self.filled.len() {
-                self.clear(self.filled[at].into());
-            }
+            filled.iter().for_each(|&index| self.clear(index.into()));
         }
-        self.filled.clear();
+        filled.clear();
+        self.pages.set(0);
     }
 
     /// Empties the entry for `key`, if it holds it.
-    pub(crate) fn remove(&mut self, key: u64) {
+    pub(crate) fn remove(&self, key: u64) {
         if self.get(key).is_some() {
             self.clear(Self::index(key));
+        }
+    }
+
+    /// Empties the entries for keys in `span`.
+    pub(crate) fn remove_span(&self, span: Span) {
+        if span.bytes == 4096 && self.pages.get() >> (span.start >> 12 & 63) & 1 == 0 {
+            return;
+        }
+        let remove = |index: usize| {
+            // SAFETY: index < ENTRIES.
+            let key = unsafe { (*self.entries.add(index)).key };
+            if span.contains(key) && Self::index(key) == index {
+                self.clear(index);
+            }
+        };
+        let filled = self.filled.borrow();
+        if filled.len() >= ENTRIES {
+            (0..ENTRIES).for_each(remove);
+        } else {
+            filled
+                .iter()
+                .map(|&index| usize::from(index))
+                .for_each(remove);
         }
     }
 }
@@ -120,7 +173,7 @@ mod tests {
     fn an_empty_entry_matches_no_address_of_its_index() {
         let mut memory = vec![0u128; TLB_ENTRIES];
         // SAFETY: the vector outlives the table and nobody else uses it.
-        let mut tlb = unsafe { Tlb::new(memory.as_mut_ptr() as usize) };
+        let tlb = unsafe { Tlb::new(memory.as_mut_ptr() as usize) };
         for page in [0u64, 1, 0x7fff_ffff_f000 >> 12, u64::MAX >> 12] {
             assert_eq!(tlb.get(page << 12), None);
         }

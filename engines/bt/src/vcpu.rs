@@ -11,15 +11,15 @@ use crate::{
     arena::Arena,
     cache::{Cache, Key, Refusal, Source},
     context::HOST_FAULT,
-    core::{Cause, Core, Shutdown},
-    cpu::Cpu,
+    core::{Cause, Core, Flushed, Shutdown},
+    cpu::{Bits, Cpu, canonical},
     decode::Mode,
     fault::{self, Fault},
     kick::Doorbell,
-    lower::Layout,
+    lower::{self, Layout},
     mmu::{Access, Page},
     signal::{Active, Guard},
-    site::{Homes, Ip, Kind, Site, Slow},
+    site::{Homes, Ip, Kind, Shared, Site, Slow},
     stubs::{self, Stubs},
     system::{self, Step, Trap},
     x87,
@@ -103,6 +103,8 @@ pub struct BtVcpu {
     doorbell: Arc<Doorbell>,
     window: bool,
     resume: Resume,
+    /// Instructions to execute one by one.
+    steps: u16,
     pending: Pending,
     /// Data of the exit under way.
     data: [u8; 8],
@@ -149,6 +151,7 @@ impl BtVcpu {
             doorbell: Arc::new(Doorbell::new(arena.clone())),
             window: false,
             resume: Resume::Boundary,
+            steps: 0,
             pending: Pending::Nothing,
             data: [0; 8],
             jump_modes: [None; 2],
@@ -167,6 +170,38 @@ impl BtVcpu {
         self.cache.emptied
     }
 
+    /// Guest and host code of every living block in `range` of guest-virtual addresses.
+    pub fn listing(&self, range: std::ops::Range<u64>) -> String {
+        let mut text = String::new();
+        for block in self
+            .cache
+            .blocks()
+            .filter(|block| range.contains(&block.key.virt))
+        {
+            let guest_len =
+                (block.guest_len as usize).min(4096 - (block.key.phys & 0xfff) as usize);
+            let mut guest = vec![0; guest_len];
+            self.fetch(block.key.phys, &mut guest);
+            // SAFETY: a block's code lies in the cache, whose pages are readable.
+            let host = unsafe {
+                std::slice::from_raw_parts(block.entry as *const u8, block.code_len as usize)
+            };
+            let bits = match block.key.mode.bits {
+                crate::cpu::Bits::Bits64 => 64,
+                crate::cpu::Bits::Bits32 => 32,
+                crate::cpu::Bits::Bits16 => 16,
+            };
+            text += &format!("block {:#x} {:?}\n", block.key.virt, block.key.mode);
+            for (bits, bytes, ip) in [(bits, &guest[..], block.key.virt), (64, host, block.entry)] {
+                for instr in iced_x86::Decoder::with_ip(bits, bytes, ip, 0) {
+                    text += &format!("  {:#12x}  {instr}\n", instr.ip());
+                }
+                text += "\n";
+            }
+        }
+        text
+    }
+
     fn go(&mut self) -> Result<Stop, Error> {
         let active = Active {
             context: self.arena.context(),
@@ -183,15 +218,21 @@ impl BtVcpu {
             return Ok(stop);
         }
         loop {
+            let mut stub = self.stubs.enter;
             let entry = match self.resume {
                 Resume::Host(entry) => entry,
                 Resume::Boundary => match self.boundary() {
-                    Ok(Some(entry)) => entry,
+                    Ok(Some(entry)) => {
+                        if lower::lend(self.core.context()) {
+                            stub = self.stubs.enter_lazy;
+                        }
+                        entry
+                    }
                     Ok(None) => continue,
                     Err(stop) => return Ok(stop),
                 },
             };
-            if let Err(stop) = self.enter(entry) {
+            if let Err(stop) = self.enter(stub, entry) {
                 return Ok(stop);
             }
         }
@@ -204,10 +245,11 @@ impl BtVcpu {
             return Err(Stop::Interrupted);
         }
         if self.window && self.interruptible() {
-            self.window = false;
+            self.request_interrupt_window(false);
             return Err(Stop::Window);
         }
-        let single = std::mem::take(&mut self.core.cpu.shadow);
+        let single = std::mem::take(&mut self.core.cpu.shadow) || self.steps > 0;
+        self.steps = self.steps.saturating_sub(1);
         match self.find(single) {
             Ok((entry, _)) => Ok(Some(entry)),
             Err(Trap::Fault(fault)) => self.raise(fault).map(|()| None),
@@ -218,8 +260,10 @@ impl BtVcpu {
 
     /// Acts on what privileged code did to memory and mappings.
     fn settle_writes(&mut self) {
-        if std::mem::take(&mut self.core.flushed) {
-            self.cache.unlink_across(&self.arena);
+        match std::mem::take(&mut self.core.flushed) {
+            Flushed::Nothing => {}
+            Flushed::Page(span) => self.cache.unlink_across(Some(span), &self.arena),
+            Flushed::Everything => self.cache.unlink_across(None, &self.arena),
         }
         for (phys, len) in std::mem::take(&mut self.core.code_writes) {
             self.kill(phys, len);
@@ -257,7 +301,7 @@ impl BtVcpu {
         }
         let number = self.block(mode, virt)?;
         let block = self.cache.block(number);
-        let entry = block.entry;
+        let entry = block.lazy_entry;
         // Translated code looks a branch's offset up, which is the address only in a flat segment.
         if !single && block.second.is_none() && mode.flat {
             self.core.mmu.jumps[user].fill(virt, entry);
@@ -271,6 +315,7 @@ impl BtVcpu {
             .core
             .mmu
             .walk(&self.core.cpu, virt, Access::Fetch, mode.user)?;
+        self.core.mmu.note(virt, page);
         let key = Key {
             virt,
             phys: page.phys | virt & 0xfff,
@@ -303,6 +348,8 @@ impl BtVcpu {
         {
             Ok(number) => return Ok(number),
             Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message)),
+            // There were enough bytes for any instruction: this one is too long.
+            Err(Refusal::Crosses) if room >= 15 => return Err(Fault::gp().into()),
             Err(Refusal::Crosses) => {}
         }
         let second = self.next_page(virt, mode)?;
@@ -343,13 +390,13 @@ impl BtVcpu {
         }
     }
 
-    fn enter(&mut self, entry: u64) -> Result<(), Stop> {
+    fn enter(&mut self, stub: u64, entry: u64) -> Result<(), Stop> {
         self.entries += 1;
         self.core.context().resume = entry;
         // SAFETY: the stub follows the C calling convention, and translated code reaches nothing
         // but the arena and guest RAM.
         unsafe {
-            let enter: extern "C" fn() = std::mem::transmute(self.stubs.enter as usize);
+            let enter: extern "C" fn() = std::mem::transmute(stub as usize);
             enter();
         }
         self.resume = Resume::Boundary;
@@ -368,11 +415,22 @@ impl BtVcpu {
                 done: 0,
                 step: 0,
             }),
+            Kind::Group(shared) => {
+                self.shared(site, shared);
+                Ok(())
+            }
             Kind::Direct { target, .. } => self.direct(index, site, target),
-            Kind::Indirect => {
-                self.settle(site.homes, 0);
-                self.core.rip = self.core.context().target;
+            Kind::Indirect { rsp } => {
+                let target = self.core.context().target;
+                self.settle(site.homes, target);
                 self.counts.add(ExitReason::IndirectMiss);
+                if self.core.cpu.bits() == Bits::Bits64 && !canonical(target) {
+                    // The branch faults, not its target (SDM 2, JMP, CALL and RET).
+                    let before = self.core.gpr(4).wrapping_sub(rsp as i64 as u64);
+                    self.core.set_gpr(4, before);
+                    self.core.rip = site.ip;
+                    return self.raise(Fault::gp());
+                }
                 Ok(())
             }
             Kind::System { index } => {
@@ -434,10 +492,18 @@ impl BtVcpu {
                     }
                 })
         };
-        let page = check(ea)?;
+        if slow.aligned && ea & 15 != 0 {
+            return Err(Fault::gp());
+        }
         let crosses = (ea & 0xfff) + u64::from(slow.size) > 4096;
+        let next = (ea & !0xfff).wrapping_add(4096);
+        // An address that isn't canonical comes before any page fault.
+        if crosses && self.core.cpu.long() && !canonical(next) {
+            check(next)?;
+        }
+        let page = check(ea)?;
         if crosses {
-            check((ea & !0xfff).wrapping_add(4096))?;
+            check(next)?;
         }
         Ok((page, crosses))
     }
@@ -471,6 +537,29 @@ impl BtVcpu {
             done: 0,
             step: 0,
         })
+    }
+
+    /// A lookup for several accesses missed: fills the TLB, or has them executed one by one.
+    fn shared(&mut self, site: Site, shared: Shared) {
+        let ea = self.core.context().ea;
+        let access = if shared.write {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        let user = self.core.user();
+        if (ea & 0xfff) + u64::from(shared.size) <= 4096
+            && let Ok(page) = self.core.mmu.walk(&self.core.cpu, ea, access, user)
+            && self.core.mmu.fill(ea, page, access, user)
+        {
+            self.counts.add(ExitReason::TlbMiss);
+            self.resume = Resume::Host(shared.retry);
+            return;
+        }
+        self.counts.add(ExitReason::Bounce);
+        self.settle(site.homes, site.ip);
+        self.steps = shared.steps;
+        self.cache.strike(site.block, &self.arena, &self.core.mmu);
     }
 
     /// Copies between the bounce buffer and wherever the access belongs, until a device has to be
@@ -545,7 +634,7 @@ impl BtVcpu {
             self.settle(slow.after, next);
             let rsp = self.core.gpr(4).wrapping_add(slow.rsp as i64 as u64);
             if slow.rsp != 0 {
-                let wide = self.core.cpu.bits() == crate::cpu::Bits::Bits64;
+                let wide = self.core.cpu.bits() == Bits::Bits64;
                 self.core.set_gpr_sized(4, rsp, if wide { 8 } else { 4 });
             }
         } else {
@@ -648,8 +737,8 @@ impl BtVcpu {
         let fault = self.core.context().fault;
         let lost = |what: &str| {
             Stop::Internal(format!(
-                "{what}: signal {} code {} at host {:#x}, address {:#x}",
-                fault.signal, fault.code, fault.rip, fault.address
+                "{what}: signal {} code {} vector {} at host {:#x}, address {:#x}",
+                fault.signal, fault.code, fault.vector, fault.rip, fault.address
             ))
         };
         let Some(mark) = self.cache.mark(fault.rip) else {
@@ -664,33 +753,19 @@ impl BtVcpu {
             self.doorbell.open();
             return Ok(());
         }
-        /// si_code of integer division and of faults that the kernel can't put an address to.
-        const FPE_INTDIV: i32 = 1;
-        const SI_KERNEL: i32 = 0x80;
-        match (fault.signal, fault.code) {
-            (libc::SIGFPE, FPE_INTDIV) => self.raise(Fault::plain(fault::DE)),
-            (libc::SIGFPE, _) => {
-                let vector = if self.is_x87(fault.rip) {
-                    fault::MF
-                } else {
-                    fault::XM
-                };
+        if fault.signal == libc::SIGSEGV && self.doorbell.is_window(fault.address) {
+            // The boundary that comes next finds the window open.
+            return Ok(());
+        }
+        // The kernel says which exception it was; si_code alone doesn't tell #MF from #XM.
+        match (fault.signal, fault.vector) {
+            (libc::SIGFPE, vector @ (fault::DE | fault::MF | fault::XM)) => {
                 self.raise(Fault::plain(vector))
             }
-            (libc::SIGSEGV, SI_KERNEL) => self.raise(Fault::gp()),
-            (libc::SIGILL, _) => self.raise(Fault::ud()),
+            (libc::SIGSEGV, fault::GP) => self.raise(Fault::gp()),
+            (libc::SIGILL, fault::UD) => self.raise(Fault::ud()),
             _ => Err(lost("a fault that no guest instruction explains")),
         }
-    }
-
-    /// True if the host instruction at `rip` is an x87 or MMX one.
-    fn is_x87(&self, rip: u64) -> bool {
-        // SAFETY: `rip` is in the code cache, whose pages are readable, and 16 bytes after any
-        // instruction there is still cache or its guard.
-        let bytes = unsafe { std::slice::from_raw_parts(rip as *const u8, 2) };
-        (0xd8..=0xdf).contains(&bytes[0])
-            || bytes[0] == 0x9b
-            || bytes[0] == 0x0f && bytes[1] == 0x77
     }
 }
 
@@ -762,7 +837,7 @@ impl Vcpu for BtVcpu {
     fn interruptible(&mut self) -> bool {
         matches!(self.resume, Resume::Boundary)
             && matches!(self.pending, Pending::Nothing | Pending::In { .. })
-            && self.core.cpu.interrupts_enabled()
+            && self.core.interrupts_enabled()
             && !self.core.cpu.shadow
     }
 
@@ -786,7 +861,10 @@ impl Vcpu for BtVcpu {
     }
 
     fn request_interrupt_window(&mut self, wanted: bool) {
-        self.window = wanted;
+        if self.window != wanted {
+            self.window = wanted;
+            self.doorbell.watch_window(wanted);
+        }
     }
 
     fn kick_handle(&self) -> KickHandle {

@@ -176,6 +176,10 @@ impl Machine {
             return Action::None;
         };
         let device = self.device(slot);
+        // Nearly every access is one item: no division for those.
+        if data.len() == usize::from(size) {
+            return device.read(offset, data);
+        }
         let mut action = Action::None;
         for item in data.chunks_exact_mut(usize::from(size)) {
             action = device.read(offset, item);
@@ -191,6 +195,9 @@ impl Machine {
             return Action::None;
         };
         let device = self.device(slot);
+        if data.len() == usize::from(size) {
+            return device.write(offset, data);
+        }
         let mut action = Action::None;
         for item in data.chunks_exact(usize::from(size)) {
             action = device.write(offset, item);

@@ -107,15 +107,17 @@ impl Call {
         self.directory.path().join(name)
     }
 
-    /// Passes `fd` on as descriptor 3.
+    /// Passes `fd` on as the stats descriptor.
     pub(crate) fn stats(mut self, fd: OwnedFd) -> Self {
-        self.command.args(["--stats-fd", "3"]);
+        // Far from the numbers that the standard library uses between fork and exec.
+        const NUMBER: i32 = 200;
+        self.command.args(["--stats-fd", &NUMBER.to_string()]);
         // SAFETY: dup2 is a system call and nothing else, as is needed between fork and exec;
         // `fd` is owned by the closure and open.
         unsafe {
             self.command
-                .pre_exec(move || match libc::dup2(fd.as_raw_fd(), 3) {
-                    3 => Ok(()),
+                .pre_exec(move || match libc::dup2(fd.as_raw_fd(), NUMBER) {
+                    NUMBER => Ok(()),
                     _ => Err(std::io::Error::last_os_error()),
                 });
         }

@@ -12,7 +12,7 @@ use crate::table::{self, Tools, head, number_head, table};
 use crate::view::{Column, Duel, Slowdowns, View, clearly_faster};
 use crate::workloads::Group;
 
-const GROUPS: &[Group] = &[Group::Compute, Group::Nano, Group::Unlisted];
+const GROUPS: &[Group] = &[Group::Compute, Group::Nano, Group::Micro, Group::Unlisted];
 
 pub(super) fn content(view: &View<'_>) -> Markup {
     let measured = view.compared().any(|workload| {

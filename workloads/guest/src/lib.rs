@@ -1,7 +1,8 @@
-//! The guest kernel: entry, page tables, traps, drivers.
+//! The guest kernel: entry, page tables, traps, drivers; one flavour of it for each way to reach the
+//! machine. What follows is the `unaware` one; the other is [`aware`].
 //!
-//! A kernel as small as the measurements allow: one processor, one address space, no interrupts,
-//! no allocation. It greets on the console, answers the protocol of [`abi`] line by line, runs
+//! A kernel as small as the measurements allow: one processor, few address spaces, no
+//! interrupts, no allocation but of frames. It greets on the console, answers the protocol of [`abi`] line by line, runs
 //! compute workloads in ring 3 and privileged operations in ring 0.
 //!
 //! # Boot flow
@@ -25,9 +26,11 @@
 //! | 0 - 1 MiB | same | the VMM's start info and command line; page 0 not present | - |
 //! | 1 MiB - 2 MiB | same | this image; 4 KiB pages, rights by section | programs: text RX, rodata R |
 //! | 2 MiB - 1 GiB | same | all other memory, 2 MiB pages, RW NX | - |
-//! | 0x4000_0000 + up to 64 MiB | from 4 MiB | arena, 2 MiB pages, RW NX | RW |
+//! | 0x4000_0000 + up to 64 MiB | from 6 MiB | arena, 2 MiB pages, RW NX | RW |
+//! | 0x7fa0_0000 + up to 1 MiB | 4 MiB - 5 MiB | the storm's pages, mapped one by one at their first touch, RW NX | RW |
 //! | 0x7fc0_0000 + 2 MiB | 2 MiB - 4 MiB | stack of ring 3, one 2 MiB page, RW NX | RW |
 //! | 0x7fe0_0000 + 4 KiB | one of two frames in the image | probe page | - |
+//! | 0x8000_0000 + up to 256 KiB | from the pool, 5 MiB - 6 MiB | own pages of a space, beside the first one, RW NX | RW |
 //!
 //! # Rules
 //!
@@ -37,23 +40,34 @@
 //! - `core` is compiled with a red zone, so every vector has an IST stack.
 #![no_std]
 
+// Each flavour is a feature, so that an image is built with its own alone.
+
 // A test binary of this crate is an ordinary position-independent process: it holds the modules
 // that are plain logic. The rest needs the linker script and a bare machine, and is tested by
 // booting the image.
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "aware"))]
+pub mod aware;
+#[cfg(all(not(test), feature = "unaware"))]
 pub mod console;
 #[cfg(not(test))]
+#[cfg_attr(
+    not(feature = "unaware"),
+    allow(dead_code, reason = "an aware kernel uses few of the instructions")
+)]
 mod cpu;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 pub mod crash;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 mod memory;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 mod nano;
+#[cfg(all(not(test), feature = "unaware"))]
+mod spaces;
+#[cfg(feature = "unaware")]
 pub mod start_info;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 mod traps;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 pub mod unaware;
-#[cfg(not(test))]
+#[cfg(all(not(test), feature = "unaware"))]
 mod user;

@@ -6,8 +6,15 @@
 use crate::{cpu, start_info::Memory};
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// Where the arena starts in physical memory; the image and ring 3's stack lie below.
-pub(crate) const ARENA_PHYSICAL: u64 = 4 << 20;
+/// Frames of the storm's pages, one after another; see spaces.rs.
+pub(crate) const STORM_FRAMES: u64 = 4 << 20;
+/// Frames for address spaces, one after another; see spaces.rs.
+pub(crate) const POOL: u64 = 5 << 20;
+/// Number of those.
+pub(crate) const POOL_FRAMES: u64 = 256;
+/// Where the arena starts in physical memory; the image, ring 3's stack and the frames of spaces.rs
+/// lie below.
+pub(crate) const ARENA_PHYSICAL: u64 = 6 << 20;
 /// Where the arena starts for ring 3.
 pub(crate) const ARENA: u64 = 0x4000_0000;
 /// Largest arena.
@@ -16,25 +23,30 @@ const ARENA_MOST: u64 = 64 << 20;
 const ARENA_LEAST: u64 = 56 << 20;
 /// The probe page, whose entry the nano workloads change.
 pub(crate) const PROBE: u64 = 0x7fe0_0000;
+/// Where the storm's pages start; asm/traps.s knows the address.
+pub(crate) const STORM: u64 = 0x7fa0_0000;
 /// Physical memory that is mapped as itself.
 const REACH: u64 = 1 << 30;
 
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 const LARGE_PAGE: u64 = 2 << 20;
 
-const PRESENT: u64 = 1;
-const WRITABLE: u64 = 2;
-const USER: u64 = 4;
+pub(crate) const PRESENT: u64 = 1;
+pub(crate) const WRITABLE: u64 = 2;
+pub(crate) const USER: u64 = 4;
 const LARGE: u64 = 0x80;
-const NO_EXECUTE: u64 = 1 << 63;
+pub(crate) const NO_EXECUTE: u64 = 1 << 63;
+/// The bits of an entry that are an address.
+pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
-type Table = [AtomicU64; 512];
+pub(crate) type Table = [AtomicU64; 512];
 
 unsafe extern "C" {
     static low_directory: Table;
     static low_table: Table;
     static user_directory: Table;
     static probe_table: Table;
+    static storm_table: Table;
     static probe_frame_a: [AtomicU64; 512];
     static probe_frame_b: [AtomicU64; 512];
     // Section borders, from the linker script.
@@ -122,7 +134,10 @@ pub(crate) fn map_user(usable_end: u64) -> Result<u64, &'static str> {
     for (index, entry) in (0..size / LARGE_PAGE).zip(directory) {
         entry.store((ARENA_PHYSICAL + index * LARGE_PAGE) | rights, Relaxed);
     }
-    // Ring 3's stack and the probe page are the last two entries.
+    // The storm's pages, ring 3's stack and the probe page are the last three entries.
+    // SAFETY: its address alone.
+    let storm = unsafe { storm_table.as_ptr() } as u64;
+    directory[509].store(storm | PRESENT | WRITABLE | USER, Relaxed);
     directory[510].store(LARGE_PAGE | rights, Relaxed);
     // SAFETY: as above.
     let probe = unsafe { probe_table.as_ptr() } as u64;

@@ -3,7 +3,7 @@
 
 use crate::{
     console::SCRATCH_PORT,
-    cpu, memory,
+    cpu, memory, spaces,
     traps::{self, NO_FAULT, divide_armed, expected_fault, trap_count},
     user,
 };
@@ -13,6 +13,7 @@ use core::{
 };
 use programs::{
     Kernel, Platform, Refusal, Ring,
+    micro::Micro,
     nano::{Operation, WORD_A, WORD_B, cpuid, port_in, syscall},
 };
 
@@ -25,6 +26,9 @@ unsafe extern "C" {
 /// What the system call mixes into its answer: data of the kernel, which ring 3 can't read.
 #[unsafe(no_mangle)]
 static syscall_key: AtomicU64 = AtomicU64::new(syscall::KEY);
+
+/// Why there is no hypercall.
+const NO_HYPERCALL: &str = "an unaware guest knows of no host to call";
 
 /// RFLAGS.IF.
 const INTERRUPTS: u64 = 1 << 9;
@@ -42,12 +46,15 @@ impl Platform for Machine {
     }
 
     fn compute(&mut self, kernel: Kernel, size: u64, iterations: u64) -> Result<u64, Refusal> {
-        user::call(kernel, self.words, size, iterations).map_err(Refusal::Fault)
+        user::call(kernel, memory::ARENA, self.words, size, iterations).map_err(Refusal::Fault)
     }
 
     fn arm(&mut self, operation: Operation) -> Result<(), Refusal> {
         if operation == Operation::Syscall {
             return self.arm_syscall();
+        }
+        if operation == Operation::Hypercall {
+            return Err(Refusal::Unsupported(NO_HYPERCALL));
         }
         // The probe page is known to work before its operations are tried.
         start(operation);
@@ -74,7 +81,11 @@ impl Platform for Machine {
                 memory::read_probe()
             }
             Operation::CliSti => (cpu::flags() & INTERRUPTS != 0).into(),
-            Operation::Syscall | Operation::In | Operation::Cpuid | Operation::CallRet => 0,
+            Operation::Syscall
+            | Operation::Hypercall
+            | Operation::In
+            | Operation::Cpuid
+            | Operation::CallRet => 0,
         };
         disarm();
         if operation == Operation::Cr8Write {
@@ -85,6 +96,11 @@ impl Platform for Machine {
 
     fn syscalls(&mut self, iterations: u64) -> Result<u64, Refusal> {
         self.compute(user::syscalls, 1, iterations)
+    }
+
+    /// Never called: [`Platform::arm`] refuses.
+    fn hypercall(&mut self) -> u64 {
+        0
     }
 
     #[inline(always)]
@@ -156,6 +172,29 @@ impl Platform for Machine {
     fn mask_unmask(&mut self) {
         cpu::mask_unmask();
     }
+
+    fn set_up(&mut self, micro: Micro, size: u64) -> Result<(), Refusal> {
+        spaces::start(micro, size)
+    }
+
+    fn take_down(&mut self, micro: Micro) -> u64 {
+        spaces::finish(micro)
+    }
+
+    #[inline(always)]
+    fn switch(&mut self, space: u64) -> Result<u64, Refusal> {
+        spaces::switch(space)
+    }
+
+    #[inline(always)]
+    fn storm(&mut self, pages: u64, round: u64) -> Result<u64, Refusal> {
+        spaces::storm(pages, round)
+    }
+
+    #[inline(always)]
+    fn space(&mut self, pages: u64, life: u64) -> Result<u64, Refusal> {
+        spaces::space(pages, life)
+    }
 }
 
 /// The paging root that the cr3_reload workload loads.
@@ -173,7 +212,7 @@ impl Machine {
             cpu::write_msr(cpu::SFMASK, 0x4_7700);
             cpu::write_msr(cpu::LSTAR, trial_entry);
         }
-        match user::call(user::syscalls, self.words, 1, 1) {
+        match user::call(user::syscalls, memory::ARENA, self.words, 1, 1) {
             Err(fault)
                 if fault.ring == Ring::User && [trial_entry, unraised].contains(&fault.rip) =>
             {
@@ -211,6 +250,7 @@ fn start(operation: Operation) {
         }
         Operation::DivZero => divide_armed.store(1, Relaxed),
         Operation::Syscall
+        | Operation::Hypercall
         | Operation::Out
         | Operation::Cpuid
         | Operation::CallRet
@@ -237,7 +277,7 @@ fn disarm() {
 /// else.
 fn expectation(operation: Operation) -> (u64, &'static str) {
     match operation {
-        Operation::Syscall => (0, ""),
+        Operation::Syscall | Operation::Hypercall => (0, ""),
         Operation::In => (
             port_in::VALUE.into(),
             "in does not read the UART's scratch register",
@@ -265,7 +305,7 @@ extern "C" fn trial(operation: u64) -> u64 {
     // The arena is not used here.
     let mut machine = Machine { words: 0 };
     match operation {
-        Operation::Syscall => 0,
+        Operation::Syscall | Operation::Hypercall => 0,
         Operation::In => machine.port_in().into(),
         Operation::Out => {
             machine.port_out(0xa5);

@@ -6,6 +6,7 @@ use crate::{
     cpu, crash,
     memory::{self, ARENA_PHYSICAL, Physical},
     nano::Machine,
+    spaces,
     start_info::StartInfo,
     traps,
 };
@@ -35,6 +36,7 @@ extern "C" fn kernel_start(start_info: u64) -> ! {
         Ok(words) => words,
         Err(reason) => fail(console, reason),
     };
+    spaces::set_up();
     let mut machine = Machine { words };
     session::greet(&mut console, FLAVOUR);
     let ordered = session::answer_command_line(&mut console, &mut machine, info.command_line());

@@ -3,10 +3,7 @@
 //! What runs there lies in the section `.utext` or in the crate `programs`: all other code is
 //! the kernel's, and faults when ring 3 executes it.
 
-use crate::{
-    memory,
-    traps::{enter_user, last},
-};
+use crate::traps::{enter_user, last};
 use core::arch::asm;
 use programs::{
     Fault, Kernel, Ring,
@@ -20,15 +17,15 @@ unsafe extern "C" {
 /// Vector of an invalid opcode, by which ring 3 says that it is done.
 const INVALID_OPCODE: u8 = 6;
 
-/// Calls `kernel` in ring 3, with the arena's first `words` words.
-pub(crate) fn call(kernel: Kernel, words: u64, size: u64, iterations: u64) -> Result<u64, Fault> {
-    let ended = enter_user(
-        kernel as usize as u64,
-        memory::ARENA,
-        words,
-        size,
-        iterations,
-    );
+/// Calls `kernel` in ring 3, with `words` words from `arena` on, which ring 3 may read and write.
+pub(crate) fn call(
+    kernel: Kernel,
+    arena: u64,
+    words: u64,
+    size: u64,
+    iterations: u64,
+) -> Result<u64, Fault> {
+    let ended = enter_user(kernel as usize as u64, arena, words, size, iterations);
     debug_assert_eq!((ended.value, ended.trapped), (0, 1));
     let (fault, rax) = last();
     if fault.ring == Ring::User

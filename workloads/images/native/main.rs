@@ -3,6 +3,7 @@
 
 use programs::{
     Kernel, Platform, Refusal,
+    micro::Micro,
     nano::Operation,
     session::{self, Console, LINE, Next},
 };
@@ -13,6 +14,9 @@ const ARENA: usize = 8 << 20;
 
 /// Why there is no privileged operation.
 const NO_RING_0: &str = "ring-0 operation has no native figure";
+
+/// Why there are no address spaces.
+const NO_SPACES: &str = "a process has no address spaces of its own to manage";
 
 struct Process {
     arena: Vec<u64>,
@@ -37,6 +41,10 @@ impl Platform for Process {
 
     fn syscalls(&mut self, _iterations: u64) -> Result<u64, Refusal> {
         Err(Refusal::Unsupported(NO_RING_0))
+    }
+
+    fn hypercall(&mut self) -> u64 {
+        refused(Operation::Hypercall)
     }
 
     fn port_in(&mut self) -> u8 {
@@ -81,6 +89,26 @@ impl Platform for Process {
 
     fn mask_unmask(&mut self) {
         refused(Operation::CliSti)
+    }
+
+    fn set_up(&mut self, _micro: Micro, _size: u64) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(NO_SPACES))
+    }
+
+    fn take_down(&mut self, _micro: Micro) -> u64 {
+        0
+    }
+
+    fn switch(&mut self, _space: u64) -> Result<u64, Refusal> {
+        Err(Refusal::Unsupported(NO_SPACES))
+    }
+
+    fn storm(&mut self, _pages: u64, _round: u64) -> Result<u64, Refusal> {
+        Err(Refusal::Unsupported(NO_SPACES))
+    }
+
+    fn space(&mut self, _pages: u64, _life: u64) -> Result<u64, Refusal> {
+        Err(Refusal::Unsupported(NO_SPACES))
     }
 }
 

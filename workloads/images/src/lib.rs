@@ -8,6 +8,12 @@ pub fn unaware() -> &'static [u8] {
     include_bytes!(concat!(env!("OUT_DIR"), "/unaware.elf"))
 }
 
+/// The `aware` flavour: an ELF with a Trapline note, entered as `abi::hypercall::Start`
+/// says.
+pub fn aware() -> &'static [u8] {
+    include_bytes!(concat!(env!("OUT_DIR"), "/aware.elf"))
+}
+
 /// The baseline: an ordinary static Linux program that speaks the console protocol on its standard
 /// input and output, with the same object code of the compute workloads.
 pub fn native() -> &'static [u8] {

@@ -28,6 +28,12 @@ impl Symbol<'_> {
     fn is_kernel(&self) -> bool {
         self.name.contains("programs7compute") && !self.name.contains("WORKLOAD")
     }
+
+    /// As [`Symbol::is_kernel`], or an application's part of a micro workload, which native
+    /// processes have not.
+    fn is_application(&self) -> bool {
+        self.is_kernel() || self.name.contains("programs5micro") && !self.name.contains("WORKLOAD")
+    }
 }
 
 const LOAD: u32 = 1;
@@ -128,8 +134,30 @@ fn the_image_has_a_pvh_note_with_its_entry() {
 }
 
 #[test]
+fn the_aware_image_has_a_note_with_its_abi_version() {
+    let elf = Elf::new(images::aware());
+    let segments = elf.segments();
+    let note = segments.iter().find(|s| s.kind == NOTE).expect("a note");
+    let at = note.offset;
+    let name = abi::hypercall::note::NAME;
+    assert_eq!(
+        [0, 4, 8].map(|offset| elf.number(at + offset, 4)),
+        [name.len() as u64, 8, abi::hypercall::note::TYPE.into()]
+    );
+    assert_eq!(elf.bytes[at + 12..at + 12 + name.len()], *name);
+    // The descriptor: version wanted, features needed.
+    assert_eq!(
+        [24, 28].map(|offset| elf.number(at + offset, 4)),
+        [abi::hypercall::VERSION.into(), 0]
+    );
+    assert!(segments.iter().any(|s| s.kind == LOAD
+        && s.flags & EXECUTE != 0
+        && (s.address..s.address + s.memory_size).contains(&elf.entry())));
+}
+
+#[test]
 fn no_segment_is_writable_and_executable() {
-    for bytes in [images::unaware(), images::native()] {
+    for bytes in [images::unaware(), images::aware(), images::native()] {
         for segment in Elf::new(bytes).segments() {
             assert_ne!(segment.flags & (WRITE | EXECUTE), WRITE | EXECUTE);
         }
@@ -137,35 +165,52 @@ fn no_segment_is_writable_and_executable() {
 }
 
 #[test]
-fn the_image_lies_between_1_and_2_mib_in_order() {
-    let mut end = 0x10_0000;
-    for segment in Elf::new(images::unaware()).segments() {
-        if segment.kind != LOAD {
-            continue;
+fn the_images_lie_between_1_and_2_mib_in_order() {
+    for image in [images::unaware(), images::aware()] {
+        let mut end = 0x10_0000;
+        for segment in Elf::new(image).segments() {
+            if segment.kind != LOAD {
+                continue;
+            }
+            assert!(segment.address >= end, "segments ascend and don't overlap");
+            assert_eq!(segment.address % 4096, 0, "rights end at page borders");
+            assert!(segment.file_size as u64 <= segment.memory_size);
+            end = segment.address + segment.memory_size;
         }
-        assert!(segment.address >= end, "segments ascend and don't overlap");
-        assert_eq!(segment.address % 4096, 0, "rights end at page borders");
-        assert!(segment.file_size as u64 <= segment.memory_size);
-        end = segment.address + segment.memory_size;
+        assert!(end <= 0x20_0000);
     }
-    assert!(end <= 0x20_0000);
 }
 
-/// Every instruction of every kernel is the same in both, but for the addresses it names.
+/// Every instruction of every kernel is the same in all of them, but for the addresses it names.
 #[test]
-fn image_and_native_process_run_the_same_machine_code() {
-    let (image, native) = (Elf::new(images::unaware()), Elf::new(images::native()));
-    let (image, native) = (image.functions(), native.functions());
-    let mut compared = 0;
-    for function in image.iter().filter(|function| function.is_kernel()) {
-        let other = native
-            .iter()
-            .find(|other| other.name == function.name)
-            .unwrap_or_else(|| panic!("{} is not in the native process", function.name));
-        assert_eq!(shape(function), shape(other), "{}", function.name);
-        compared += 1;
-    }
-    assert!(compared > 10, "only {compared} kernels");
+fn images_and_native_process_run_the_same_machine_code() {
+    let check = |one: &[u8], other: &[u8], chosen: fn(&Symbol<'_>) -> bool, least: usize| {
+        let (one, other) = (Elf::new(one).functions(), Elf::new(other).functions());
+        let mut compared = 0;
+        for function in one.iter().filter(|function| chosen(function)) {
+            let same = other
+                .iter()
+                .find(|other| other.name == function.name)
+                .unwrap_or_else(|| panic!("{} is missing", function.name));
+            assert_eq!(shape(function), shape(same), "{}", function.name);
+            compared += 1;
+        }
+        assert!(compared >= least, "only {compared} functions");
+    };
+    check(images::unaware(), images::native(), |f| f.is_kernel(), 11);
+    check(images::aware(), images::native(), |f| f.is_kernel(), 11);
+    check(
+        images::unaware(),
+        images::aware(),
+        |f| f.is_application(),
+        14,
+    );
+    check(
+        images::aware(),
+        images::unaware(),
+        |f| f.is_application(),
+        14,
+    );
 }
 
 /// A function's instructions, with every number that may be an address left out: both programs
@@ -242,12 +287,43 @@ fn the_kernel_has_no_sse() {
 /// Ring 3 can execute one section; what it calls must lie there.
 #[test]
 fn compute_kernels_lie_where_ring_3_may_execute() {
-    let mut seen = 0;
-    for function in Elf::new(images::unaware()).functions() {
-        if function.is_kernel() {
-            assert_eq!(function.section, ".utext", "{}", function.name);
-            seen += 1;
+    for image in [images::unaware(), images::aware()] {
+        let mut seen = 0;
+        for function in Elf::new(image).functions() {
+            if function.is_application() {
+                assert_eq!(function.section, ".utext", "{}", function.name);
+                seen += 1;
+            }
+        }
+        assert!(seen >= 10);
+    }
+}
+
+/// A user process of an aware guest has no other text: a call that leaves the section faults. The
+/// compiler puts calls of `core`'s panics there that it can't prove away; they may fault.
+#[test]
+fn user_text_of_the_aware_image_calls_nothing_else() {
+    let elf = Elf::new(images::aware());
+    let functions = elf.functions();
+    let user: Vec<&Symbol<'_>> = functions.iter().filter(|f| f.section == ".utext").collect();
+    let start = user.iter().map(|f| f.address).min().expect("user text") & !0xfff;
+    let segment = elf.segments().into_iter().find(|s| s.address == start);
+    let end = start + segment.expect("its segment").memory_size;
+    for function in user {
+        for instruction in
+            Decoder::with_ip(64, function.code, function.address, DecoderOptions::NONE).iter()
+        {
+            if instruction.op_count() == 1 && instruction.op0_kind() == OpKind::NearBranch64 {
+                let target = instruction.near_branch64();
+                let panics = functions
+                    .iter()
+                    .any(|f| f.address == target && f.name.contains("panic"));
+                assert!(
+                    panics || (start..end).contains(&target),
+                    "{}: {instruction}",
+                    function.name
+                );
+            }
         }
     }
-    assert!(seen >= 7);
 }

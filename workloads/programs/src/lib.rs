@@ -7,6 +7,8 @@
 //!   into this crate's object, so guest and native process contain the same machine code.
 //! - `nano/`: one privileged operation per iteration, generic over [`Platform`], so each machine
 //!   gets a loop in which its own way to do the operation is inlined.
+//! - `micro/`: acts of a kernel that take several such operations, with an application's part that
+//!   is a kernel as compute's are.
 //! - [`session`]: the guest's side of the console protocol, shared by guest and native process.
 //!
 //! A workload is one file and one line of [`CATALOGUE`]. Its checksum depends on what every single
@@ -22,6 +24,7 @@ extern crate alloc;
 
 mod compute;
 mod empty;
+pub mod micro;
 #[cfg(any(feature = "oracle", test))]
 mod model;
 pub mod nano;
@@ -47,6 +50,7 @@ pub const CATALOGUE: &[Workload] = &[
     compute::indirect::WORKLOAD,
     compute::sse_matmul::WORKLOAD,
     nano::syscall::WORKLOAD,
+    nano::hypercall::WORKLOAD,
     nano::port_in::WORKLOAD,
     nano::port_out::WORKLOAD,
     nano::cpuid::WORKLOAD,
@@ -58,6 +62,10 @@ pub const CATALOGUE: &[Workload] = &[
     nano::cr8wr::WORKLOAD,
     nano::ptemod::WORKLOAD,
     nano::cli_sti::WORKLOAD,
+    micro::ctxsw::TWO,
+    micro::ctxsw::EIGHT,
+    micro::pfstorm::WORKLOAD,
+    micro::aspace::WORKLOAD,
 ];
 
 /// The workload of that name.
@@ -114,6 +122,7 @@ mod tests {
         ("indirect", 1000, 3, 0x79e3_1a72_e74a_a546),
         ("sse_matmul", 8, 3, 0x717c_9844_1fae_603c),
         ("syscall", 0, 5, 0xbfae_7ada_1ec3_d6f1),
+        ("hypercall", 0, 5, 0x0000_0000_0000_016b),
         ("in", 0, 5, 0x0000_0000_0000_7f9e),
         ("out", 0, 5, 0x0000_0000_0000_0013),
         ("cpuid", 0, 5, 0x0000_0009_edb7_8b3b),
@@ -125,6 +134,10 @@ mod tests {
         ("cr8wr", 0, 5, 0x0000_0000_0000_0013),
         ("ptemod", 0, 5, 0xaaaa_0000_5555_0010),
         ("cli_sti", 0, 5, 0x0000_0000_0000_0010),
+        ("ctxsw2", 0, 5, 0x98fa_8398_59cd_3e6d),
+        ("ctxsw8", 0, 9, 0xc406_334a_1335_aca2),
+        ("pfstorm", 7, 3, 0x6d9c_e423_bd20_42ea),
+        ("aspace", 3, 3, 0x7ee4_817e_d010_5967),
     ];
 
     #[test]
@@ -205,7 +218,9 @@ mod tests {
                 let mut arena = alloc::vec![0; 1 << 13];
                 let mut model = Model::new(&mut arena);
                 match run(&mut model, workload, size, 2) {
-                    Ok(_) => assert!(workload.group == Group::Compute || size == 1),
+                    Ok(_) => assert!(
+                        matches!(workload.group, Group::Compute | Group::Micro) || size == 1
+                    ),
                     Err(Refusal::Beyond { .. }) => assert_ne!(workload.group, Group::Compute),
                     Err(other) => panic!("{} {size}: {other}", workload.name),
                 }
@@ -215,7 +230,10 @@ mod tests {
 
     #[test]
     fn zero_stands_for_the_defaults() {
-        for workload in CATALOGUE.iter().filter(|w| w.group == Group::Nano) {
+        for workload in CATALOGUE
+            .iter()
+            .filter(|w| matches!(w.group, Group::Nano | Group::Micro))
+        {
             assert_eq!(
                 oracle(workload, 0, 0),
                 oracle(workload, workload.size, workload.iterations)

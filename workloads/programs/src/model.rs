@@ -2,10 +2,11 @@
 //!
 //! It models exactly the state that an operation can leave behind: a scratch register, one page
 //! with its entry and its cached translation, a count of faults, the task priority, the interrupt
-//! flag. Its rings are one, and nothing ever fails.
+//! flag; and for address spaces the pages of each. Its rings are one, and nothing ever fails.
 
 use crate::{
     Kernel, Platform, Refusal, Workload,
+    micro::{Micro, PAGE_WORDS, aspace, ctxsw, pfstorm},
     nano::{
         Operation, WORD_A, WORD_B, cpuid, port_in,
         syscall::{self, Syscalls},
@@ -31,6 +32,8 @@ pub struct Model<'a> {
     faults: u64,
     priority: u64,
     unmasked: bool,
+    /// The own page of each space of ctxsw.
+    spaces: [[u64; PAGE_WORDS]; ctxsw::MOST],
 }
 
 impl<'a> Model<'a> {
@@ -44,6 +47,7 @@ impl<'a> Model<'a> {
             faults: 0,
             priority: 0,
             unmasked: false,
+            spaces: [[0; PAGE_WORDS]; ctxsw::MOST],
         }
     }
 
@@ -92,6 +96,7 @@ impl Platform for Model<'_> {
                 self.cached = Some(Frame::A);
             }
             Operation::Syscall
+            | Operation::Hypercall
             | Operation::Out
             | Operation::Cpuid
             | Operation::CallRet
@@ -112,12 +117,20 @@ impl Platform for Model<'_> {
                 self.probe()
             }
             Operation::CliSti => self.unmasked.into(),
-            Operation::Syscall | Operation::In | Operation::Cpuid | Operation::CallRet => 0,
+            Operation::Syscall
+            | Operation::Hypercall
+            | Operation::In
+            | Operation::Cpuid
+            | Operation::CallRet => 0,
         }
     }
 
     fn syscalls(&mut self, iterations: u64) -> Result<u64, Refusal> {
         Ok(syscall::calls(self, iterations))
+    }
+
+    fn hypercall(&mut self) -> u64 {
+        0
     }
 
     fn port_in(&mut self) -> u8 {
@@ -166,6 +179,51 @@ impl Platform for Model<'_> {
 
     fn mask_unmask(&mut self) {
         self.unmasked = true;
+    }
+
+    fn set_up(&mut self, micro: Micro, _size: u64) -> Result<(), Refusal> {
+        match micro {
+            Micro::Switch { spaces } => {
+                for (space, page) in (0..spaces).zip(&mut self.spaces) {
+                    page[0] = ctxsw::seed(space);
+                }
+            }
+            Micro::Storm => self.faults = 0,
+            Micro::Space => {}
+        }
+        Ok(())
+    }
+
+    fn take_down(&mut self, micro: Micro) -> u64 {
+        match micro {
+            Micro::Storm => self.faults,
+            Micro::Switch { .. } | Micro::Space => 0,
+        }
+    }
+
+    fn switch(&mut self, space: u64) -> Result<u64, Refusal> {
+        Ok(ctxsw::step(&mut self.spaces[space as usize], 1, 1))
+    }
+
+    /// Faults can't be taken in plain software: what they lead to is laid out beforehand.
+    fn storm(&mut self, pages: u64, round: u64) -> Result<u64, Refusal> {
+        let mut memory = alloc::vec![0; pages as usize * PAGE_WORDS];
+        let touched = (0..pages.next_power_of_two())
+            .map(|touch| pfstorm::order(touch, pages, round))
+            .filter(|&page| page < pages);
+        for (fault, page) in (0..).zip(touched) {
+            memory[page as usize * PAGE_WORDS] = pfstorm::tag(fault);
+            self.faults += 1;
+        }
+        Ok(pfstorm::storm(&mut memory, pages, round))
+    }
+
+    fn space(&mut self, pages: u64, life: u64) -> Result<u64, Refusal> {
+        let mut memory = alloc::vec![0; pages as usize * PAGE_WORDS];
+        for (page, words) in (0..).zip(memory.chunks_mut(PAGE_WORDS)) {
+            words[0] = aspace::content(life, page);
+        }
+        Ok(aspace::visit(&mut memory, pages, 1))
     }
 }
 

@@ -3,7 +3,12 @@
 //! The steps are apart because only the middle one stands in the measured window: data is laid out
 //! and operations are tried before it, results are verified after it.
 
-use crate::{Platform, Refusal, compute, nano::Operation, platform::Kernel};
+use crate::{
+    Platform, Refusal, compute,
+    micro::{Micro, aspace, pfstorm},
+    nano::Operation,
+    platform::Kernel,
+};
 
 /// What a workload measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +19,8 @@ pub enum Group {
     Compute,
     /// One privileged operation per iteration. Has no native figure.
     Nano,
+    /// What a kernel does with address spaces, as a whole. Has no native figure.
+    Micro,
 }
 
 /// The privilege that the measured code starts with.
@@ -59,6 +66,7 @@ pub(crate) enum Program {
         run: Kernel,
     },
     Nano(Operation),
+    Micro(Micro),
 }
 
 impl Workload {
@@ -66,7 +74,7 @@ impl Workload {
     #[inline]
     pub fn words(&self, size: u64) -> Option<u64> {
         match self.program {
-            Program::Empty | Program::Nano(_) => Some(0),
+            Program::Empty | Program::Nano(_) | Program::Micro(_) => Some(0),
             Program::Compute { words, .. } => words(size),
         }
     }
@@ -132,6 +140,17 @@ impl Prepared {
                 limit(size, workload.size)?;
                 platform.arm(operation)?;
             }
+            Program::Micro(micro) => {
+                limit(
+                    size,
+                    match micro {
+                        Micro::Switch { .. } => workload.size,
+                        Micro::Storm => pfstorm::MOST,
+                        Micro::Space => aspace::MOST,
+                    },
+                )?;
+                platform.set_up(micro, size)?;
+            }
         }
         Ok(Prepared {
             program,
@@ -150,6 +169,7 @@ impl Prepared {
             Program::Empty => Ok(crate::empty::CHECKSUM),
             Program::Compute { run, .. } => platform.compute(run, self.size, self.iterations),
             Program::Nano(operation) => operation.run(platform, self.iterations),
+            Program::Micro(micro) => micro.run(platform, self.size, self.iterations),
         }
     }
 
@@ -159,6 +179,7 @@ impl Prepared {
         match self.program {
             Program::Empty | Program::Compute { .. } => sum,
             Program::Nano(operation) => crate::fold(sum, platform.settle(operation)),
+            Program::Micro(micro) => crate::fold(sum, platform.take_down(micro)),
         }
     }
 }

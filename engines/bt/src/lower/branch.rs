@@ -17,11 +17,11 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic};
 use std::mem::offset_of;
 
-use super::{Cold, Lower};
+use super::{CONTRACT, Cold, Lower};
 use crate::{
     context::Context,
     cpu::Bits,
-    decode::{ALL_FLAGS, Insn},
+    decode::Insn,
     site::{Ip, Kind},
     tlb::JUMP_ENTRIES,
 };
@@ -52,7 +52,7 @@ impl Lower<'_> {
     pub(super) fn loop_branch(&mut self, insn: &Insn) -> Result<(), String> {
         // These count without touching the flags, and so must whatever surrounds them.
         if self.homes.lazy {
-            self.restore_flags();
+            self.restore_flags(0);
         }
         self.leave(true);
         let target = self.wrap(insn.instr.near_branch_target());
@@ -104,13 +104,13 @@ impl Lower<'_> {
     pub(super) fn call_indirect(&mut self, insn: &Insn) -> Result<(), String> {
         self.load_target(insn)?;
         self.push_return(insn)?;
-        self.indirect(insn);
+        self.indirect(insn, None, -self.return_size());
         Ok(())
     }
 
     pub(super) fn jump_indirect(&mut self, insn: &Insn) -> Result<(), String> {
         self.load_target(insn)?;
-        self.indirect(insn);
+        self.indirect(insn, None, 0);
         Ok(())
     }
 
@@ -120,23 +120,37 @@ impl Lower<'_> {
         } else {
             insn.instr.immediate16()
         };
-        self.pop_return(insn, extra.into())?;
-        self.indirect(insn);
+        let target = self.pop_return(insn, extra.into())?;
+        self.indirect(insn, Some(target), self.return_size() + i32::from(extra));
         Ok(())
     }
 
-    /// Goes to `Context::target`.
-    fn indirect(&mut self, insn: &Insn) {
-        if insn.live_out & ALL_FLAGS != 0 && !self.homes.lazy {
-            self.save_flags();
+    /// Goes to `Context::target`, which a borrowed register may hold as well, with RSP moved by
+    /// `rsp` already.
+    ///
+    /// The lookup ruins the flags. They are saved before it and stay saved: a block that is entered
+    /// through a jump cache brings them back itself if it reads them before it writes them, which
+    /// the code after a call or at the start of a function hardly ever does.
+    fn indirect(&mut self, insn: &Insn, target: Option<u8>, rsp: i32) {
+        if self.mode.single {
+            // Whoever asked for a single instruction wants to be asked again after it.
+            self.exit(insn.instr.ip(), Kind::Indirect { rsp });
+            return;
         }
-        let key = self.take(0, insn);
+        if !self.homes.lazy {
+            self.save_flags(target.map_or(0, |register| 1 << register));
+        }
+        let slot = self.layout.target();
+        let key = target.unwrap_or_else(|| {
+            let key = self.take(0, insn);
+            dynasm!(self.asm ; .arch x64 ; mov Rq(key), [slot]);
+            key
+        });
         let entry = self.take(1 << key, insn);
         let table = self.layout.jump[usize::from(self.mode.user)];
         let resume = self.layout.slot(offset_of!(Context, resume));
         dynasm!(self.asm
             ; .arch x64
-            ; mov Rq(key), [self.layout.target()]
             ; mov Rd(entry), Rd(key)
             ; and Rd(entry), JUMP_ENTRIES as i32 - 1
             ; shl Rd(entry), 4
@@ -146,16 +160,20 @@ impl Lower<'_> {
         self.asm.push(0x85);
         let patch = self.position();
         self.asm.push_i32(0);
-        let site = self.add_site(insn.instr.ip(), Kind::Indirect);
-        self.cold.push(Cold::Indirect { site, patch });
-        dynasm!(self.asm
-            ; .arch x64
-            ; mov Rq(entry), [Rq(entry) + table + 8]
-            ; mov [resume], Rq(entry)
-        );
-        self.leave(insn.live_out & ALL_FLAGS != 0);
+        let site = self.add_site(insn.instr.ip(), Kind::Indirect { rsp });
+        self.cold.push(Cold::Exit { site, patch });
+        let lent = (CONTRACT >> entry) & 1 == 1 && self.homes.spilled >> entry & 1 == 1;
+        dynasm!(self.asm ; .arch x64 ; mov Rq(entry), [Rq(entry) + table + 8]);
+        if !lent {
+            dynasm!(self.asm ; .arch x64 ; mov [resume], Rq(entry));
+        }
+        self.settle_registers();
         self.doorbell(Ip::Target);
-        dynasm!(self.asm ; .arch x64 ; jmp QWORD [resume]);
+        if lent {
+            dynasm!(self.asm ; .arch x64 ; jmp Rq(entry));
+        } else {
+            dynasm!(self.asm ; .arch x64 ; jmp QWORD [resume]);
+        }
     }
 
     fn doorbell(&mut self, ip: Ip) {

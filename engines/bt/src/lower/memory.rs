@@ -24,8 +24,9 @@ use super::{Cold, Lower, gpr64, memory_operand, needs_flags};
 use crate::{
     context::Context,
     cpu::Bits,
-    decode::Insn,
-    site::{Homes, Ip, Kind, Mark, Slow},
+    decode::{Insn, data_segment},
+    groups::{Group, Member},
+    site::{Homes, Ip, Kind, Mark, Shared, Slow},
     tlb::TLB_ENTRIES,
 };
 
@@ -40,24 +41,41 @@ pub(super) enum Address<'a> {
     Stack(i32),
     /// RBP, in the stack segment.
     Frame,
+    /// The lowest byte of a group.
+    Group(&'a Group),
 }
 
 /// An access whose body is being emitted.
 pub(super) struct Open {
-    /// Holds the operand's host address in the body.
+    /// Holds the operand's host address in the body, but for `offset`.
     pub register: u8,
+    pub offset: i32,
+    /// The lookup is a group's: there is no slow path of its own.
+    grouped: bool,
     table: u8,
     ip: u64,
     size: u32,
     write: bool,
     read: bool,
     stack: bool,
+    aligned: bool,
     disp: i32,
     retry: usize,
     miss: usize,
     body: usize,
     homes: Homes,
     first_mark: usize,
+}
+
+/// A lookup just emitted.
+struct Lookup {
+    register: u8,
+    table: u8,
+    stack: bool,
+    /// Where things were when it began.
+    homes: Homes,
+    retry: usize,
+    miss: usize,
 }
 
 /// An access whose slow path is still to be emitted.
@@ -84,6 +102,10 @@ impl Lower<'_> {
         self.operand(insn, memory.size, memory.write, 0, |lower, open| {
             let mut body = body;
             body.set_memory_base(gpr64(open.register));
+            if open.offset != 0 {
+                body.set_memory_displacement64(open.offset as i64 as u64);
+                body.set_memory_displ_size(1);
+            }
             lower.encode(&body)
         })
     }
@@ -117,6 +139,7 @@ impl Lower<'_> {
         self.need(insn.reads);
         let open = self.open(insn, Address::Bits(&insn.instr, offset), size, write, 0)?;
         let bit = self.take(1 << open.register | 1 << open.table, insn);
+        self.busy |= 1 << bit;
         let number = offset.full_register().number() as u8;
         self.need(insn.reads);
         dynasm!(self.asm
@@ -143,6 +166,35 @@ impl Lower<'_> {
         Ok(())
     }
 
+    /// maskmovq and maskmovdqu, whose address is RDI and nothing else: it holds the host's address
+    /// during the body.
+    pub(super) fn masked_move(&mut self, insn: &Insn) -> Result<(), String> {
+        const RDI: u8 = 7;
+        let mut operand = insn.instr;
+        let (size, base) = match insn.instr.op0_kind() {
+            OpKind::MemorySegRDI => (insn.instr.op1_register().size(), Register::RDI),
+            OpKind::MemorySegEDI => (insn.instr.op1_register().size(), Register::EDI),
+            _ => return Err("16-bit address".into()),
+        };
+        operand.set_memory_base(base);
+        operand.set_memory_index(Register::None);
+        operand.set_memory_displacement64(0);
+        operand.set_memory_displ_size(0);
+        self.need(insn.reads);
+        let open = self.open(insn, Address::Operand(&operand, 0), size as u32, true, 0)?;
+        self.need(insn.reads);
+        self.spill(RDI);
+        let at = open.register;
+        dynasm!(self.asm ; .arch x64 ; mov rdi, Rq(at));
+        self.mark(Ip::At(insn.instr.ip()));
+        let mut body = insn.instr;
+        body.set_op0_kind(OpKind::MemorySegRDI);
+        body.set_segment_prefix(Register::None);
+        self.encode(&body)?;
+        self.close(open, Some(insn.instr.next_ip()), 0);
+        Ok(())
+    }
+
     /// Emits address and lookup. The body follows, then `close`.
     pub(super) fn open(
         &mut self,
@@ -152,12 +204,100 @@ impl Lower<'_> {
         write: bool,
         avoid: u16,
     ) -> Result<Open, String> {
+        if let Some(member) = self.plan.members[self.at] {
+            return self.open_member(insn, member, avoid);
+        }
+        let lookup = self.look_up(insn, address, size, write, avoid)?;
+        Ok(Open {
+            register: lookup.register,
+            offset: 0,
+            grouped: false,
+            table: lookup.table,
+            ip: insn.instr.ip(),
+            size,
+            write,
+            read: !write || insn.memory.is_some_and(|memory| memory.read),
+            stack: lookup.stack,
+            aligned: insn.memory.is_some_and(|memory| memory.aligned),
+            disp: self.tlb(write),
+            retry: lookup.retry,
+            miss: lookup.miss,
+            body: self.position(),
+            homes: lookup.homes,
+            first_mark: self.marks.len(),
+        })
+    }
+
+    fn open_member(&mut self, insn: &Insn, member: Member, avoid: u16) -> Result<Open, String> {
+        let group = self.plan.groups[member.group];
+        if group.head == self.at {
+            let address = Address::Group(&group);
+            let lookup =
+                self.look_up(insn, address, group.bytes, group.write, avoid | group.used)?;
+            self.pinned |= 1 << lookup.register;
+            self.pins[member.group] = lookup.register;
+            let kind = Kind::Group(Shared {
+                size: group.bytes as u16,
+                write: group.write,
+                retry: self.address(lookup.retry),
+                steps: (group.last - group.head + 1) as u16,
+            });
+            let here = std::mem::replace(&mut self.homes, lookup.homes);
+            let site = self.add_site(insn.instr.ip(), kind);
+            self.homes = here;
+            let disp = self.tlb(group.write);
+            let Lookup {
+                register,
+                table,
+                miss,
+                ..
+            } = lookup;
+            self.cold.push(Cold::Group {
+                site,
+                miss,
+                register,
+                table,
+                disp,
+            });
+        }
+        let register = self.pins[member.group];
+        self.busy = avoid | 1 << register;
+        Ok(Open {
+            register,
+            offset: member.offset,
+            grouped: true,
+            table: register,
+            ip: insn.instr.ip(),
+            size: group.bytes,
+            write: group.write,
+            read: !group.write,
+            stack: false,
+            aligned: false,
+            disp: 0,
+            retry: 0,
+            miss: 0,
+            body: self.position(),
+            homes: self.homes,
+            first_mark: self.marks.len(),
+        })
+    }
+
+    /// Emits an address and its lookup into a scratch register.
+    fn look_up(
+        &mut self,
+        insn: &Insn,
+        address: Address<'_>,
+        size: u32,
+        write: bool,
+        avoid: u16,
+    ) -> Result<Lookup, String> {
         if insn.live_in != 0 && !self.homes.lazy {
-            self.save_flags();
+            self.save_flags(avoid);
             self.need(insn.reads);
         }
         let register = self.take(avoid, insn);
         let table = self.take(avoid | 1 << register, insn);
+        self.busy = avoid | 1 << register;
         let homes = self.homes;
         let retry = self.position();
         let stack = self.address_into(address, register, table, size)?;
@@ -175,26 +315,28 @@ impl Lower<'_> {
         let miss = self.position();
         self.asm.push_i32(0);
         dynasm!(self.asm ; .arch x64 ; add Rq(register), [Rq(table) + disp + 8]);
-        Ok(Open {
+        Ok(Lookup {
             register,
             table,
-            ip: insn.instr.ip(),
-            size,
-            write,
-            read: !write || insn.memory.is_some_and(|memory| memory.read),
             stack,
-            disp,
+            homes,
             retry,
             miss,
-            body: self.position(),
-            homes,
-            first_mark: self.marks.len(),
         })
     }
 
     /// Ends the body. `next_ip` is where the guest goes on if nothing of the instruction is left
     /// but to move RSP by `rsp`.
     pub(super) fn close(&mut self, open: Open, next_ip: Option<u64>, rsp: i32) {
+        self.busy = 0;
+        if open.grouped {
+            let done = self.plan.members[self.at]
+                .is_some_and(|member| self.plan.groups[member.group].last == self.at);
+            if done {
+                self.pinned &= !(1 << open.register);
+            }
+            return;
+        }
         let body = self.asm.ops[open.body..].to_vec();
         let marks = self.marks[open.first_mark..]
             .iter()
@@ -209,6 +351,19 @@ impl Lower<'_> {
             rsp,
             open,
         }));
+    }
+
+    /// Hands the address of a lookup that missed to the runtime.
+    pub(super) fn cold_group(&mut self, site: usize, miss: usize, registers: [u8; 2], disp: i32) {
+        self.bind(miss, self.position());
+        let [register, table] = registers;
+        let ea = self.layout.slot(offset_of!(Context, ea));
+        dynasm!(self.asm
+            ; .arch x64
+            ; add Rq(register), [Rq(table) + disp]
+            ; mov [ea], Rq(register)
+        );
+        self.exit_through(site, 0);
     }
 
     pub(super) fn cold_memory(&mut self, pending: Pending) {
@@ -240,6 +395,7 @@ impl Lower<'_> {
             after,
             read: open.read,
             stack: open.stack,
+            aligned: open.aligned,
             next_ip,
             rsp,
         };
@@ -286,12 +442,26 @@ impl Lower<'_> {
                 dynasm!(self.asm ; .arch x64 ; mov Rq(register), rbp);
                 (Register::SS, narrow)
             }
-            Address::Operand(instr, by) => (
-                instr.memory_segment(),
-                self.operand_address(instr, by, register)?,
-            ),
+            Address::Group(group) => {
+                let mut lea = Instruction::new();
+                lea.set_code(Code::Lea_r64_m);
+                lea.set_op0_kind(OpKind::Register);
+                lea.set_op0_register(gpr64(register));
+                lea.set_op1_kind(OpKind::Memory);
+                lea.set_memory_base(group.base);
+                lea.set_memory_index(group.index);
+                lea.set_memory_index_scale(group.scale);
+                lea.set_memory_displacement64(group.low as u64);
+                lea.set_memory_displ_size(u32::from(group.low != 0));
+                self.encode(&lea)?;
+                (Register::DS, false)
+            }
+            Address::Operand(instr, by) => {
+                self.operand_address(instr, by, register)?;
+                (data_segment(instr, self.mode.bits), false)
+            }
             Address::Bits(instr, offset) => {
-                let truncate = self.operand_address(instr, 0, register)?;
+                self.operand_address(instr, 0, register)?;
                 let number = offset.full_register().number() as u8;
                 match size {
                     2 => dynasm!(self.asm
@@ -313,7 +483,10 @@ impl Lower<'_> {
                         ; lea Rq(register), [Rq(register) + 8 * Rq(scratch)]
                     ),
                 }
-                (instr.memory_segment(), truncate)
+                (
+                    data_segment(instr, self.mode.bits),
+                    address_bits(instr, self.mode.bits) == 32,
+                )
             }
         };
         let index = match segment {
@@ -337,13 +510,13 @@ impl Lower<'_> {
         Ok(index == 2)
     }
 
-    /// Emits the offset part of a memory operand. Returns true if it still has to be cut to 32 bits.
+    /// Emits the offset part of a memory operand, cut to 32 bits if it has no more.
     fn operand_address(
         &mut self,
         instr: &Instruction,
         by: i64,
         register: u8,
-    ) -> Result<bool, String> {
+    ) -> Result<(), String> {
         let narrow = address_bits(instr, self.mode.bits) == 32;
         let no_register = instr.memory_base() == Register::None
             && instr.memory_index() == Register::None
@@ -351,7 +524,7 @@ impl Lower<'_> {
         if no_register {
             let offset = instr.memory_displacement64().wrapping_add(by as u64);
             self.load_constant(register, if narrow { offset & 0xffff_ffff } else { offset });
-            return Ok(false);
+            return Ok(());
         }
         let code = if narrow {
             Code::Lea_r32_m
@@ -370,8 +543,7 @@ impl Lower<'_> {
                 lea.set_memory_displ_size(1);
             }
         }
-        self.encode(&lea)?;
-        Ok(false)
+        self.encode(&lea)
     }
 }
 
@@ -383,6 +555,8 @@ fn address_bits(instr: &Instruction, bits: Bits) -> u32 {
     };
     match register {
         Register::None if bits != Bits::Bits64 => 32,
+        // An address-size prefix and nothing else: iced says so by the displacement's size.
+        Register::None if instr.memory_displ_size() == 4 => 32,
         Register::None => 64,
         Register::EIP => 32,
         register if register.size() == 4 => 32,

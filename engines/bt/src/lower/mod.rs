@@ -6,7 +6,8 @@
 //! own registers, so an instruction without memory operand is copied as it is. Everything that
 //! needs scratch borrows a guest register: its value goes to `Context::spill`, and it comes back
 //! when the guest's code next reads it, not before (`need`). Registers that are overwritten first
-//! never come back. At the end of a block everything is home again, so blocks link freely.
+//! never come back. Where blocks meet, R12 and R13 are borrowed and everything else is home: blocks
+//! link freely, and most accesses find two scratch registers that cost nothing.
 //!
 //! # Memory
 //!
@@ -28,7 +29,7 @@ mod memory;
 mod stack;
 
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
-use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
+use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
 
 use crate::{
@@ -36,6 +37,8 @@ use crate::{
     context::Context,
     cpu::Bits,
     decode::{Class, Decoded, Insn, Mode},
+    fault::{self, Fault},
+    groups::{self, Plan},
     site::{Homes, Ip, Kind, Mark, Site, number},
     stubs::Stubs,
     tlb::tlb_index,
@@ -43,12 +46,15 @@ use crate::{
 
 pub(crate) const RAX: u16 = 1;
 pub(crate) const RSP: u16 = 1 << 4;
+/// Registers that are borrowed wherever blocks meet: the last that compilers hand out.
+pub(crate) const CONTRACT: u16 = 1 << 12 | 1 << 13;
 
 /// Addresses that lowered code refers to, as displacements.
 #[derive(Clone, Copy)]
 pub(crate) struct Layout {
     context: i32,
     doorbell: i32,
+    window: i32,
     tlb: [i32; 4],
     jump: [i32; 2],
     exit: u64,
@@ -59,6 +65,7 @@ impl Layout {
         Layout {
             context: arena.context_disp(),
             doorbell: arena.doorbell() as i32,
+            window: arena.window() as i32,
             tlb: std::array::from_fn(|index| arena.tlb(index) as i32),
             jump: std::array::from_fn(|index| arena.jump(index) as i32),
             exit: stubs.exit,
@@ -89,6 +96,8 @@ impl Layout {
 /// What lowering a block yields.
 pub(crate) struct Lowered {
     pub code: Vec<u8>,
+    /// Offset of the entry for who has the flags in `Context::lazy_flags`.
+    pub lazy_entry: u32,
     pub sites: Vec<Site>,
     pub marks: Vec<Mark>,
     pub system: Vec<Instruction>,
@@ -106,6 +115,12 @@ pub(crate) struct Lower<'a> {
     encoder: &'a mut Encoder,
     mode: Mode,
     homes: Homes,
+    /// Borrowed registers that hold something until the access being emitted is done.
+    busy: u16,
+    plan: Plan,
+    /// Registers that hold a group's host address, and which group's.
+    pinned: u16,
+    pins: Vec<u8>,
     sites: Vec<Site>,
     marks: Vec<Mark>,
     system: Vec<Instruction>,
@@ -118,8 +133,21 @@ pub(crate) struct Lower<'a> {
 /// Code to be placed after the block's straight line.
 enum Cold {
     Memory(memory::Pending),
-    Direct { site: usize, patch: usize },
-    Indirect { site: usize, patch: usize },
+    Group {
+        site: usize,
+        miss: usize,
+        register: u8,
+        table: u8,
+        disp: i32,
+    },
+    Direct {
+        site: usize,
+        patch: usize,
+    },
+    Exit {
+        site: usize,
+        patch: usize,
+    },
 }
 
 /// Where a block goes and what its numbers start at.
@@ -128,6 +156,8 @@ pub(crate) struct Place {
     pub block: u32,
     pub first_site: usize,
     pub first_system: usize,
+    /// Accesses may share lookups.
+    pub groups: bool,
 }
 
 /// Lowers `decoded`, whose first byte is `bytes[0]` at `ip`.
@@ -143,6 +173,11 @@ pub(crate) fn lower(
     layout: &Layout,
     encoder: &mut Encoder,
 ) -> Result<Lowered, String> {
+    let plan = if place.groups {
+        groups::plan(&decoded.insns, mode)
+    } else {
+        Plan::apart(decoded.insns.len())
+    };
     let mut lower = Lower {
         asm: SimpleAssembler::new(),
         base: place.base,
@@ -152,7 +187,14 @@ pub(crate) fn lower(
         layout,
         encoder,
         mode,
-        homes: Homes::default(),
+        homes: Homes {
+            spilled: CONTRACT,
+            lazy: false,
+        },
+        busy: 0,
+        pinned: 0,
+        pins: vec![0; plan.groups.len()],
+        plan,
         sites: Vec::new(),
         marks: Vec::new(),
         system: Vec::new(),
@@ -174,13 +216,23 @@ pub(crate) fn lower(
         lower
             .insn(insn, raw)
             .map_err(|error| format!("{error} for `{}` at {:#x}", insn.instr, insn.instr.ip()))?;
+        let shadow = at > 0 && decoded.insns[at - 1].class == Class::Sti;
+        if shadow && !insn.class.ends_block() {
+            lower.interrupt_window(insn.instr.next_ip());
+        }
     }
     if let Some(last) = decoded.insns.last().filter(|last| !last.class.ends_block()) {
         lower.leave(last.live_out != 0);
         lower.direct(last.instr.ip(), last.instr.next_ip());
     }
     lower.cold();
+    let live = decoded
+        .insns
+        .first()
+        .is_some_and(|first| first.live_in != 0);
+    let lazy_entry = if live { lower.lazy_entry() } else { 0 };
     Ok(Lowered {
+        lazy_entry,
         code: lower.asm.finalize(),
         sites: lower.sites,
         marks: lower.marks,
@@ -189,6 +241,19 @@ pub(crate) fn lower(
 }
 
 impl Lower<'_> {
+    /// An entry that brings the flags home first.
+    fn lazy_entry(&mut self) -> u32 {
+        let position = self.position() as u32;
+        self.homes = Homes {
+            spilled: CONTRACT,
+            lazy: true,
+        };
+        self.restore_flags(0);
+        let start = self.base;
+        self.jump_to(0xe9, start);
+        position
+    }
+
     fn insn(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
         match insn.class {
             Class::Nop => Ok(()),
@@ -196,9 +261,16 @@ impl Lower<'_> {
             Class::Lea => self.lea(insn),
             Class::Memory => self.memory(insn),
             Class::BitString => self.bit_string(insn),
+            Class::MaskedMove => self.masked_move(insn),
             Class::Push => self.push(insn),
             Class::Pop => self.pop(insn),
             Class::Leave => self.leave_frame(insn),
+            Class::Cli | Class::Sti => {
+                let flag = self.layout.slot(offset_of!(Context, interrupt_flag));
+                let enabled = i32::from(insn.class == Class::Sti);
+                dynasm!(self.asm ; .arch x64 ; mov QWORD [flag], enabled);
+                Ok(())
+            }
             Class::Jump => {
                 self.jump(insn);
                 Ok(())
@@ -222,7 +294,41 @@ impl Lower<'_> {
         }
     }
 
+    /// The place after an sti's shadow where a waiting interrupt gets in: a store to a page that is
+    /// taken away while one waits.
+    fn interrupt_window(&mut self, next_ip: u64) {
+        self.mark(Ip::At(next_ip));
+        dynasm!(self.asm ; .arch x64 ; mov [self.layout.window], eax);
+    }
+
+    /// A divisor of zero is common enough as an operation (it is how kernels and benchmarks raise
+    /// #DE) to be worth a test: a host fault costs some 3 µs.
+    fn check_divisor(&mut self, insn: &Insn) {
+        if insn.live_out != 0 && !self.homes.lazy {
+            self.save_flags(0);
+        }
+        let divisor = insn.instr.op0_register();
+        let number = divisor.full_register().number() as u8;
+        self.need(insn.reads);
+        match divisor.size() {
+            8 => dynasm!(self.asm ; .arch x64 ; test Rq(number), Rq(number)),
+            4 => dynasm!(self.asm ; .arch x64 ; test Rd(number), Rd(number)),
+            2 => dynasm!(self.asm ; .arch x64 ; test Rw(number), Rw(number)),
+            // Byte registers come in two kinds; those go the long way.
+            _ => return,
+        }
+        self.asm.extend([0x0f, 0x84]);
+        let patch = self.position();
+        self.asm.push_i32(0);
+        let fault = Kind::Fault(Fault::plain(fault::DE));
+        let site = self.add_site(insn.instr.ip(), fault);
+        self.cold.push(Cold::Exit { site, patch });
+    }
+
     fn plain(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
+        if matches!(insn.instr.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
+            self.check_divisor(insn);
+        }
         self.flags_for(insn);
         self.need(insn.reads);
         self.mark(Ip::At(insn.instr.ip()));
@@ -279,7 +385,7 @@ impl Lower<'_> {
     /// as they were.
     fn flags_for(&mut self, insn: &Insn) {
         if self.homes.lazy && needs_flags(insn) {
-            self.restore_flags();
+            self.restore_flags(self.busy);
         }
     }
 
@@ -305,7 +411,7 @@ impl Lower<'_> {
     /// wanted latest.
     fn take(&mut self, avoid: u16, insn: &Insn) -> u8 {
         // The flags move through RAX; while they may move, nothing else lives there.
-        let mut avoid = avoid | insn.used() | RSP;
+        let mut avoid = avoid | insn.used() | RSP | self.pinned;
         if insn.live_in != 0 {
             avoid |= RAX;
         }
@@ -330,20 +436,22 @@ impl Lower<'_> {
         register
     }
 
-    /// Moves live flags out of the way of a table lookup.
-    fn save_flags(&mut self) {
-        self.spill(0);
+    /// Moves live flags out of the way of a table lookup, by way of RAX, whose value waits in a
+    /// borrowed register outside `busy`.
+    fn save_flags(&mut self, busy: u16) {
+        let keeper = self.keep_rax(busy);
         dynasm!(self.asm
             ; .arch x64
             ; lahf
             ; seto al
             ; mov [self.layout.lazy_flags()], rax
         );
+        self.give_rax_back(keeper);
         self.homes.lazy = true;
     }
 
-    fn restore_flags(&mut self) {
-        self.spill(0);
+    fn restore_flags(&mut self, busy: u16) {
+        let keeper = self.keep_rax(busy);
         // 1 + 127 overflows a signed byte and 0 + 127 doesn't.
         dynasm!(self.asm
             ; .arch x64
@@ -351,16 +459,48 @@ impl Lower<'_> {
             ; add al, 127
             ; sahf
         );
+        self.give_rax_back(keeper);
         self.homes.lazy = false;
     }
 
-    /// Everything home, for leaving the block; flags only if somebody reads them.
+    /// Makes RAX free for the flags. Without a borrowed register to keep it in it is borrowed
+    /// itself, and comes back when needed.
+    fn keep_rax(&mut self, busy: u16) -> Option<u8> {
+        if self.homes.spilled & RAX != 0 {
+            return None;
+        }
+        let idle = self.homes.spilled & !busy & !self.pinned;
+        if idle == 0 {
+            self.spill(0);
+            return None;
+        }
+        let keeper = 15 - idle.leading_zeros() as u8;
+        dynasm!(self.asm ; .arch x64 ; mov Rq(keeper), rax);
+        Some(keeper)
+    }
+
+    fn give_rax_back(&mut self, keeper: Option<u8>) {
+        if let Some(keeper) = keeper {
+            dynasm!(self.asm ; .arch x64 ; mov rax, Rq(keeper));
+        }
+    }
+
+    /// Everything where the next block expects it; flags only if somebody reads them.
     fn leave(&mut self, flags_live: bool) {
         if self.homes.lazy && flags_live {
-            self.restore_flags();
+            self.restore_flags(0);
         }
         self.homes.lazy = false;
-        self.need(0xffff);
+        self.settle_registers();
+    }
+
+    fn settle_registers(&mut self) {
+        self.need(!CONTRACT);
+        for register in 0..16 {
+            if CONTRACT >> register & 1 == 1 {
+                self.spill(register);
+            }
+        }
     }
 
     fn load_constant(&mut self, register: u8, value: u64) {
@@ -436,7 +576,16 @@ impl Lower<'_> {
         for cold in std::mem::take(&mut self.cold) {
             match cold {
                 Cold::Memory(pending) => self.cold_memory(pending),
-                Cold::Direct { site, patch } | Cold::Indirect { site, patch } => {
+                Cold::Group {
+                    site,
+                    miss,
+                    register,
+                    table,
+                    disp,
+                } => {
+                    self.cold_group(site, miss, [register, table], disp);
+                }
+                Cold::Direct { site, patch } | Cold::Exit { site, patch } => {
                     self.bind(patch, self.position());
                     let here = self.address(self.position());
                     if let Kind::Direct { stub, .. } = &mut self.sites[site].kind {
@@ -451,6 +600,19 @@ impl Lower<'_> {
     fn tlb(&self, write: bool) -> i32 {
         self.layout.tlb[tlb_index(self.mode.user, write)]
     }
+}
+
+/// Puts settled registers and flags where a block's lazy entry expects them. Returns true if the
+/// host's own flags don't matter: DF, which has no other home, is clear.
+pub(crate) fn lend(context: &mut Context) -> bool {
+    // An entry may take the flags from either place.
+    context.lazy_flags = (context.flags & 0xd5) << 8 | context.flags >> 11 & 1;
+    for register in 0..16 {
+        if CONTRACT >> register & 1 == 1 {
+            context.spill[register] = context.gpr[register];
+        }
+    }
+    context.flags & 1 << 10 == 0
 }
 
 /// True if the body of `insn` wants the host's flags to be the guest's.

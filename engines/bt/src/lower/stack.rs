@@ -5,7 +5,11 @@
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{OpKind, Register};
 
-use super::{Lower, RSP, memory::Address, memory_operand};
+use super::{
+    Lower, RSP,
+    memory::{Address, Open},
+    memory_operand,
+};
 use crate::{
     cpu::Bits,
     decode::{Class, Insn, gpr_bit},
@@ -48,32 +52,32 @@ impl Lower<'_> {
         let open = self.open(insn, Address::Stack(-size), size as u32, true, avoid)?;
         self.need(needed);
         self.mark(Ip::At(insn.instr.ip()));
-        let at = open.register;
+        let (at, off) = (open.register, open.offset);
         match (source, size) {
             (Source::Register(value), 8) => {
-                dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rq(value));
+                dynasm!(self.asm ; .arch x64 ; mov [Rq(at) + off], Rq(value));
             }
             (Source::Register(value), 4) => {
-                dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rd(value));
+                dynasm!(self.asm ; .arch x64 ; mov [Rq(at) + off], Rd(value));
             }
             (Source::Register(value), _) => {
-                dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rw(value));
+                dynasm!(self.asm ; .arch x64 ; mov [Rq(at) + off], Rw(value));
             }
             (Source::Immediate(value), 8) if i64::from(value as i32) == value => {
-                dynasm!(self.asm ; .arch x64 ; mov QWORD [Rq(at)], value as i32);
+                dynasm!(self.asm ; .arch x64 ; mov QWORD [Rq(at) + off], value as i32);
             }
             (Source::Immediate(value), 8) => {
                 dynasm!(self.asm
                     ; .arch x64
-                    ; mov DWORD [Rq(at)], value as i32
-                    ; mov DWORD [Rq(at) + 4], (value >> 32) as i32
+                    ; mov DWORD [Rq(at) + off], value as i32
+                    ; mov DWORD [Rq(at) + off + 4], (value >> 32) as i32
                 );
             }
             (Source::Immediate(value), 4) => {
-                dynasm!(self.asm ; .arch x64 ; mov DWORD [Rq(at)], value as i32);
+                dynasm!(self.asm ; .arch x64 ; mov DWORD [Rq(at) + off], value as i32);
             }
             (Source::Immediate(value), _) => {
-                dynasm!(self.asm ; .arch x64 ; mov WORD [Rq(at)], value as i16);
+                dynasm!(self.asm ; .arch x64 ; mov WORD [Rq(at) + off], value as i16);
             }
         }
         let next_ip = match insn.class {
@@ -86,8 +90,11 @@ impl Lower<'_> {
             | Class::Nop
             | Class::Lea
             | Class::BitString
+            | Class::MaskedMove
             | Class::Pop
             | Class::Leave
+            | Class::Cli
+            | Class::Sti
             | Class::Jump
             | Class::JumpIndirect
             | Class::Branch
@@ -121,7 +128,7 @@ impl Lower<'_> {
                 4 => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rd(value)),
                 _ => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rw(value)),
             }
-            self.close(open, None, 0);
+            self.close(open, Some(insn.instr.next_ip()), size);
             self.move_rsp(size);
             return Ok(());
         }
@@ -140,11 +147,11 @@ impl Lower<'_> {
         let open = self.open(insn, Address::Stack(0), size as u32, false, gpr_bit(target))?;
         self.need(insn.reads);
         self.mark(Ip::At(insn.instr.ip()));
-        let at = open.register;
+        let (at, off) = (open.register, open.offset);
         match size {
-            8 => dynasm!(self.asm ; .arch x64 ; mov Rq(number), [Rq(at)]),
-            4 => dynasm!(self.asm ; .arch x64 ; mov Rd(number), [Rq(at)]),
-            _ => dynasm!(self.asm ; .arch x64 ; mov Rw(number), [Rq(at)]),
+            8 => dynasm!(self.asm ; .arch x64 ; mov Rq(number), [Rq(at) + off]),
+            4 => dynasm!(self.asm ; .arch x64 ; mov Rd(number), [Rq(at) + off]),
+            _ => dynasm!(self.asm ; .arch x64 ; mov Rw(number), [Rq(at) + off]),
         }
         self.homes.spilled &= !(1 << number);
         self.close(open, None, 0);
@@ -176,19 +183,25 @@ impl Lower<'_> {
         avoid: u16,
     ) -> Result<u8, String> {
         self.need(insn.reads);
-        let value = self.take(avoid, insn);
-        let open = self.open(insn, address, size as u32, false, avoid | 1 << value)?;
-        self.load_body(insn, value, open.register, size);
+        let open = self.open(insn, address, size as u32, false, avoid)?;
+        // The address has served: the value takes its place.
+        let value = open.register;
+        self.load_body(insn, value, &open, size);
         self.close(open, None, 0);
+        debug_assert!(
+            self.pinned >> value & 1 == 0,
+            "a group outlives this instruction"
+        );
         Ok(value)
     }
 
-    fn load_body(&mut self, insn: &Insn, value: u8, at: u8, size: i32) {
+    fn load_body(&mut self, insn: &Insn, value: u8, open: &Open, size: i32) {
+        let (at, off) = (open.register, open.offset);
         self.mark(Ip::At(insn.instr.ip()));
         match size {
-            8 => dynasm!(self.asm ; .arch x64 ; mov Rq(value), [Rq(at)]),
-            4 => dynasm!(self.asm ; .arch x64 ; mov Rd(value), [Rq(at)]),
-            _ => dynasm!(self.asm ; .arch x64 ; movzx Rd(value), WORD [Rq(at)]),
+            8 => dynasm!(self.asm ; .arch x64 ; mov Rq(value), [Rq(at) + off]),
+            4 => dynasm!(self.asm ; .arch x64 ; mov Rd(value), [Rq(at) + off]),
+            _ => dynasm!(self.asm ; .arch x64 ; movzx Rd(value), WORD [Rq(at) + off]),
         }
     }
 
@@ -204,7 +217,7 @@ impl Lower<'_> {
         let value = self.take(avoid, insn);
         let address = Address::Operand(&insn.instr, 0);
         let open = self.open(insn, address, size as u32, false, avoid | 1 << value)?;
-        self.load_body(insn, value, open.register, size);
+        self.load_body(insn, value, &open, size);
         if let Some(slot) = slot {
             dynasm!(self.asm ; .arch x64 ; mov [slot], Rq(value));
         }
@@ -241,16 +254,17 @@ impl Lower<'_> {
         Ok(())
     }
 
-    /// Pops the return address into `Context::target`, and `extra` bytes more.
-    pub(super) fn pop_return(&mut self, insn: &Insn, extra: i32) -> Result<(), String> {
+    /// Pops the return address into `Context::target` and a borrowed register, and `extra` bytes
+    /// more.
+    pub(super) fn pop_return(&mut self, insn: &Insn, extra: i32) -> Result<u8, String> {
         let size = self.return_size();
         let value = self.load_stack(insn, Address::Stack(0), size, 0)?;
         dynasm!(self.asm ; .arch x64 ; mov [self.layout.target()], Rq(value));
         self.move_rsp(size + extra);
-        Ok(())
+        Ok(value)
     }
 
-    fn return_size(&self) -> i32 {
+    pub(super) fn return_size(&self) -> i32 {
         if self.mode.bits == Bits::Bits64 { 8 } else { 4 }
     }
 

@@ -107,6 +107,7 @@ impl Core {
             self.cpu.efer &= !EFER_LMA;
         }
         self.cpu.cr0 = value;
+        self.mode = None;
         if (old ^ value) & (CR0_PG | CR0_PE | crate::cpu::CR0_WP) != 0 {
             self.flush();
         }

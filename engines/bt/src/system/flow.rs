@@ -8,7 +8,7 @@ use crate::{
     core::{Cause, Core},
     cpu::{
         Bits, EFER_SCE, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM,
-        Seg,
+        Seg, canonical,
     },
     fault::{self, Fault},
 };
@@ -25,27 +25,24 @@ fn flat(selector: u16, attributes: u16) -> Segment {
     }
 }
 
-fn canonical(address: u64) -> bool {
-    (address as i64) << 16 >> 16 == address as i64
-}
-
 impl Core {
     pub(super) fn flow(&mut self, instr: &Instruction) -> Result<Step, Trap> {
         use Mnemonic::*;
         match instr.mnemonic() {
             Int | Int3 | Int1 => {
-                let vector = match instr.mnemonic() {
-                    Int => instr.immediate8(),
-                    Int3 => fault::BP,
-                    _ => fault::DB,
+                // int1 counts as hardware's: the gate's DPL doesn't matter (SDM 2A, INT n).
+                let (vector, cause) = match instr.mnemonic() {
+                    Int => (instr.immediate8(), Cause::Software),
+                    Int3 => (fault::BP, Cause::Software),
+                    _ => (fault::DB, Cause::External),
                 };
-                self.software_interrupt(vector, instr.next_ip())?;
+                self.software_interrupt(vector, cause, instr.next_ip())?;
             }
             Into => {
                 if self.rflags() & 1 << 11 == 0 {
                     return Ok(Step::Next);
                 }
-                self.software_interrupt(fault::OF, instr.next_ip())?;
+                self.software_interrupt(fault::OF, Cause::Software, instr.next_ip())?;
             }
             Iretd | Iretq => self.iret(instr)?,
             Syscall => self.syscall(instr)?,
@@ -58,9 +55,9 @@ impl Core {
     }
 
     /// RIP in the frame is the next instruction's, but a fault on the way is this one's.
-    fn software_interrupt(&mut self, vector: u8, next_ip: u64) -> Result<(), Fault> {
+    fn software_interrupt(&mut self, vector: u8, cause: Cause, next_ip: u64) -> Result<(), Fault> {
         let ip = std::mem::replace(&mut self.rip, next_ip);
-        self.deliver(vector, None, Cause::Software)
+        self.deliver(vector, None, cause)
             .inspect_err(|_| self.rip = ip)
     }
 

@@ -15,8 +15,9 @@ use engine_core::ExitReason;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use crate::{
-    core::{Core, Shutdown},
+    core::{Core, Flushed, Shutdown},
     cpu::{Bits, CR4_TSD, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, Seg},
+    decode::data_segment,
     fault::{self, Fault},
     mmu::Access,
 };
@@ -272,8 +273,11 @@ impl Core {
             Clts => self.set_cr0(self.cpu.cr0 & !crate::cpu::CR0_TS)?,
             Invlpg => {
                 let address = self.operand_address(instr);
-                self.mmu.invalidate(address);
-                self.flushed = true;
+                let span = self.mmu.invalidate(address);
+                self.flushed = match self.flushed {
+                    Flushed::Nothing => Flushed::Page(span),
+                    Flushed::Page(_) | Flushed::Everything => Flushed::Everything,
+                };
             }
             Invd | Wbinvd => {}
             Rdmsr => {
@@ -293,6 +297,8 @@ impl Core {
             Xlatb => {
                 let index = self.gpr(0) & 0xff;
                 let base = self.gpr(3).wrapping_add(index);
+                let narrow = instr.memory_base() == Register::EBX;
+                let base = if narrow { base & 0xffff_ffff } else { base };
                 let address = self.linear(base, instr.memory_segment());
                 let value = self.load(address, 1)?;
                 self.set_gpr_sized(0, value, 1);
@@ -300,6 +306,7 @@ impl Core {
             Iretd | Iretq | Syscall | Sysret | Sysretq | Int | Int3 | Int1 | Into | Jmp | Call
             | Retf | Sysenter | Sysexit | Sysexitq => return self.flow(instr),
             Enter => self.enter(instr)?,
+            Leave => self.leave_narrow()?,
             _ => return Err(Trap::Unsupported("not implemented".into())),
         }
         Ok(Step::Next)
@@ -310,11 +317,9 @@ impl Core {
             return Err(Fault::gp());
         }
         if set {
-            self.cpu.shadow = !self.cpu.interrupts_enabled();
-            self.cpu.flags |= FLAG_IF;
-        } else {
-            self.cpu.flags &= !FLAG_IF;
+            self.cpu.shadow = !self.interrupts_enabled();
         }
+        self.set_interrupts(set);
         Ok(())
     }
 
@@ -344,21 +349,58 @@ impl Core {
         Ok(())
     }
 
+    /// SDM 2A, ENTER. RSP and RBP change at the end alone, so a fault leaves them.
     fn enter(&mut self, instr: &Instruction) -> Result<(), Trap> {
         let level = instr.immediate8_2nd() & 31;
-        if level != 0 {
-            return Err(Trap::Unsupported("nested enter".into()));
-        }
-        let size: u32 = if self.cpu.bits() == Bits::Bits64 {
-            8
-        } else {
-            4
+        let wide = self.cpu.bits() == Bits::Bits64;
+        let size: u32 = match instr.code() {
+            iced_x86::Code::Enterw_imm16_imm8 => 2,
+            _ if wide => 8,
+            _ => 4,
         };
-        let frame = self.gpr(4).wrapping_sub(size.into());
-        self.push(self.gpr(5), size)?;
+        let step = u64::from(size);
+        let user = self.user();
+        let mut down = 0u64;
+        let mut push = |core: &mut Core, value: u64| {
+            down = down.wrapping_sub(step);
+            let address = core.stack_address(down);
+            core.write(address, &value.to_le_bytes()[..size as usize], user)
+                .map_err(on_stack)?;
+            Ok::<u64, Fault>(down)
+        };
+        let frame = push(self, self.gpr(5))?;
+        let frame = self.gpr(4).wrapping_add(frame);
+        let mut outer = self.gpr(5);
+        for _ in 1..level {
+            outer = outer.wrapping_sub(step);
+            let at = if wide { outer } else { outer & 0xffff_ffff };
+            let value = self
+                .load(self.linear(at, Register::SS), size)
+                .map_err(on_stack)?;
+            push(self, value)?;
+        }
+        if level > 0 {
+            push(self, frame)?;
+        }
+        let down = down.wrapping_sub(instr.immediate16().into());
+        // The new top of the stack has to be writable, whether anything goes there or not.
+        self.probe_write(self.stack_address(down), size)
+            .map_err(on_stack)?;
         self.set_gpr_sized(5, frame, size);
-        let rsp = self.gpr(4).wrapping_sub(instr.immediate16().into());
-        self.set_gpr_sized(4, rsp, size);
+        self.pop_bytes(down);
+        Ok(())
+    }
+
+    /// leave with a 16-bit operand: the rest of RBP stays.
+    fn leave_narrow(&mut self) -> Result<(), Fault> {
+        let wide = self.cpu.bits() == Bits::Bits64;
+        let frame = self.gpr(5);
+        let at = if wide { frame } else { frame & 0xffff_ffff };
+        let value = self
+            .load(self.linear(at, Register::SS), 2)
+            .map_err(on_stack)?;
+        self.set_gpr_sized(4, frame.wrapping_add(2), if wide { 8 } else { 4 });
+        self.set_gpr_sized(5, value, 2);
         Ok(())
     }
 
@@ -458,6 +500,7 @@ impl Core {
         } else {
             let size = instr.memory_size().size().min(8) as u32;
             self.load(self.operand_address(instr), size)
+                .map_err(|fault| self.on_operand(instr, fault))
         }
     }
 
@@ -472,6 +515,16 @@ impl Core {
             let address = self.operand_address(instr);
             let user = self.user();
             self.write(address, &(value as u16).to_le_bytes(), user)
+                .map_err(|fault| self.on_operand(instr, fault))
+        }
+    }
+
+    /// What a fault becomes in the segment of the memory operand.
+    fn on_operand(&self, instr: &Instruction, fault: Fault) -> Fault {
+        if data_segment(instr, self.cpu.bits()) == Register::SS {
+            on_stack(fault)
+        } else {
+            fault
         }
     }
 
@@ -484,6 +537,7 @@ impl Core {
     /// Reads the stack at RSP plus `offset`.
     fn peek(&self, offset: u64, size: u32) -> Result<u64, Fault> {
         self.load(self.stack_address(offset), size)
+            .map_err(on_stack)
     }
 
     fn pop_bytes(&mut self, bytes: u64) {
@@ -499,7 +553,8 @@ impl Core {
     fn push(&mut self, value: u64, size: u32) -> Result<(), Fault> {
         let address = self.stack_address(0u64.wrapping_sub(size.into()));
         let user = self.user();
-        self.write(address, &value.to_le_bytes()[..size as usize], user)?;
+        self.write(address, &value.to_le_bytes()[..size as usize], user)
+            .map_err(on_stack)?;
         self.pop_bytes(0u64.wrapping_sub(size.into()));
         Ok(())
     }
@@ -514,6 +569,15 @@ impl Core {
                 .walk(&self.cpu, last & !0xfff, Access::Write, user)?;
         }
         Ok(())
+    }
+}
+
+/// What a fault becomes where the stack segment is used: #SS for addresses that aren't canonical.
+pub(crate) fn on_stack(fault: Fault) -> Fault {
+    if fault.vector == fault::GP {
+        Fault::selector(fault::SS, 0)
+    } else {
+        fault
     }
 }
 

@@ -12,6 +12,9 @@ use crate::{core::Core, fault::Fault, mmu::Access};
 /// Elements done before the instruction is handed back.
 const BATCH: u64 = 64 * 1024;
 
+/// CF PF AF ZF SF OF.
+const ARITHMETIC: u64 = 0x8d5;
+
 /// Address size and direction of one string instruction.
 struct Form {
     size: u32,
@@ -25,10 +28,17 @@ struct Form {
 impl Core {
     pub(super) fn string(&mut self, instr: &Instruction) -> Result<Step, Trap> {
         let form = self.form(instr);
+        use Mnemonic::*;
+        if form.repeats && form.address_bytes == 4 && self.cpu.long() {
+            // Processors cut the registers to 32 bits before anything else happens, as shows in
+            // faults and in counts of zero: RCX always, the others for movs and stos.
+            let fills = matches!(instr.mnemonic(), Stosb | Stosw | Stosd | Stosq);
+            let copies = matches!(instr.mnemonic(), Movsb | Movsw | Movsd | Movsq);
+            self.advance(&form, copies, copies || fills, 0);
+        }
         if form.repeats && self.gpr(1) & form.mask == 0 {
             return Ok(Step::Next);
         }
-        use Mnemonic::*;
         match instr.mnemonic() {
             Movsb | Movsw | Movsd | Movsq => self.copy(&form),
             Stosb | Stosw | Stosd | Stosq => self.fill(&form),
@@ -50,8 +60,9 @@ impl Core {
             Cmpsb | Cmpsw | Cmpsd | Cmpsq => {
                 let while_equal = instr.has_repe_prefix();
                 self.each(&form, |core, form| {
-                    let left = core.load(core.source(form), form.size)?;
+                    // In this order, as shows when both operands fault.
                     let right = core.load(core.destination(form), form.size)?;
+                    let left = core.load(core.source(form), form.size)?;
                     core.advance(form, true, true, 1);
                     Ok(core.compare(left, right, form.size) == while_equal)
                 })
@@ -144,8 +155,11 @@ impl Core {
         form: &Form,
         one: impl Fn(&mut Core, &Form) -> Result<bool, Fault>,
     ) -> Result<Step, Trap> {
+        let flags = self.rflags();
         for _ in 0..BATCH {
-            let again = one(self, form)?;
+            // A fault in the middle of scas or cmps brings back the flags from before the
+            // instruction (SDM 2B, REP).
+            let again = one(self, form).inspect_err(|_| self.set_arithmetic(ARITHMETIC, flags))?;
             if !form.repeats || !again || self.gpr(1) & form.mask == 0 {
                 return Ok(Step::Next);
             }
@@ -154,13 +168,21 @@ impl Core {
     }
 
     /// Elements from `address` to the page's end in the direction of `form`, at most `count`; 0 if
-    /// the first one crosses the page.
-    fn run_length(form: &Form, address: u64, count: u64) -> u64 {
+    /// the first one crosses the page. `index` is the register behind the address: where that wraps
+    /// around the address size, so does the string.
+    fn run_length(form: &Form, address: u64, index: u64, count: u64) -> u64 {
         let size = u64::from(form.size);
         let offset = address & 0xfff;
         if offset + size > 4096 {
             return 0;
         }
+        let index = index & form.mask;
+        let before_wrap = if form.step == size {
+            (form.mask - index) / size
+        } else {
+            index / size
+        };
+        let count = count.min(before_wrap.saturating_add(1));
         let room = if form.step == size {
             (4096 - offset) / size
         } else {
@@ -183,7 +205,7 @@ impl Core {
         let mut done = 0;
         while done < BATCH {
             let address = self.destination(form);
-            let run = Self::run_length(form, address, self.count(form));
+            let run = Self::run_length(form, address, self.gpr(7), self.count(form));
             if run == 0 {
                 let user = self.user();
                 self.write(address, &value[..size], user)?;
@@ -191,7 +213,7 @@ impl Core {
                 done += 1;
             } else {
                 let (low, bytes) = Self::span(form, address, run);
-                let host = self.writable(low, bytes)?;
+                let host = self.writable(address, low, bytes)?;
                 if let Some(host) = host {
                     // SAFETY: `bytes` bytes of RAM within one page.
                     let target = unsafe { std::slice::from_raw_parts_mut(host, bytes) };
@@ -217,16 +239,16 @@ impl Core {
         let mut done = 0;
         while done < BATCH {
             let (from, to) = (self.source(form), self.destination(form));
-            let run = Self::run_length(form, to, self.count(form));
-            let run = Self::run_length(form, from, run);
+            let run = Self::run_length(form, to, self.gpr(7), self.count(form));
+            let run = Self::run_length(form, from, self.gpr(6), run);
             let hosts = if run == 0 {
                 None
             } else {
                 let (low, bytes) = Self::span(form, from, run);
-                let page = self.mmu.walk(&self.cpu, low, Access::Read, self.user())?;
+                let page = self.mmu.walk(&self.cpu, from, Access::Read, self.user())?;
                 let source = self.mmu.host(page.phys | low & 0xfff, bytes as u64);
                 let (low, bytes) = Self::span(form, to, run);
-                let target = self.writable(low, bytes)?;
+                let target = self.writable(to, low, bytes)?;
                 source
                     .zip(target)
                     .map(|(source, target)| (source, target, bytes))
@@ -278,12 +300,12 @@ impl Core {
         (low, bytes as usize)
     }
 
-    /// Host address for writing within one page; the write counts as one to code if it is. None for
-    /// device memory.
-    fn writable(&mut self, address: u64, bytes: usize) -> Result<Option<*mut u8>, Fault> {
+    /// Host address for writing `bytes` from `low` on, within the page of `first`, the element that
+    /// a fault names; the write counts as one to code if it is. None for device memory.
+    fn writable(&mut self, first: u64, low: u64, bytes: usize) -> Result<Option<*mut u8>, Fault> {
         let user = self.user();
-        let page = self.mmu.walk(&self.cpu, address, Access::Write, user)?;
-        let phys = page.phys | address & 0xfff;
+        let page = self.mmu.walk(&self.cpu, first, Access::Write, user)?;
+        let phys = page.phys | low & 0xfff;
         if self.mmu.is_code(phys) {
             self.code_writes.push((phys, bytes as u64));
         }
@@ -308,7 +330,7 @@ impl Core {
             | u64::from(result == 0) << 6
             | sign(result) << 7
             | overflow << 11;
-        self.set_arithmetic(0x8d5, flags);
+        self.set_arithmetic(ARITHMETIC, flags);
         result == 0
     }
 }

@@ -109,6 +109,9 @@ user_directory:
     .globl probe_table
 probe_table:
     .skip 4096
+    .globl storm_table
+storm_table:
+    .skip 4096
     .globl probe_frame_a
 probe_frame_a:
     .skip 4096

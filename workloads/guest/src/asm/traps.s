@@ -1,6 +1,6 @@
 # Trap entries. Every gate switches to an IST stack and masks interrupts.
 #
-# Three paths: the two faults that a nano workload provokes are mended here, with as few
+# Four paths: the faults that nano workloads and the storm provoke are mended here, with as few
 # instructions as it takes; everything else saves all registers and calls trap(). trap() does not
 # return: it resumes whoever called enter_user or guarded last, or reports a crash.
 
@@ -19,7 +19,8 @@ trap_0:
     jmp trap_common
 
 # Page fault. `expected_fault` is the probe page's address while the pgfault workload runs, else
-# an address that never faults.
+# an address that never faults. The first `storm_bytes` from the storm's address on are mapped to
+# the next of its frames at the first touch; see spaces.rs.
     .balign 16
 trap_14:
     push rax
@@ -28,6 +29,24 @@ trap_14:
     jne 1f
     mov rax, [probe_entry_a]
     mov [probe_table], rax
+    inc qword ptr [trap_count]
+    pop rax
+    add rsp, 8
+    iretq
+1:  sub rax, 0x7fa00000
+    cmp rax, [storm_bytes]
+    jae 1f
+    test byte ptr [rsp + 8], 1  # the page was there: no first touch
+    jnz 1f
+    cmp qword ptr [storm_left], 0
+    je 1f
+    dec qword ptr [storm_left]
+    shr rax, 12
+    push rcx
+    mov rcx, [storm_next]
+    mov [storm_table + 8*rax], rcx
+    add qword ptr [storm_next], 4096
+    pop rcx
     inc qword ptr [trap_count]
     pop rax
     add rsp, 8

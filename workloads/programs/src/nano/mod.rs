@@ -9,6 +9,7 @@ pub mod cpuid;
 pub mod cr3_reload;
 pub mod cr8wr;
 pub mod divzero;
+pub mod hypercall;
 pub mod invlpg;
 pub mod pgfault;
 pub mod port_in;
@@ -28,6 +29,8 @@ pub const WORD_B: u64 = 0xbbbb_0000_6666_0002;
 pub enum Operation {
     /// Settles with 0.
     Syscall,
+    /// Settles with 0.
+    Hypercall,
     /// Starts with [`port_in::VALUE`] in the scratch register; settles with 0.
     In,
     /// Settles with what the scratch register reads.
@@ -64,16 +67,17 @@ impl Operation {
     ) -> Result<u64, Refusal> {
         Ok(match self {
             Operation::Syscall => platform.syscalls(iterations)?,
+            Operation::Hypercall => hypercall::calls(platform, iterations),
             Operation::In => port_in::reads(platform, iterations),
             Operation::Out => port_out::writes(platform, iterations),
             Operation::Cpuid => cpuid::reads(platform, iterations),
             Operation::Cr3Reload => cr3_reload::reloads(platform, iterations),
             Operation::Invlpg => invlpg::invalidations(platform, iterations),
-            Operation::PageFault => pgfault::faults(platform, iterations),
-            Operation::DivZero => divzero::faults(platform, iterations),
+            Operation::PageFault => platform.page_faults(iterations)?,
+            Operation::DivZero => platform.divide_errors(iterations)?,
             Operation::CallRet => callret::calls(platform, iterations),
             Operation::Cr8Write => cr8wr::writes(platform, iterations),
-            Operation::PteMod => ptemod::stores(platform, iterations),
+            Operation::PteMod => platform.modify_entries(iterations)?,
             Operation::CliSti => cli_sti::pairs(platform, iterations),
         })
     }

@@ -15,7 +15,7 @@ pub(crate) const WORKLOAD: Workload = Workload {
 };
 
 #[inline(always)]
-pub(super) fn stores<P: Platform>(platform: &mut P, iterations: u64) -> u64 {
+pub(crate) fn stores<P: Platform>(platform: &mut P, iterations: u64) -> u64 {
     for index in 0..iterations {
         platform.modify_entry(index);
     }

@@ -1,0 +1,100 @@
+//! Where everything lies, on the host and in the guest alike, and the states before and after a
+//! sequence.
+//!
+//! All addresses are below 2 GiB, so absolute displacements reach them. Between and around the
+//! pages named here nothing is mapped on either side.
+
+pub(crate) const PAGE: u64 = 4096;
+
+/// Code: one slot for each sequence of a batch, two executable pages and two unmapped ones each.
+pub(crate) const CODE: u64 = 0x1000_0000;
+pub(crate) const SLOTS: usize = 256;
+pub(crate) const SLOT_STRIDE: u64 = 4 * PAGE;
+pub(crate) const SLOT_BYTES: usize = 2 * PAGE as usize;
+
+/// Data, as eight pages of which [`DATA_PAGES`] are mapped.
+pub(crate) const DATA: u64 = 0x2000_0000;
+/// (page number from DATA, writable).
+pub(crate) const DATA_PAGES: [(u64, bool); 6] = [
+    (0, true),
+    (1, true),
+    (2, true),
+    (3, true),
+    (4, false),
+    (6, true),
+];
+pub(crate) const DATA_BYTES: usize = DATA_PAGES.len() * PAGE as usize;
+/// Base of GS.
+pub(crate) const GS_BASE: u64 = DATA + 0x1800;
+
+/// The code that loads a [`Start`], executable.
+pub(crate) const PROLOGUE: u64 = 0x3000_0000;
+/// What it loads from, writable.
+pub(crate) const CONTROL: u64 = 0x3001_0000;
+
+/// Selectors, as Linux gives them to a 64-bit process (arch/x86/include/asm/segment.h).
+pub(crate) const USER_CS: u16 = 0x33;
+pub(crate) const USER_SS: u16 = 0x2b;
+
+/// Arithmetic flags and DF.
+pub(crate) const COMPARED_FLAGS: u64 = 0xcd5;
+
+/// Registers before the first instruction.
+#[repr(C, align(64))]
+#[derive(Clone, Debug)]
+pub(crate) struct Start {
+    /// In the layout of fxsave64.
+    pub(crate) fx: [u8; 512],
+    pub(crate) gpr: [u64; 16],
+    pub(crate) rflags: u64,
+    pub(crate) rip: u64,
+}
+
+/// How a sequence ended: always in an exception.
+#[repr(C, align(64))]
+#[derive(Clone, Debug)]
+pub(crate) struct End {
+    /// In the layout of fxsave64.
+    pub(crate) fx: [u8; 512],
+    pub(crate) gpr: [u64; 16],
+    pub(crate) rflags: u64,
+    pub(crate) rip: u64,
+    pub(crate) vector: u64,
+    pub(crate) error: u64,
+    pub(crate) cr2: u64,
+    /// One of the `OUTCOME_` constants.
+    pub(crate) outcome: u64,
+    pub(crate) memory: [u8; DATA_BYTES],
+}
+
+pub(crate) const OUTCOME_NONE: u64 = 0;
+pub(crate) const OUTCOME_ENDED: u64 = 1;
+/// It made a system call; there is nothing to compare.
+pub(crate) const OUTCOME_SYSTEM_CALL: u64 = 2;
+
+impl End {
+    pub(crate) fn new() -> End {
+        End {
+            fx: [0; 512],
+            gpr: [0; 16],
+            rflags: 0,
+            rip: 0,
+            vector: 0,
+            error: 0,
+            cr2: 0,
+            outcome: OUTCOME_NONE,
+            memory: [0; DATA_BYTES],
+        }
+    }
+}
+
+/// Address of the first byte of a slot.
+pub(crate) fn slot(index: usize) -> u64 {
+    CODE + index as u64 * SLOT_STRIDE
+}
+
+/// Names of general registers in encoding order.
+pub(crate) const GPR: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
+];

@@ -1,0 +1,415 @@
+//! The host's CPU as the oracle: random ring-3 sequences run natively and translated, and end in
+//! the same registers, flags, FPU and SSE state, memory and exception.
+//!
+//! | module | what |
+//! |---|---|
+//! | `table`, `operands`, `families`, `generate` | sequences from seeds |
+//! | `sequence`, `flags` | their encoding, and what their flags are worth |
+//! | `layout`, `prologue` | the pages and states that both sides share |
+//! | `native`, `translated` | the two sides |
+//! | `compare` | differences |
+//!
+//! `TRAPLINE_ORACLE_INSTRUCTIONS` says how many instructions to compare (default 300,000),
+//! `TRAPLINE_ORACLE_SEED` where to start. A failure names the seed of its sequence, which is
+//! shrunk before it is shown: instructions go as long as a difference stays.
+//!
+//! Not compared: flags that the manual leaves undefined; flags that are dead at a fault; the last
+//! x87 instruction's address; sequences that make system calls.
+
+mod compare;
+mod families;
+mod flags;
+mod generate;
+mod layout;
+mod native;
+mod operands;
+mod prologue;
+mod random;
+mod sequence;
+mod table;
+mod translated;
+
+use std::fmt::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use flags::Flags;
+use iced_x86::{Formatter, NasmFormatter};
+use layout::{DATA_BYTES, End, GPR, OUTCOME_SYSTEM_CALL, SLOTS};
+use native::{Lost, Native};
+use random::Random;
+use sequence::{Placed, Sequence};
+use table::Table;
+use translated::Translated;
+
+const DEFAULT_INSTRUCTIONS: u64 = 300_000;
+const DEFAULT_SEED: u64 = 1;
+/// Differences shown before the test gives up.
+const SHOWN: usize = 12;
+
+fn environment(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .ok()
+        .map_or(default, |text| text.parse().expect("a number"))
+}
+
+#[test]
+fn random_sequences_end_as_on_the_host() {
+    let wanted = environment("TRAPLINE_ORACLE_INSTRUCTIONS", DEFAULT_INSTRUCTIONS);
+    let mut bench = Bench::new();
+    let mut seed = environment("TRAPLINE_ORACLE_SEED", DEFAULT_SEED) * 1_000_000_000;
+    let begun = Instant::now();
+    let mut failures: Vec<String> = Vec::new();
+    let mut told = 0;
+    while bench.instructions < wanted && failures.len() < SHOWN {
+        failures.extend(bench.batch(&mut seed));
+        if bench.instructions - told >= 1_000_000 {
+            told = bench.instructions;
+            eprintln!("{}", bench.summary(begun));
+        }
+    }
+    eprintln!("{}", bench.summary(begun));
+    assert!(
+        bench.rejected < bench.sequences,
+        "most sequences were thrown away: the generator is broken"
+    );
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+}
+
+/// Both sides and what was counted.
+struct Bench {
+    table: Table,
+    native: Native,
+    translated: Translated,
+    watch: Watch,
+    sequences: u64,
+    instructions: u64,
+    rejected: u64,
+    vectors: [u64; 32],
+}
+
+struct Job {
+    seed: u64,
+    sequence: Sequence,
+    placed: Placed,
+    flags: Flags,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let native = Native::new();
+        let translated = Translated::new();
+        Bench {
+            table: Table::new(),
+            native,
+            watch: Watch::new(),
+            translated,
+            sequences: 0,
+            instructions: 0,
+            rejected: 0,
+            vectors: [0; 32],
+        }
+    }
+
+    fn summary(&self, begun: Instant) -> String {
+        let seconds = begun.elapsed().as_secs_f64();
+        let mut text = format!(
+            "{} instructions in {} sequences compared in {seconds:.1} s ({:.2} million a minute); \
+             {} thrown away; ends by vector:",
+            self.instructions,
+            self.sequences,
+            self.instructions as f64 / seconds * 60.0 / 1e6,
+            self.rejected,
+        );
+        for (vector, count) in self
+            .vectors
+            .iter()
+            .enumerate()
+            .filter(|(_, count)| **count > 0)
+        {
+            let _ = write!(text, " {vector}: {count}");
+        }
+        text
+    }
+
+    /// Generates, runs and compares one batch from `seed` on.
+    fn batch(&mut self, seed: &mut u64) -> Vec<String> {
+        let template = template(*seed);
+        let mut jobs = Vec::with_capacity(SLOTS);
+        while jobs.len() < SLOTS {
+            *seed += 1;
+            let sequence = generate::sequence(&self.table, *seed);
+            match prepare(&sequence, jobs.len()) {
+                Some((placed, flags)) => jobs.push(Job {
+                    seed: *seed,
+                    sequence,
+                    placed,
+                    flags,
+                }),
+                None => self.rejected += 1,
+            }
+        }
+        let inputs: Vec<_> = jobs
+            .iter()
+            .map(|job| (job.placed.bytes.clone(), job.placed.start.clone()))
+            .collect();
+        self.native.start(&template, &inputs);
+        self.translated.reset();
+        let mut ends = Vec::with_capacity(jobs.len());
+        for (index, job) in jobs.iter().enumerate() {
+            ends.push(self.both_runs(index, &job.placed, &template));
+        }
+        let lost = self.native.finish().err();
+        let mut failures = Vec::new();
+        for (index, (job, end)) in jobs.iter().zip(&ends).enumerate() {
+            match &lost {
+                Some(Lost::Endless(at) | Lost::Died(at)) if index >= *at => break,
+                Some(_) | None => {}
+            }
+            let native = self.native.end(index).clone();
+            if native.outcome == OUTCOME_SYSTEM_CALL {
+                self.rejected += 1;
+                continue;
+            }
+            self.count(job, &native);
+            let found = verdict(&job.placed, &job.flags, &native, end);
+            if !found.is_empty() {
+                failures.push((job.seed, job.sequence.clone()));
+            }
+        }
+        match lost {
+            Some(Lost::Died(at)) => {
+                panic!(
+                    "the native side died at seed {}: {}",
+                    jobs[at].seed,
+                    list(&jobs[at].placed)
+                )
+            }
+            // The rest of the batch is skipped: a loop without an end compares nothing.
+            Some(Lost::Endless(at)) => {
+                eprintln!("seed {} does not end on the host", jobs[at].seed);
+            }
+            None => {}
+        }
+        failures
+            .into_iter()
+            .take(SHOWN)
+            .map(|(seed, sequence)| self.report(seed, sequence, &template))
+            .collect()
+    }
+
+    fn count(&mut self, job: &Job, native: &End) {
+        let code = &job.placed.code;
+        let reached = code
+            .iter()
+            .position(|instr| instr.ip() == native.rip)
+            .map_or(code.len(), |at| at + 1);
+        self.sequences += 1;
+        self.instructions += reached as u64;
+        self.vectors[native.vector as usize & 31] += 1;
+    }
+
+    /// Cold, then with the blocks of the first run in place: the ends must not differ.
+    fn both_runs(
+        &mut self,
+        index: usize,
+        placed: &Placed,
+        template: &[u8; DATA_BYTES],
+    ) -> [Result<End, String>; 2] {
+        self.translated.load_code(index, &placed.bytes);
+        self.watch.run(self.translated.kick_handle());
+        let cold = self.translated.run(&placed.start, template);
+        let warm = self.translated.run(&placed.start, template);
+        self.watch.rest();
+        [cold, warm]
+    }
+
+    /// Differences of one sequence, run alone.
+    fn alone(&mut self, sequence: &Sequence, template: &[u8; DATA_BYTES]) -> Option<Alone> {
+        let (placed, flags) = prepare(sequence, 0)?;
+        let input = (placed.bytes.clone(), placed.start.clone());
+        self.native.start(template, &[input]);
+        self.native.finish().ok()?;
+        let native = self.native.end(0).clone();
+        if native.outcome == OUTCOME_SYSTEM_CALL {
+            return None;
+        }
+        self.translated.reset();
+        let ends = self.both_runs(0, &placed, template);
+        let text = verdict(&placed, &flags, &native, &ends);
+        Some(Alone {
+            placed,
+            native,
+            text,
+        })
+    }
+
+    /// Shrinks a failing sequence and describes it.
+    fn report(&mut self, seed: u64, sequence: Sequence, template: &[u8; DATA_BYTES]) -> String {
+        let fails = |bench: &mut Bench, sequence: &Sequence| {
+            bench
+                .alone(sequence, template)
+                .is_some_and(|alone| !alone.text.is_empty())
+        };
+        let mut sequence = sequence;
+        if !fails(self, &sequence) {
+            return format!("seed {seed}: differs in its batch, not alone\n");
+        }
+        let mut changed = true;
+        while changed {
+            changed = false;
+            let mut at = sequence.items.len();
+            while at > 0 {
+                at -= 1;
+                let shorter = sequence.without(at);
+                if fails(self, &shorter) {
+                    sequence = shorter;
+                    changed = true;
+                }
+            }
+        }
+        let Some(Alone {
+            placed,
+            native,
+            text,
+        }) = self.alone(&sequence, template)
+        else {
+            return format!("seed {seed}: no longer runs\n");
+        };
+        let mut report = format!("seed {seed}:\n{}", list(&placed));
+        let _ = writeln!(
+            report,
+            "  ends natively in vector {} error {:#x} cr2 {:#x} rip {:#x}",
+            native.vector, native.error, native.cr2, native.rip
+        );
+        for (name, value) in GPR.iter().zip(placed.start.gpr) {
+            let _ = write!(report, "  {name}={value:x}");
+        }
+        let _ = writeln!(report, "  rflags={:x}", placed.start.rflags);
+        report.push_str(&text);
+        report
+    }
+}
+
+struct Alone {
+    placed: Placed,
+    native: End,
+    text: String,
+}
+
+fn prepare(sequence: &Sequence, index: usize) -> Option<(Placed, Flags)> {
+    let placed = sequence.place(index)?;
+    let flags = flags::follow(&placed.code)?;
+    Some((placed, flags))
+}
+
+fn verdict(
+    placed: &Placed,
+    flags: &Flags,
+    native: &End,
+    ends: &[Result<End, String>; 2],
+) -> String {
+    let mut text = String::new();
+    for (name, end) in ["cold", "warm"].into_iter().zip(ends) {
+        match end {
+            Ok(end) => {
+                let found = compare::differences(placed, flags, native, end);
+                if !found.is_empty() {
+                    let _ = write!(text, "  {name}:\n{found}");
+                }
+            }
+            Err(what) => {
+                let _ = writeln!(text, "  {name}: {what}");
+            }
+        }
+    }
+    text
+}
+
+fn list(placed: &Placed) -> String {
+    let mut formatter = NasmFormatter::new();
+    let mut text = String::new();
+    let base = placed.code.first().map_or(0, |instr| instr.ip()) & !0xfff;
+    for instr in &placed.code {
+        let mut line = String::new();
+        formatter.format(instr, &mut line);
+        let at = (instr.ip() & 0xfff | instr.ip().wrapping_sub(base) & 0x1000) as usize;
+        let slot_offset = (instr.ip() - layout::CODE) as usize % layout::SLOT_STRIDE as usize;
+        let bytes: String = placed.bytes[slot_offset..slot_offset + instr.len()]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let _ = at;
+        let _ = writeln!(text, "  {:x}  {bytes:24} {line}", instr.ip());
+    }
+    text
+}
+
+fn template(seed: u64) -> [u8; DATA_BYTES] {
+    let mut random = Random::new(seed ^ 0xda7a);
+    let mut data = [0; DATA_BYTES];
+    for word in data.chunks_exact_mut(8) {
+        word.copy_from_slice(&random.value().to_le_bytes());
+    }
+    data
+}
+
+/// Kicks a translated sequence that runs for seconds.
+struct Watch {
+    shared: Arc<Watched>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Watched {
+    /// Counts up with each start and each end; odd while something runs.
+    round: AtomicU64,
+    over: AtomicBool,
+    handle: std::sync::Mutex<Option<engine_core::kick::KickHandle>>,
+}
+
+impl Watch {
+    fn new() -> Watch {
+        let shared = Arc::new(Watched::default());
+        let watched = Arc::clone(&shared);
+        let thread = std::thread::spawn(move || {
+            let mut last = 0;
+            let mut since = Instant::now();
+            while !watched.over.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(100));
+                let round = watched.round.load(Ordering::Acquire);
+                if round != last || round % 2 == 0 {
+                    last = round;
+                    since = Instant::now();
+                } else if since.elapsed() > Duration::from_secs(30)
+                    && let Some(handle) = &*watched.handle.lock().expect("not poisoned")
+                {
+                    handle.kick();
+                }
+            }
+        });
+        Watch {
+            shared,
+            thread: Some(thread),
+        }
+    }
+
+    fn run(&self, handle: engine_core::kick::KickHandle) {
+        *self.shared.handle.lock().expect("not poisoned") = Some(handle);
+        self.shared.round.fetch_add(1, Ordering::Release);
+    }
+
+    fn rest(&self) {
+        self.shared.round.fetch_add(1, Ordering::Release);
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

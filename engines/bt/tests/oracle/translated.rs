@@ -1,0 +1,307 @@
+//! The engine under test: the same sequences in ring 3 of a guest with the same pages.
+//!
+//! The guest is nothing but page tables, descriptor tables and an exception handler per vector,
+//! which saves the FPU state and halts. It is entered by `set_state` at the common prologue.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use bt::{BtVcpu, Options};
+use engine_core::{CpuState, DescriptorTable, Exit, GuestRam, Segment, Vcpu};
+use iced_x86::code_asm::{CodeAssembler, ptr};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::layout::{
+    CONTROL, DATA, DATA_BYTES, DATA_PAGES, End, GS_BASE, OUTCOME_ENDED, PAGE, PROLOGUE, SLOT_BYTES,
+    SLOTS, Start, USER_CS, USER_SS, slot,
+};
+use crate::prologue::prologue;
+
+/// Guest-physical places.
+const TABLES: u64 = 0x10_0000;
+const KERNEL_PHYS: u64 = 0x20_0000;
+const PROLOGUE_PHYS: u64 = 0x30_0000;
+const CONTROL_PHYS: u64 = 0x30_1000;
+const DATA_PHYS: u64 = 0x31_0000;
+const CODE_PHYS: u64 = 0x40_0000;
+const RAM_MIB: u64 = 8;
+
+/// Supervisor pages: IDT, GDT, TSS, handlers, stack, FPU image.
+const KERNEL: u64 = 0x6d5a_3000;
+const KERNEL_PAGES: u64 = 8;
+const IDT: u64 = KERNEL;
+const GDT: u64 = KERNEL + PAGE;
+const TSS: u64 = KERNEL + PAGE + 0x800;
+const HANDLERS: u64 = KERNEL + 2 * PAGE;
+const HANDLER_STRIDE: u64 = 16;
+const FX: u64 = KERNEL + 4 * PAGE;
+const STACK: u64 = KERNEL + 8 * PAGE;
+
+const KERNEL_CS: u16 = 0x10;
+const TSS_SELECTOR: u16 = 0x40;
+
+const PRESENT: u64 = 1;
+const WRITABLE: u64 = 2;
+const USER: u64 = 4;
+const NO_EXECUTE: u64 = 1 << 63;
+
+/// A guest for sequences.
+pub(crate) struct Translated {
+    ram: Arc<GuestRam>,
+    vcpu: BtVcpu,
+    load: u64,
+    /// Next free page for page tables.
+    next_table: u64,
+}
+
+impl Translated {
+    pub(crate) fn new() -> Translated {
+        let ram = engine_core::memory::create(RAM_MIB).expect("guest memory");
+        let vcpu = vcpu(&ram);
+        let prologue = prologue();
+        let mut guest = Translated {
+            ram,
+            vcpu,
+            load: prologue.load,
+            next_table: TABLES + PAGE,
+        };
+        guest.map(PROLOGUE, PROLOGUE_PHYS, USER);
+        guest.map(CONTROL, CONTROL_PHYS, USER | WRITABLE | NO_EXECUTE);
+        for index in 0..SLOTS {
+            for page in 0..SLOT_BYTES as u64 / PAGE {
+                let phys = CODE_PHYS + (index * SLOT_BYTES) as u64 + page * PAGE;
+                guest.map(slot(index) + page * PAGE, phys, USER);
+            }
+        }
+        for (index, (number, writable)) in DATA_PAGES.into_iter().enumerate() {
+            let bits = USER | NO_EXECUTE | if writable { WRITABLE } else { 0 };
+            guest.map(DATA + number * PAGE, DATA_PHYS + index as u64 * PAGE, bits);
+        }
+        for page in 0..KERNEL_PAGES {
+            guest.map(KERNEL + page * PAGE, KERNEL_PHYS + page * PAGE, WRITABLE);
+        }
+        guest.put(PROLOGUE_PHYS, &prologue.code);
+        guest.kernel();
+        guest
+    }
+
+    /// Forgets all translations: code slots may be filled anew.
+    pub(crate) fn reset(&mut self) {
+        self.vcpu = vcpu(&self.ram);
+    }
+
+    /// Puts code into a slot. Nothing of the slot may have been run since the last reset.
+    pub(crate) fn load_code(&mut self, index: usize, code: &[u8]) {
+        self.put(CODE_PHYS + (index * SLOT_BYTES) as u64, code);
+    }
+
+    /// The handle that stops a sequence that does not end.
+    pub(crate) fn kick_handle(&self) -> engine_core::kick::KickHandle {
+        self.vcpu.kick_handle()
+    }
+
+    /// Runs one sequence on this data.
+    ///
+    /// # Errors
+    /// What the engine did instead of delivering an exception.
+    pub(crate) fn run(
+        &mut self,
+        start: &Start,
+        template: &[u8; DATA_BYTES],
+    ) -> Result<End, String> {
+        self.put(DATA_PHYS, template);
+        // SAFETY: `Start` is plain integers without padding that matters; read as bytes.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(
+                std::ptr::from_ref(start).cast::<u8>(),
+                std::mem::size_of::<Start>(),
+            )
+        };
+        self.put(CONTROL_PHYS, bytes);
+        let mut state = self.initial();
+        state.rip = self.load;
+        let vcpu = &mut self.vcpu;
+        let stopped = catch_unwind(AssertUnwindSafe(|| {
+            vcpu.set_state(&state).map_err(|error| error.to_string())?;
+            match vcpu.run().map_err(|error| error.to_string())? {
+                Exit::Hlt => Ok(()),
+                Exit::Interrupted => Err("does not end".to_owned()),
+                other => Err(format!("{other:?}")),
+            }
+        }));
+        stopped.unwrap_or_else(|panic| {
+            let text = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
+            Err(format!("panic: {}", text.unwrap_or_default()))
+        })?;
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<End, String> {
+        let state = self.vcpu.state().map_err(|error| error.to_string())?;
+        let mut end = End::new();
+        end.gpr = state.gpr;
+        end.vector = state.rip.wrapping_sub(HANDLERS) / HANDLER_STRIDE;
+        if end.vector > 255 {
+            return Err(format!("halted at {:#x}", state.rip));
+        }
+        let mut frame = state.gpr[4];
+        if frame >> 12 != (STACK - 1) >> 12 {
+            return Err(format!("handler's stack pointer is {frame:#x}"));
+        }
+        if matches!(end.vector, 8 | 10..=14 | 17 | 21) {
+            end.error = self.word(frame);
+            frame += 8;
+        }
+        end.rip = self.word(frame);
+        let cs = self.word(frame + 8);
+        end.rflags = self.word(frame + 16);
+        end.gpr[4] = self.word(frame + 24);
+        let ss = self.word(frame + 32);
+        if (cs, ss) != (USER_CS.into(), USER_SS.into()) {
+            return Err(format!("frame has cs {cs:#x} and ss {ss:#x}"));
+        }
+        end.cr2 = state.cr2;
+        self.get(FX - KERNEL + KERNEL_PHYS, &mut end.fx);
+        self.get(DATA_PHYS, &mut end.memory);
+        end.outcome = OUTCOME_ENDED;
+        Ok(end)
+    }
+
+    fn initial(&self) -> CpuState {
+        let flat = |selector, attributes| Segment {
+            selector,
+            base: 0,
+            limit: u32::MAX,
+            attributes,
+        };
+        let null = Segment::default();
+        CpuState {
+            rflags: 0x202,
+            segments: [
+                null,
+                flat(USER_CS, 0xa0fb),
+                flat(USER_SS, 0xc0f3),
+                null,
+                null,
+                Segment {
+                    base: GS_BASE,
+                    ..null
+                },
+            ],
+            ldtr: Segment {
+                attributes: 0x82,
+                ..null
+            },
+            tr: Segment {
+                selector: TSS_SELECTOR,
+                base: TSS,
+                limit: 0x67,
+                attributes: 0x8b,
+            },
+            gdtr: DescriptorTable {
+                base: GDT,
+                limit: 0x4f,
+            },
+            idtr: DescriptorTable {
+                base: IDT,
+                limit: 0xfff,
+            },
+            // PE MP ET NE WP PG.
+            cr0: 0x8001_0033,
+            cr3: TABLES,
+            // PAE OSFXSR OSXMMEXCPT.
+            cr4: 0x620,
+            // LME LMA NXE, and no SCE.
+            efer: 0xd00,
+            ..CpuState::default()
+        }
+    }
+
+    fn kernel(&mut self) {
+        let phys = |virt: u64| virt - KERNEL + KERNEL_PHYS;
+        for vector in 0..256u64 {
+            let handler = HANDLERS + vector * HANDLER_STRIDE;
+            // int3 and into may be used by ring 3, as under Linux.
+            let dpl = if matches!(vector, 3 | 4) { 3 } else { 0 };
+            let low = handler & 0xffff
+                | u64::from(KERNEL_CS) << 16
+                | 0x8e00 << 32
+                | dpl << 45
+                | (handler >> 16 & 0xffff) << 48;
+            self.put_word(phys(IDT) + 16 * vector, low);
+            self.put_word(phys(IDT) + 16 * vector + 8, handler >> 32);
+            let mut asm = CodeAssembler::new(64).expect("64-bit code");
+            asm.fxsave64(ptr(FX)).expect("encodable");
+            asm.hlt().expect("encodable");
+            let code = asm.assemble(handler).expect("encodable");
+            assert!(code.len() as u64 <= HANDLER_STRIDE);
+            self.put(phys(handler), &code);
+        }
+        let gdt = [
+            (KERNEL_CS, 0x00af_9b00_0000_ffffu64),
+            (USER_SS, 0x00cf_f300_0000_ffff),
+            (USER_CS, 0x00af_fb00_0000_ffff),
+        ];
+        for (selector, descriptor) in gdt {
+            self.put_word(phys(GDT) + u64::from(selector & !7), descriptor);
+        }
+        self.put_word(phys(TSS) + 4, STACK);
+        // No I/O bitmap.
+        self.put(phys(TSS) + 0x66, &0x68u16.to_le_bytes());
+    }
+
+    fn map(&mut self, virt: u64, phys: u64, bits: u64) {
+        let mut table = TABLES;
+        for level in (1..4).rev() {
+            let at = table + (virt >> (12 + 9 * level) & 0x1ff) * 8;
+            let entry = self.phys_word(at);
+            table = if entry & PRESENT == 0 {
+                let fresh = self.next_table;
+                self.next_table += PAGE;
+                assert!(fresh < KERNEL_PHYS);
+                self.put_word(at, fresh | PRESENT | WRITABLE | USER);
+                fresh
+            } else {
+                entry & 0x000f_ffff_ffff_f000
+            };
+        }
+        self.put_word(table + (virt >> 12 & 0x1ff) * 8, phys | bits | PRESENT);
+    }
+
+    fn put(&mut self, phys: u64, bytes: &[u8]) {
+        self.ram
+            .write_slice(bytes, GuestAddress(phys))
+            .expect("in guest memory");
+    }
+
+    fn put_word(&mut self, phys: u64, value: u64) {
+        self.put(phys, &value.to_le_bytes());
+    }
+
+    fn get(&self, phys: u64, bytes: &mut [u8]) {
+        self.ram
+            .read_slice(bytes, GuestAddress(phys))
+            .expect("in guest memory");
+    }
+
+    fn phys_word(&self, phys: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.get(phys, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    /// A word of the supervisor's pages.
+    fn word(&self, virt: u64) -> u64 {
+        self.phys_word(virt - KERNEL + KERNEL_PHYS)
+    }
+}
+
+fn vcpu(ram: &Arc<GuestRam>) -> BtVcpu {
+    let options = Options {
+        code_cache: 4 << 20,
+    };
+    BtVcpu::new(Arc::clone(ram), options).expect("a vCPU")
+}

@@ -1,0 +1,487 @@
+//! The machine that workloads see: what an unaware kernel does by privileged instruction is done
+//! here by hypercall, and what it does with ring 0's page tables here with a user process's.
+//!
+//! | operation | here |
+//! |---|---|
+//! | `syscall` | a loop in user mode; the kernel is entered and left for each call |
+//! | `hypercall` | fpu_taskswitch, which has nothing to do |
+//! | `in`, `cr8wr` | no meaning: an aware guest has neither ports nor a task priority |
+//! | `out` | the console's doorbell; the value rides along in memory |
+//! | `cpuid` | the instruction, which no one traps |
+//! | `cr3_reload` | mmuext_op NEW_BASEPTR of the current root |
+//! | `invlpg` | mmuext_op INVLPG_LOCAL of the probe page |
+//! | `pgfault` | user mode reads probe page after probe page; the handler maps each with update_va_mapping, and after [`PROBES`] of them one system call and one update_va_mapping take all away |
+//! | `divzero` | in user mode; the handler skips the instruction |
+//! | `callret` | in the kernel |
+//! | `ptemod` | [`PROBES`] entries in use, each changed by an update_va_mapping, in one multicall; then user mode reads all pages and compares, since entries that nobody uses cost nothing to change |
+//! | `cli_sti` | stores to the shared page, and the test of pending events |
+
+use super::{
+    events, hypercall,
+    space::{First, PROBE, PROBES, STORM, Space},
+    tables::{CONSTANTS, entry},
+    upcalls::{DIVISIONS, MENDED, PROBE_ENTRY, STORM_LEFT, STORM_NEXT, STORM_PAGES},
+    user,
+};
+use crate::cpu;
+use abi::hypercall::{MulticallEntry, mmuext};
+use core::{arch::asm, sync::atomic::Ordering::Relaxed};
+use programs::{
+    Kernel, Platform, Refusal,
+    micro::{Micro, PAGE_WORDS, aspace, ctxsw, pfstorm},
+    nano::{Operation, WORD_A, WORD_B, cpuid, syscall},
+};
+
+/// What settling returns once a hypercall has failed: no checksum comes out right.
+const BROKEN: u64 = 0xbad0_bad0_bad0_bad0;
+
+/// The probe pages, as an arena.
+const PROBE_ARENA: (u64, u64) = (PROBE, PROBES * PAGE_WORDS as u64);
+
+/// This machine.
+#[derive(Debug)]
+pub(super) struct Machine {
+    first: First,
+    /// The spaces of ctxsw.
+    spaces: [Option<Space>; ctxsw::MOST],
+    /// Spaces created less spaces destroyed.
+    alive: u64,
+    /// The value of the last `out`.
+    scratch: u8,
+    /// A hypercall of the measured loop has failed, or a page did not show what it should.
+    broken: bool,
+    /// Bit of each probe page whose entry is that of frame B.
+    shown: u64,
+    /// Entries changed since `ptemod` started.
+    changed: u64,
+    queue: [MulticallEntry; PROBES as usize],
+}
+
+impl Machine {
+    /// The machine with this first space.
+    pub(super) fn new(first: First) -> Self {
+        Machine {
+            first,
+            spaces: [const { None }; ctxsw::MOST],
+            alive: 0,
+            scratch: 0,
+            broken: false,
+            shown: 0,
+            changed: 0,
+            queue: [MulticallEntry::default(); PROBES as usize],
+        }
+    }
+
+    /// A probe page's entry for frame A (even) or B (odd).
+    fn probe_entry(&self, which: u64) -> u64 {
+        let [a, b] = self.first.probes;
+        entry(if which & 1 == 0 { a } else { b }, CONSTANTS)
+    }
+
+    #[inline(always)]
+    fn note<T, E>(&mut self, result: Result<T, E>) {
+        self.broken |= result.is_err();
+    }
+
+    /// Reads the first probe page in user mode.
+    fn peek(&mut self) -> u64 {
+        self.peek_page(0)
+    }
+
+    fn peek_page(&mut self, page: u64) -> u64 {
+        let arena = (PROBE + page * 4096, PAGE_WORDS as u64);
+        let word = self.first.call(user::peek, arena, 1, 1);
+        self.note(word);
+        word.unwrap_or(BROKEN)
+    }
+
+    fn unmap_probes(&mut self) {
+        let unmapped = hypercall::update_va_mapping(PROBE, 0, PROBES);
+        self.note(unmapped);
+    }
+
+    /// Brings about the state that an operation starts from, as [`Operation`] documents it.
+    fn start(&mut self, operation: Operation) {
+        self.stop();
+        self.broken = false;
+        MENDED.store(0, Relaxed);
+        match operation {
+            Operation::Cr3Reload | Operation::Invlpg => {
+                self.modify_entry(0);
+                self.peek();
+                // Behind the host's back, as an unaware kernel does it: seen at the next flush.
+                let changed = self.probe_entry(1);
+                self.first.tree.page(PROBE).store(changed, Relaxed);
+            }
+            Operation::PageFault => PROBE_ENTRY.store(self.probe_entry(0), Relaxed),
+            Operation::DivZero => DIVISIONS.store(true, Relaxed),
+            Operation::PteMod => {
+                // Even pages show B, odd ones A: the first batch changes every one.
+                self.changed = 0;
+                self.shown = 0x5555_5555_5555_5555;
+                for page in 0..PROBES {
+                    let entry = self.probe_entry(page + 1);
+                    let mapped = hypercall::update_va_mapping(PROBE + page * 4096, entry, 1);
+                    self.note(mapped);
+                }
+                self.check_probes();
+            }
+            Operation::CliSti => events::mask(),
+            Operation::Syscall
+            | Operation::Hypercall
+            | Operation::In
+            | Operation::Out
+            | Operation::Cpuid
+            | Operation::CallRet
+            | Operation::Cr8Write => {}
+        }
+    }
+
+    /// Faults end the application again; no probe page is mapped; events are masked.
+    fn stop(&mut self) {
+        PROBE_ENTRY.store(0, Relaxed);
+        DIVISIONS.store(false, Relaxed);
+        events::mask();
+        self.unmap_probes();
+    }
+
+    /// Has user mode read all probe pages.
+    fn check_probes(&mut self) {
+        let shows = self.first.call(user::shows, PROBE_ARENA, self.shown, 1);
+        self.broken |= shows != Ok(1);
+    }
+
+    /// Does the operation once.
+    fn trial(&mut self, operation: Operation) -> Result<u64, Refusal> {
+        Ok(match operation {
+            Operation::Syscall => self.syscalls(1)?,
+            Operation::Hypercall => self.hypercall(),
+            Operation::In | Operation::Cr8Write => 0,
+            Operation::Out => {
+                self.port_out(0xa5);
+                self.scratch.into()
+            }
+            Operation::Cpuid => (self.cpuid() & cpuid::ALWAYS).into(),
+            Operation::Cr3Reload => {
+                self.reload_root();
+                self.peek()
+            }
+            Operation::Invlpg => {
+                self.invalidate();
+                self.peek()
+            }
+            Operation::PageFault => self.page_faults(1)?,
+            Operation::DivZero => {
+                self.divide_errors(1)?;
+                MENDED.load(Relaxed)
+            }
+            Operation::CallRet => self.call_return(7),
+            Operation::PteMod => self.modify_entries(2 * PROBES)?,
+            Operation::CliSti => {
+                let works = events::works();
+                self.mask_unmask();
+                (works && events::unmasked()).into()
+            }
+        })
+    }
+
+    fn end_spaces(&mut self) -> Result<(), Refusal> {
+        for slot in &mut self.spaces {
+            if let Some(space) = slot.take() {
+                self.alive -= 1;
+                space.destroy()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What [`Machine::trial`] returns where the operation works, and what is wrong where it returns
+/// anything else.
+fn expectation(operation: Operation) -> (u64, &'static str) {
+    match operation {
+        Operation::Syscall => (
+            syscall::answer(0),
+            "syscall does not return the kernel's answer",
+        ),
+        Operation::Hypercall => (0, "fpu_taskswitch does not answer 0"),
+        Operation::In | Operation::Cr8Write => (0, ""),
+        Operation::Out => (0xa5, "the console has no doorbell"),
+        Operation::Cpuid => (
+            cpuid::ALWAYS.into(),
+            "cpuid lacks features that every long-mode processor has",
+        ),
+        Operation::Cr3Reload => (WORD_B, "NEW_BASEPTR does not flush translations"),
+        Operation::Invlpg => (WORD_B, "INVLPG_LOCAL does not flush the translation"),
+        Operation::PageFault => (WORD_A + 1, "the page fault was not taken once"),
+        Operation::DivZero => (1, "the divide error was not taken once"),
+        Operation::CallRet => (22, "call and ret do not come back"),
+        Operation::PteMod => (2 * PROBES, "changed page-table entries have no effect"),
+        Operation::CliSti => (1, "an event is not taken at its unmasking"),
+    }
+}
+
+impl Platform for Machine {
+    fn arena_words(&self) -> u64 {
+        self.first.words
+    }
+
+    fn compute(&mut self, kernel: Kernel, size: u64, iterations: u64) -> Result<u64, Refusal> {
+        let arena = (super::space::ARENA, self.first.words);
+        self.first.call(kernel, arena, size, iterations)
+    }
+
+    fn arm(&mut self, operation: Operation) -> Result<(), Refusal> {
+        match operation {
+            Operation::In => {
+                return Err(Refusal::Unsupported("an aware guest has no ports to read"));
+            }
+            Operation::Cr8Write => {
+                return Err(Refusal::Unsupported("an aware guest has no task priority"));
+            }
+            Operation::Syscall
+            | Operation::Hypercall
+            | Operation::Out
+            | Operation::Cpuid
+            | Operation::Cr3Reload
+            | Operation::Invlpg
+            | Operation::PageFault
+            | Operation::DivZero
+            | Operation::CallRet
+            | Operation::PteMod
+            | Operation::CliSti => {}
+        }
+        self.start(operation);
+        let (expected, otherwise) = expectation(operation);
+        let tried = self.trial(operation);
+        if tried? != expected || self.broken {
+            self.stop();
+            return Err(Refusal::Broken(otherwise));
+        }
+        self.start(operation);
+        Ok(())
+    }
+
+    fn settle(&mut self, operation: Operation) -> u64 {
+        let left = match operation {
+            Operation::Out => self.scratch.into(),
+            Operation::Cr3Reload | Operation::Invlpg => self.peek(),
+            Operation::PageFault | Operation::DivZero => MENDED.load(Relaxed),
+            Operation::PteMod => {
+                let last = self.changed.wrapping_sub(1);
+                let word = self.peek_page(last % PROBES);
+                // Every second round of the pages shows A where a single page would show B.
+                if (last / PROBES) & 1 == 0 {
+                    word
+                } else {
+                    word ^ WORD_A ^ WORD_B
+                }
+            }
+            Operation::CliSti => events::unmasked().into(),
+            Operation::Syscall
+            | Operation::Hypercall
+            | Operation::In
+            | Operation::Cpuid
+            | Operation::CallRet
+            | Operation::Cr8Write => 0,
+        };
+        self.stop();
+        if self.broken { BROKEN } else { left }
+    }
+
+    fn syscalls(&mut self, iterations: u64) -> Result<u64, Refusal> {
+        self.compute(user::syscalls, 1, iterations)
+    }
+
+    #[inline(always)]
+    fn hypercall(&mut self) -> u64 {
+        hypercall::fpu_taskswitch().unwrap_or(BROKEN)
+    }
+
+    /// Never called: [`Platform::arm`] refuses.
+    fn port_in(&mut self) -> u8 {
+        self.scratch
+    }
+
+    #[inline(always)]
+    fn port_out(&mut self, value: u8) {
+        self.scratch = value;
+        let rung = hypercall::doorbell();
+        self.note(rung);
+    }
+
+    #[inline(always)]
+    fn cpuid(&mut self) -> u32 {
+        cpu::feature_flags()
+    }
+
+    #[inline(always)]
+    fn reload_root(&mut self) {
+        let reloaded = hypercall::mmuext(mmuext::NEW_BASEPTR, self.first.tree.root.0);
+        self.note(reloaded);
+    }
+
+    #[inline(always)]
+    fn invalidate(&mut self) {
+        let flushed = hypercall::mmuext(mmuext::INVLPG_LOCAL, PROBE);
+        self.note(flushed);
+    }
+
+    fn page_fault(&mut self) -> u64 {
+        let word = self.peek();
+        self.unmap_probes();
+        word.wrapping_add(MENDED.load(Relaxed))
+    }
+
+    fn page_faults(&mut self, iterations: u64) -> Result<u64, Refusal> {
+        let sum = self.first.call(user::touches, PROBE_ARENA, 1, iterations)?;
+        self.unmap_probes();
+        Ok(sum)
+    }
+
+    fn divide_by_zero(&mut self) -> u64 {
+        let divided = self.divide_errors(1);
+        self.note(divided);
+        MENDED.load(Relaxed)
+    }
+
+    fn divide_errors(&mut self, iterations: u64) -> Result<u64, Refusal> {
+        self.compute(user::divisions, 1, iterations)
+    }
+
+    #[inline(always)]
+    fn call_return(&mut self, value: u64) -> u64 {
+        let result;
+        // SAFETY: aware_callee changes rax alone; the kernel has no red zone.
+        unsafe {
+            asm!("call aware_callee", inout("rax") value => result, options(nomem, preserves_flags))
+        };
+        result
+    }
+
+    /// Never called: [`Platform::arm`] refuses.
+    fn set_priority(&mut self, _value: u64) {}
+
+    fn modify_entry(&mut self, which: u64) {
+        let modified = hypercall::update_va_mapping(PROBE, self.probe_entry(which), 1);
+        self.note(modified);
+    }
+
+    fn modify_entries(&mut self, iterations: u64) -> Result<u64, Refusal> {
+        let mut left = iterations;
+        while left != 0 {
+            let batch = left.min(PROBES);
+            for page in 0..batch {
+                let which = (self.changed ^ (self.changed / PROBES)) & 1;
+                self.changed += 1;
+                let entry = self.probe_entry(which);
+                if let Some(slot) = self.queue.get_mut(page as usize) {
+                    *slot = hypercall::queued_update(PROBE + page * 4096, entry);
+                }
+                self.shown = self.shown & !(1 << page) | which << page;
+            }
+            let queue = self.queue.get_mut(..batch as usize).unwrap_or_default();
+            let done = hypercall::multicall(queue);
+            self.broken |= queue.iter().any(|call| call.result != 0);
+            self.note(done);
+            self.check_probes();
+            left -= batch;
+        }
+        Ok(iterations)
+    }
+
+    #[inline(always)]
+    fn mask_unmask(&mut self) {
+        events::mask();
+        events::unmask();
+    }
+
+    fn set_up(&mut self, micro: Micro, size: u64) -> Result<(), Refusal> {
+        self.end_spaces()?;
+        match micro {
+            Micro::Switch { spaces } => {
+                for number in 0..spaces {
+                    let space = Space::new(1, |_| ctxsw::seed(number))?;
+                    self.alive += 1;
+                    if let Some(slot) = self.spaces.get_mut(number as usize) {
+                        *slot = Some(space);
+                    }
+                }
+                for number in 0..spaces {
+                    if self.switch(number)? != ctxsw::after(ctxsw::seed(number)) {
+                        return Err(Refusal::Broken(
+                            "an address space does not show its own page",
+                        ));
+                    }
+                }
+                for (number, space) in (0..).zip(self.spaces.iter().flatten()) {
+                    space.own.words()[0].store(ctxsw::seed(number), Relaxed);
+                }
+            }
+            Micro::Storm => {
+                for fault in 0..pfstorm::MOST {
+                    let word = &self.storm_frame(fault).words()[0];
+                    word.store(pfstorm::tag(fault), Relaxed);
+                }
+                MENDED.store(0, Relaxed);
+                self.storm(size, 0)?;
+                if MENDED.swap(0, Relaxed) != size {
+                    return Err(Refusal::Broken("first touches did not fault once each"));
+                }
+            }
+            Micro::Space => {
+                self.space(size, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_down(&mut self, micro: Micro) -> u64 {
+        if self.end_spaces().is_err() {
+            return BROKEN;
+        }
+        match micro {
+            Micro::Switch { .. } => 0,
+            Micro::Storm => MENDED.load(Relaxed),
+            Micro::Space => self.alive,
+        }
+    }
+
+    #[inline(always)]
+    fn switch(&mut self, space: u64) -> Result<u64, Refusal> {
+        match self.spaces.get(space as usize) {
+            Some(Some(space)) => space.call(ctxsw::step),
+            Some(None) | None => Err(Refusal::Broken("there is no such address space")),
+        }
+    }
+
+    fn storm(&mut self, pages: u64, round: u64) -> Result<u64, Refusal> {
+        STORM_NEXT.store(entry(self.first.storm, super::tables::DATA), Relaxed);
+        STORM_LEFT.store(pages, Relaxed);
+        STORM_PAGES.store(pages, Relaxed);
+        let arena = (STORM, pages * PAGE_WORDS as u64);
+        let sum = self.first.call(pfstorm::storm, arena, pages, round);
+        STORM_PAGES.store(0, Relaxed);
+        let unmapped = hypercall::update_va_mapping(STORM, 0, pages);
+        let sum = sum?;
+        match unmapped {
+            Ok(_) => Ok(sum),
+            Err(_) => Err(Refusal::Broken("the storm's pages can't be unmapped")),
+        }
+    }
+
+    fn space(&mut self, pages: u64, life: u64) -> Result<u64, Refusal> {
+        let space = Space::new(pages, |page| aspace::content(life, page))?;
+        self.alive += 1;
+        let sum = space.call(aspace::visit);
+        space.destroy()?;
+        self.alive -= 1;
+        sum
+    }
+}
+
+impl Machine {
+    fn storm_frame(&self, fault: u64) -> super::frames::Number {
+        super::frames::Number(self.first.storm.0 + fault)
+    }
+}
