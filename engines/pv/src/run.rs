@@ -107,8 +107,12 @@ impl Guest {
         outcome
     }
 
-    /// Ends every party.
+    /// Ends every party. All are killed before any is waited for, user processes first: without K
+    /// their system calls fail at once, and code that repeats them would keep the CPU from V.
     fn end(&mut self) -> String {
+        for user in self.users.iter().flatten() {
+            user.signal(Signal::KILL);
+        }
         let how = self.kernel.end();
         for user in &mut self.users {
             *user = None;

@@ -69,7 +69,7 @@ fn a_guest_that_sleeps_for_ever_is_given_up() {
 #[test]
 #[ignore = "prints costs; run it with --ignored --nocapture, in release"]
 fn costs() {
-    let run = run("cost");
+    let run = run_with("cost", Some(4.0), None);
     println!("{}", run.console);
     assert!(matches!(run.outcome, Outcome::Success), "{run:?}");
 }
