@@ -1,0 +1,75 @@
+//! Guests that do what a guest does, and one body that runs them.
+
+mod support;
+
+use engine_core::{Limit, Outcome};
+use support::{Run, check, run, run_with};
+
+#[test]
+fn a_kernel_prints_and_shuts_down() {
+    let Run { outcome, console, .. } = run("hello");
+    assert!(matches!(outcome, Outcome::Success), "{outcome:?} {console}");
+    assert_eq!(console, "hello\n");
+}
+
+/// Scenarios that check themselves.
+#[test]
+fn scenarios_find_what_the_interface_promises() {
+    for scenario in [
+        "syscalls",
+        "faults",
+        "rights",
+        "unmap",
+        "spaces",
+        "divide",
+        "kernel-divide",
+        "timer-user",
+        "timer-block",
+        "registers",
+        "bases",
+        "large",
+        "fork-storm",
+    ] {
+        check(scenario);
+    }
+}
+
+#[test]
+fn seventy_thousand_separate_mappings_stay_below_the_hosts_limit() {
+    check("many-mappings");
+}
+
+#[test]
+fn limits_hold_whoever_spins() {
+    for scenario in ["spin-kernel", "spin-user"] {
+        let run = run_with(scenario, Some(0.3), None);
+        assert!(matches!(run.outcome, Outcome::Limit(Limit::Timeout)), "{scenario}: {run:?}");
+    }
+    let run = run_with("flood", None, Some(1000));
+    assert!(matches!(run.outcome, Outcome::Limit(Limit::Exits)), "{run:?}");
+}
+
+#[test]
+fn a_crash_of_the_kernel_names_rip_and_state() {
+    let run = run("crash");
+    let Outcome::Crashed { state: Some(state), message } = &run.outcome else {
+        panic!("{run:?}");
+    };
+    assert!(message.contains("exception 14") && message.contains("0x1234000"), "{message}");
+    assert!(message.contains(&format!("rip {:#x}", state.rip)), "{message}");
+    assert!((0x10_0000..0x20_0000).contains(&state.rip));
+}
+
+#[test]
+fn a_guest_that_sleeps_for_ever_is_given_up() {
+    let run = run("sleep");
+    assert!(matches!(run.outcome, Outcome::Limit(Limit::Input)), "{run:?}");
+}
+
+#[test]
+#[ignore = "prints costs; run it with --ignored --nocapture, in release"]
+fn costs() {
+    let run = run("cost");
+    println!("{}", run.console);
+    assert!(matches!(run.outcome, Outcome::Success), "{run:?}");
+}
