@@ -109,6 +109,11 @@ impl Guest {
 
     /// Ends every party.
     fn end(&mut self) -> String {
+        // User processes first, and all before any is waited for: without its kernel a user process
+        // gets no answers and runs on, which can keep this thread from the processor for long.
+        for user in self.users.iter().flatten() {
+            user.signal(Signal::KILL);
+        }
         let how = self.kernel.end();
         for user in &mut self.users {
             *user = None;
