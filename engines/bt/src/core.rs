@@ -5,18 +5,19 @@
 
 use std::sync::Arc;
 
-use engine_core::{GuestRam, Segment};
+use engine_core::{CpuState, GuestRam, Segment};
 
 use crate::{
     arena::Arena,
-    context::{Context, NATIVE_FLAGS},
+    context::{Context, NATIVE_FLAGS, flags_from_lazy},
     cpu::{
-        Bits, CR0_EM, CR0_PE, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, FLAG_NT, FLAG_RF, FLAG_TF,
-        FLAG_VM, SYSTEM_FLAGS, Seg, canonical,
+        Bits, CR0_EM, CR0_MP, CR0_PE, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, FLAG_NT, FLAG_RF,
+        FLAG_TF, FLAG_VM, SYSTEM_FLAGS, Seg, canonical,
     },
-    decode::Mode,
+    decode::{Fpu, Mode},
     fault::{self, Fault},
     mmu::{Access, Mmu},
+    site::Homes,
     system::on_stack,
     tlb::Span,
 };
@@ -31,6 +32,9 @@ pub(crate) struct Core {
     pub flushed: Flushed,
     /// What [`Core::mode`] said last, until something that it depends on changes.
     pub mode: Option<Mode>,
+    /// Somebody asked for the task priority since `run` last returned: an interrupt waits for it to
+    /// fall, so writing CR8 has to end the run.
+    pub priority_matters: bool,
     /// RAM with translated code that was written since the run loop last looked.
     pub code_writes: Vec<(u64, u64)>,
 }
@@ -65,12 +69,13 @@ impl Core {
     pub(crate) unsafe fn new(ram: Arc<GuestRam>, arena: &Arena) -> Core {
         Core {
             context: arena.context(),
-            cpu: Cpu::default(),
+            cpu: Cpu::new(&CpuState::default()),
             // SAFETY: the caller's promise.
             mmu: unsafe { Mmu::new(ram, arena) },
             rip: 0,
             flushed: Flushed::Nothing,
             mode: None,
+            priority_matters: false,
             code_writes: Vec::new(),
         }
     }
@@ -126,6 +131,24 @@ impl Core {
         self.context().interrupt_flag = enabled.into();
     }
 
+    /// General registers and RFLAGS with `homes` taken into account.
+    pub(crate) fn seen_from(&self, homes: Homes) -> ([u64; 16], u64) {
+        let slots = self.slots();
+        let gpr = std::array::from_fn(|register| {
+            if homes.spilled >> register & 1 == 1 {
+                slots.spill[register]
+            } else {
+                slots.gpr[register]
+            }
+        });
+        let native = if homes.lazy {
+            slots.flags & !0x8d5 | flags_from_lazy(slots.lazy_flags)
+        } else {
+            slots.flags
+        };
+        (gpr, native & NATIVE_FLAGS | self.rflags() & !NATIVE_FLAGS)
+    }
+
     /// Arithmetic flags alone.
     pub(crate) fn set_arithmetic(&mut self, mask: u64, value: u64) {
         let context = self.context();
@@ -168,7 +191,12 @@ impl Core {
                 || [Seg::ES, Seg::CS, Seg::SS, Seg::DS]
                     .iter()
                     .all(|&index| cpu.segments[index].base == 0),
-            fpu: cpu.cr0 & (CR0_EM | CR0_TS) == 0 && (cpu.cr4 & CR4_OSFXSR != 0 || !cpu.long()),
+            fpu: Fpu {
+                emulated: cpu.cr0 & CR0_EM != 0,
+                switched: cpu.cr0 & CR0_TS != 0,
+                monitored: cpu.cr0 & (CR0_TS | CR0_MP) == CR0_TS | CR0_MP,
+                sse: cpu.cr4 & CR4_OSFXSR != 0,
+            },
             tsc: cpu.cr4 & CR4_TSD == 0 || !user,
             interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,
@@ -253,6 +281,10 @@ impl Core {
                 Ok(()) => return Ok(()),
                 Err(met) => met,
             };
+            // A page fault leaves its address even if it turns into something else.
+            if let Some(address) = met.address {
+                self.cpu.cr2 = address;
+            }
             fault = fault.then(met).ok_or(Shutdown)?;
         }
     }
@@ -354,8 +386,14 @@ impl Core {
             put(value);
         }
         let rsp = rsp.wrapping_sub(at as u64);
-        self.write(rsp, &frame[..at], new_cpl == 3)
-            .map_err(on_stack)?;
+        self.write(rsp, &frame[..at], new_cpl == 3).map_err(|met| {
+            // Words are pushed from the top: the highest one that can't be is what a fault names.
+            let words = (0..at).step_by(8).rev();
+            let highest = words
+                .map(|word| self.probe_write(rsp.wrapping_add(word as u64), 8, new_cpl == 3))
+                .find_map(Result::err);
+            on_stack(highest.unwrap_or(met))
+        })?;
         if new_cpl < cpl {
             // A null selector with the new privilege (SDM 3A 6.14.5).
             let null = Segment {

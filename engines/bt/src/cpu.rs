@@ -16,7 +16,8 @@ pub(crate) const CR0_PG: u64 = 1 << 31;
 /// CR0.NW and CR0.CD, which exclude each other in one direction.
 pub(crate) const CR0_NW: u64 = 1 << 29;
 pub(crate) const CR0_CD: u64 = 1 << 30;
-/// CR0.EM and CR0.TS: FPU instructions fault.
+/// CR0.MP, CR0.EM and CR0.TS: FPU instructions fault.
+pub(crate) const CR0_MP: u64 = 1 << 1;
 pub(crate) const CR0_EM: u64 = 1 << 2;
 pub(crate) const CR0_TS: u64 = 1 << 3;
 pub(crate) const CR4_TSD: u64 = 1 << 2;
@@ -114,6 +115,26 @@ impl Cpu {
             dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
             ..Cpu::default()
         }
+    }
+
+    /// Takes over an architectural state; what it doesn't cover stays.
+    pub(crate) fn load(&mut self, state: &CpuState) {
+        let old = std::mem::take(self);
+        *self = Cpu {
+            star: old.star,
+            lstar: old.lstar,
+            cstar: old.cstar,
+            fmask: old.fmask,
+            kernel_gs_base: old.kernel_gs_base,
+            sysenter: old.sysenter,
+            tsc_aux: old.tsc_aux,
+            pat: old.pat,
+            misc_enable: old.misc_enable,
+            apic_base: old.apic_base,
+            mtrr_def_type: old.mtrr_def_type,
+            dr: old.dr,
+            ..Cpu::new(state)
+        };
     }
 
     /// Current privilege level: SS.DPL in protected mode (SDM 3A 5.5).

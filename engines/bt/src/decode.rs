@@ -31,6 +31,30 @@ const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP;
 /// Most instructions in one block.
 const MAX_INSTRUCTIONS: usize = 64;
 
+/// Bits of CR0 and CR4 that FPU and SSE instructions look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Fpu {
+    /// CR0.EM.
+    pub emulated: bool,
+    /// CR0.TS.
+    pub switched: bool,
+    /// CR0.MP, which only matters to fwait under CR0.TS.
+    pub monitored: bool,
+    /// CR4.OSFXSR.
+    pub sse: bool,
+}
+
+impl Fpu {
+    /// Nothing faults.
+    #[cfg(test)]
+    pub(crate) const READY: Fpu = Fpu {
+        emulated: false,
+        switched: false,
+        monitored: false,
+        sse: true,
+    };
+}
+
 /// What translation depends on besides the bytes: blocks made in one mode never run in another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Mode {
@@ -39,8 +63,8 @@ pub(crate) struct Mode {
     pub user: bool,
     /// es, cs, ss, ds have base 0, as 64-bit mode enforces.
     pub flat: bool,
-    /// FPU and SSE instructions don't fault (CR0.EM and CR0.TS clear, CR4.OSFXSR set).
-    pub fpu: bool,
+    /// Whether FPU and SSE instructions fault.
+    pub fpu: Fpu,
     /// rdtsc is allowed here (CR4.TSD clear or CPL 0).
     pub tsc: bool,
     /// cli and sti are allowed (CPL <= IOPL).
@@ -488,22 +512,42 @@ fn announced(instr: &Instruction) -> bool {
     })
 }
 
-/// True if CR0.EM, CR0.TS or CR4.OSFXSR have a say in it.
-fn is_fpu(instr: &Instruction) -> bool {
-    instr.cpuid_features().iter().any(|feature| {
-        use CpuidFeature::*;
-        matches!(
-            feature,
-            FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2
-        ) || *feature == FXSR
-    }) && !matches!(
-        instr.mnemonic(),
-        Mnemonic::Mfence
-            | Mnemonic::Lfence
-            | Mnemonic::Sfence
-            | Mnemonic::Movnti
-            | Mnemonic::Clflush
-    )
+/// The exception that `instr` raises because of CR0.EM, CR0.TS or CR4.OSFXSR (SDM 3A 2.5 and
+/// table 13-1, SDM 2 on each).
+fn fpu_fault(instr: &Instruction, fpu: Fpu) -> Option<Fault> {
+    use CpuidFeature::*;
+    use Mnemonic::*;
+    let away = Some(Fault::plain(fault::NM));
+    let undefined = Some(Fault::ud());
+    match instr.mnemonic() {
+        Mfence | Lfence | Sfence | Movnti | Clflush | Crc32 => return None,
+        Wait => return away.filter(|_| fpu.switched && fpu.monitored),
+        Fxsave | Fxsave64 | Fxrstor | Fxrstor64 => {
+            return away.filter(|_| fpu.switched || fpu.emulated);
+        }
+        _ => {}
+    }
+    let has = |wanted: &[CpuidFeature]| {
+        let features = instr.cpuid_features();
+        features.iter().any(|feature| wanted.contains(feature))
+    };
+    if has(&[FPU, FPU287, FPU387]) {
+        away.filter(|_| fpu.switched || fpu.emulated)
+    } else if has(&[SSE, SSE2, SSE3, SSSE3, SSE4_1, SSE4_2]) {
+        if fpu.emulated || !fpu.sse {
+            undefined
+        } else {
+            away.filter(|_| fpu.switched)
+        }
+    } else if has(&[MMX]) {
+        if fpu.emulated {
+            undefined
+        } else {
+            away.filter(|_| fpu.switched)
+        }
+    } else {
+        None
+    }
 }
 
 fn classify(instr: &Instruction, mode: Mode) -> Class {
@@ -511,11 +555,15 @@ fn classify(instr: &Instruction, mode: Mode) -> Class {
     if instr.mnemonic() == Reservednop {
         return Class::Nop;
     }
+    // More than 15 bytes of prefixes and opcode (SDM 2A 2.3.11).
+    if instr.is_invalid() && instr.len() >= 15 {
+        return Class::Fault(Fault::gp());
+    }
     if instr.is_invalid() || !announced(instr) {
         return Class::Fault(Fault::ud());
     }
-    if !mode.fpu && is_fpu(instr) {
-        return Class::Fault(Fault::plain(fault::NM));
+    if let Some(fault) = fpu_fault(instr, mode.fpu) {
+        return Class::Fault(fault);
     }
     if mode.bits == Bits::Bits16 {
         return Class::System;
@@ -596,7 +644,7 @@ mod tests {
         bits: Bits::Bits64,
         user: false,
         flat: true,
-        fpu: true,
+        fpu: Fpu::READY,
         tsc: true,
         interrupts: true,
         single: false,

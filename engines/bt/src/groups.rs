@@ -276,7 +276,7 @@ mod tests {
         bits: Bits::Bits64,
         user: true,
         flat: true,
-        fpu: true,
+        fpu: crate::decode::Fpu::READY,
         tsc: true,
         interrupts: false,
         single: false,

@@ -380,6 +380,14 @@ impl Mmu {
         Ok(())
     }
 
+    /// True if this privilege has read from the page of RAM around `address`, as far as the TLB
+    /// knows.
+    pub(crate) fn was_read(&self, address: u64, user: bool) -> bool {
+        self.tlbs[tlb_index(user, false)]
+            .get(address & !0xfff)
+            .is_some()
+    }
+
     /// Host address of a page that this privilege has written before, if the TLB still knows.
     pub(crate) fn written(&self, address: u64, user: bool) -> Option<*mut u8> {
         let host = self.tlbs[tlb_index(user, true)].get(address & !0xfff)?;

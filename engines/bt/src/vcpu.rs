@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use engine_core::{
-    CpuState, Error, Exit, ExitCounts, ExitReason, GuestPhys, GuestRam, Vcpu, kick::KickHandle,
+    CpuState, Error, Exit, ExitCounts, ExitReason, GuestPhys, GuestRam, Kick, Vcpu,
+    kick::KickHandle,
 };
 use iced_x86::Instruction;
 
@@ -12,7 +13,7 @@ use crate::{
     cache::{Cache, Key, Refusal, Source},
     context::HOST_FAULT,
     core::{Cause, Core, Flushed, Shutdown},
-    cpu::{Bits, Cpu, canonical},
+    cpu::{Bits, canonical},
     decode::Mode,
     fault::{self, Fault},
     kick::Doorbell,
@@ -52,6 +53,8 @@ enum Resume {
 /// An exit that waits for its answer.
 enum Pending {
     Nothing,
+    /// Delivering an interrupt ended in a triple fault.
+    Shutdown,
     In {
         size: u8,
     },
@@ -59,6 +62,10 @@ enum Pending {
         instr: Instruction,
         size: u8,
         address: u64,
+    },
+    /// A string instruction waits for an element from device memory.
+    StringRead {
+        instr: Instruction,
     },
     Device(Transfer),
 }
@@ -348,8 +355,6 @@ impl BtVcpu {
         {
             Ok(number) => return Ok(number),
             Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message)),
-            // There were enough bytes for any instruction: this one is too long.
-            Err(Refusal::Crosses) if room >= 15 => return Err(Fault::gp().into()),
             Err(Refusal::Crosses) => {}
         }
         let second = self.next_page(virt, mode)?;
@@ -624,13 +629,19 @@ impl BtVcpu {
                 Stop::Read { phys, len: step }
             });
         }
+        if self.window && transfer.step != 0 && (!write || slow.next_ip.is_none()) {
+            // The device may have an interrupt to deliver, and this instruction goes on in
+            // translated code: stop that soon.
+            self.doorbell.kick();
+        }
         if !write {
             let context = self.core.context();
             let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
             context.gpr[usize::from(slow.register)] = bounce;
             self.resume = Resume::Host(slow.bounce);
-        } else if let (true, Some(next)) = (killed > 0, slow.next_ip) {
-            // The rest of this block may be what was overwritten.
+        } else if let (true, Some(next)) = (killed > 0 || self.window, slow.next_ip) {
+            // The rest of this block may be what was overwritten, or a device that was written to
+            // has an interrupt to deliver.
             self.settle(slow.after, next);
             let rsp = self.core.gpr(4).wrapping_add(slow.rsp as i64 as u64);
             if slow.rsp != 0 {
@@ -659,6 +670,10 @@ impl BtVcpu {
         let next = instr.next_ip();
         match step {
             Step::Next => self.core.rip = next,
+            Step::Yield => {
+                self.core.rip = next;
+                return Err(Stop::Interrupted);
+            }
             Step::Jump | Step::Again => {}
             Step::Halt => {
                 self.core.rip = next;
@@ -685,6 +700,14 @@ impl BtVcpu {
                 };
                 return Err(Stop::In { port, size });
             }
+            Step::WriteDevice { phys, size, value } => {
+                return Err(self.write_element(instr, phys, size, value));
+            }
+            Step::ReadDevice { phys, size } => {
+                self.pending = Pending::StringRead { instr: *instr };
+                let len = size.into();
+                return Err(Stop::Read { phys, len });
+            }
             Step::OutString { port, size, value } => {
                 if !self.core.finish_port_string(instr, false) {
                     self.core.rip = next;
@@ -695,10 +718,21 @@ impl BtVcpu {
         Ok(())
     }
 
+    /// Leaves to write one element of a string to a device.
+    fn write_element(&mut self, instr: &Instruction, phys: u64, size: u8, value: u64) -> Stop {
+        if !self.core.goes_on(instr) {
+            self.core.rip = instr.next_ip();
+        }
+        self.data = value.to_le_bytes();
+        let len = size.into();
+        Stop::Write { phys, len }
+    }
+
     /// Takes in the answer to the exit that `run` returned last.
     fn answer(&mut self) -> Option<Stop> {
         match std::mem::replace(&mut self.pending, Pending::Nothing) {
             Pending::Nothing => None,
+            Pending::Shutdown => Some(Stop::Shutdown),
             Pending::In { size } => {
                 let value = u64::from_le_bytes(self.data);
                 self.core.set_gpr_sized(0, value, size.into());
@@ -717,6 +751,25 @@ impl BtVcpu {
                     self.core.rip = instr.next_ip();
                 }
                 None
+            }
+            Pending::StringRead { instr } => {
+                let value = u64::from_le_bytes(self.data);
+                match self.core.finish_device_read(&instr, value) {
+                    Ok(Step::WriteDevice { phys, size, value }) => {
+                        Some(self.write_element(&instr, phys, size, value))
+                    }
+                    Ok(_) => {
+                        if !self.core.goes_on(&instr) {
+                            self.core.rip = instr.next_ip();
+                        }
+                        None
+                    }
+                    // Checked before the device was asked; should the mapping be gone, the
+                    // instruction faults as it would have without the device.
+                    Err(Trap::Fault(fault)) => self.raise(fault).err(),
+                    Err(Trap::Shutdown) => Some(Stop::Shutdown),
+                    Err(Trap::Unsupported(message)) => Some(Stop::Internal(message)),
+                }
             }
             Pending::Device(mut transfer) => {
                 let ea = self.core.context().ea;
@@ -772,6 +825,7 @@ impl BtVcpu {
 impl Vcpu for BtVcpu {
     fn run(&mut self) -> Result<Exit<'_>, Error> {
         let stop = self.go()?;
+        self.core.priority_matters = false;
         match stop {
             Stop::Out { value, .. } => self.data = u64::from(value).to_le_bytes(),
             Stop::In { .. } | Stop::Read { .. } => self.data = [0; 8],
@@ -810,12 +864,26 @@ impl Vcpu for BtVcpu {
     }
 
     fn state(&self) -> Result<CpuState, Error> {
-        let gpr = std::array::from_fn(|number| self.core.gpr(number));
-        Ok(self.core.cpu.state(gpr, self.core.rip, self.core.rflags()))
+        let (gpr, flags, rip) = match &self.pending {
+            // In the middle of an instruction: as before it.
+            Pending::Device(transfer) => {
+                let (gpr, flags) = self.core.seen_from(transfer.site.homes);
+                (gpr, flags, transfer.site.ip)
+            }
+            Pending::Nothing
+            | Pending::Shutdown
+            | Pending::In { .. }
+            | Pending::InString { .. }
+            | Pending::StringRead { .. } => {
+                let (gpr, flags) = self.core.seen_from(Homes::default());
+                (gpr, flags, self.core.rip)
+            }
+        };
+        Ok(self.core.cpu.state(gpr, rip, flags))
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {
-        self.core.cpu = Cpu::new(state);
+        self.core.cpu.load(state);
         for (index, &segment) in state.segments.iter().enumerate() {
             self.core.set_segment(index, segment);
         }
@@ -825,6 +893,7 @@ impl Vcpu for BtVcpu {
         self.core.set_rflags(state.rflags);
         self.core.rip = state.rip;
         self.core.flush();
+        self.steps = 0;
         self.resume = Resume::Boundary;
         self.pending = Pending::Nothing;
         Ok(())
@@ -853,9 +922,7 @@ impl Vcpu for BtVcpu {
         if let Err(fault) = self.core.deliver(vector, None, Cause::External)
             && self.core.raise(fault).is_err()
         {
-            return Err(Error::Engine(format!(
-                "triple fault delivering vector {vector}"
-            )));
+            self.pending = Pending::Shutdown;
         }
         Ok(())
     }
@@ -872,9 +939,11 @@ impl Vcpu for BtVcpu {
     }
 
     fn task_priority(&mut self) -> u8 {
+        self.core.priority_matters = true;
         self.core.cpu.cr8 as u8
     }
 
+    /// Comes in the middle of the access that wrote the local APIC's register.
     fn set_task_priority(&mut self, priority: u8) -> Result<(), Error> {
         self.core.cpu.cr8 = priority.into();
         Ok(())

@@ -24,7 +24,7 @@ use super::{Cold, Lower, gpr64, memory_operand, needs_flags};
 use crate::{
     context::Context,
     cpu::Bits,
-    decode::{Insn, data_segment},
+    decode::{Class, Insn, data_segment},
     groups::{Group, Member},
     site::{Homes, Ip, Kind, Mark, Shared, Slow},
     tlb::TLB_ENTRIES,
@@ -216,7 +216,12 @@ impl Lower<'_> {
             ip: insn.instr.ip(),
             size,
             write,
-            read: !write || insn.memory.is_some_and(|memory| memory.read),
+            // What pushes and pops store to is not what they read.
+            read: !write
+                || !matches!(
+                    insn.class,
+                    Class::Push | Class::Pop | Class::Call | Class::CallIndirect
+                ) && insn.memory.is_some_and(|memory| memory.read),
             stack: lookup.stack,
             aligned: insn.memory.is_some_and(|memory| memory.aligned),
             disp: self.tlb(write),

@@ -47,7 +47,13 @@ impl Core {
                 Register::CR2 => self.cpu.cr2 = value,
                 Register::CR3 => self.set_cr3(value)?,
                 Register::CR4 => self.set_cr4(value)?,
-                Register::CR8 if value < 16 => self.cpu.cr8 = value,
+                Register::CR8 if value < 16 => {
+                    let falls = value < self.cpu.cr8;
+                    self.cpu.cr8 = value;
+                    if falls && self.priority_matters {
+                        return Ok(Step::Yield);
+                    }
+                }
                 Register::CR8 => return Err(Fault::gp().into()),
                 _ => return Err(Fault::ud().into()),
             }

@@ -22,6 +22,8 @@ use crate::{
     mmu::Access,
 };
 
+const FLAG_ZF: u64 = 1 << 6;
+
 /// CR4.UMIP isn't announced: sgdt and its kin work in every ring.
 const UNPRIVILEGED_STORES: &[Mnemonic] = &[
     Mnemonic::Sgdt,
@@ -38,6 +40,8 @@ pub(crate) enum Step {
     Next,
     /// RIP has been set.
     Jump,
+    /// Let the run loop look at interrupts, after it.
+    Yield,
     /// It isn't finished: execute it again.
     Again,
     /// Wait for an interrupt, after it.
@@ -48,6 +52,10 @@ pub(crate) enum Step {
     Out { port: u16, size: u8, value: u32 },
     /// Read a port for `ins`, into memory at `address`; then it isn't finished if it repeats.
     InString { port: u16, size: u8, address: u64 },
+    /// Write an element of a string to device memory; registers have moved past it.
+    WriteDevice { phys: u64, size: u8, value: u64 },
+    /// Read an element of a string from device memory, for `finish_device_read`.
+    ReadDevice { phys: u64, size: u8 },
     /// As `Out`, for `outs`.
     OutString { port: u16, size: u8, value: u32 },
 }
@@ -307,6 +315,21 @@ impl Core {
             | Retf | Sysenter | Sysexit | Sysexitq => return self.flow(instr),
             Enter => self.enter(instr)?,
             Leave => self.leave_narrow()?,
+            Lar | Lsl => {
+                let selector = self.value(instr, 1)? as u16;
+                let found = self.rights_or_limit(selector, mnemonic == Lsl)?;
+                self.set_arithmetic(FLAG_ZF, if found.is_some() { FLAG_ZF } else { 0 });
+                if let Some(value) = found {
+                    let register = instr.op0_register();
+                    let number = register.full_register().number();
+                    self.set_gpr_sized(number, value, register.size().min(4) as u32);
+                }
+            }
+            Verr | Verw => {
+                let selector = self.value(instr, 0)? as u16;
+                let good = self.accessible(selector, mnemonic == Verw)?;
+                self.set_arithmetic(FLAG_ZF, if good { FLAG_ZF } else { 0 });
+            }
             _ => return Err(Trap::Unsupported("not implemented".into())),
         }
         Ok(Step::Next)
@@ -384,7 +407,7 @@ impl Core {
         }
         let down = down.wrapping_sub(instr.immediate16().into());
         // The new top of the stack has to be writable, whether anything goes there or not.
-        self.probe_write(self.stack_address(down), size)
+        self.probe_write(self.stack_address(down), size, user)
             .map_err(on_stack)?;
         self.set_gpr_sized(5, frame, size);
         self.pop_bytes(down);
@@ -560,8 +583,7 @@ impl Core {
     }
 
     /// Checks that `size` bytes at `address` could be written.
-    fn probe_write(&self, address: u64, size: u32) -> Result<(), Fault> {
-        let user = self.user();
+    pub(crate) fn probe_write(&self, address: u64, size: u32, user: bool) -> Result<(), Fault> {
         self.mmu.walk(&self.cpu, address, Access::Write, user)?;
         let last = address.wrapping_add(u64::from(size) - 1);
         if last & !0xfff != address & !0xfff {

@@ -105,6 +105,63 @@ impl Core {
         Ok(())
     }
 
+    /// The descriptor that lar, lsl, verr and verw look at: None if it may not be seen (SDM 2A, LAR
+    /// and LSL; 2B, VERR). Page faults aside nothing faults.
+    fn visible(&self, selector: u16) -> Result<Option<(u64, Segment)>, Fault> {
+        if selector & !3 == 0 {
+            return Ok(None);
+        }
+        let raw = match self.raw_descriptor(selector, fault::GP) {
+            Ok(raw) => raw,
+            Err(fault) if fault.vector == fault::GP => return Ok(None),
+            Err(fault) => return Err(fault),
+        };
+        let segment = unpack(selector, raw);
+        let conforming = segment.attributes & 0x1c == 0x1c;
+        let level = self.cpu.cpl().max((selector & 3) as u8);
+        Ok((conforming || segment.dpl() >= level).then_some((raw, segment)))
+    }
+
+    /// lar and lsl: access rights or limit, None where ZF is to be cleared.
+    pub(crate) fn rights_or_limit(&self, selector: u16, limit: bool) -> Result<Option<u64>, Fault> {
+        let Some((raw, segment)) = self.visible(selector)? else {
+            return Ok(None);
+        };
+        let system = segment.attributes & 0x10 == 0;
+        // LDT, and TSSs available and busy; lar sees call gates too. 16-bit ones and task gates
+        // are invalid in IA-32e mode.
+        let known = match segment.attributes & 0xf {
+            2 | 9 | 0xb => true,
+            0xc => !limit,
+            1 | 3 => !self.cpu.long(),
+            4 | 5 => !limit && !self.cpu.long(),
+            _ => false,
+        };
+        if system && !known {
+            return Ok(None);
+        }
+        Ok(Some(if limit {
+            segment.limit.into()
+        } else {
+            raw >> 32 & 0x00f0_ff00
+        }))
+    }
+
+    /// verr and verw: whether a segment can be read or written from here.
+    pub(crate) fn accessible(&self, selector: u16, write: bool) -> Result<bool, Fault> {
+        let Some((_, segment)) = self.visible(selector)? else {
+            return Ok(false);
+        };
+        let kind = segment.attributes;
+        let code = kind & 8 != 0;
+        Ok(kind & 0x10 != 0
+            && if write {
+                !code && kind & 2 != 0
+            } else {
+                !code || kind & 2 != 0
+            })
+    }
+
     /// Base and limit of a system descriptor (LDT, TSS), 16 bytes long in IA-32e mode.
     ///
     /// # Errors

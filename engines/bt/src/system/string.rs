@@ -29,6 +29,11 @@ impl Core {
     pub(super) fn string(&mut self, instr: &Instruction) -> Result<Step, Trap> {
         let form = self.form(instr);
         use Mnemonic::*;
+        let port = self.gpr(2) as u16;
+        if matches!(instr.mnemonic(), Insb | Insw | Insd | Outsb | Outsw | Outsd) {
+            // Before the count is looked at.
+            self.check_port(port, form.size as u8)?;
+        }
         if form.repeats && form.address_bytes == 4 && self.cpu.long() {
             // Processors cut the registers to 32 bits before anything else happens, as shows in
             // faults and in counts of zero: RCX always, the others for movs and stos.
@@ -42,6 +47,9 @@ impl Core {
         match instr.mnemonic() {
             Movsb | Movsw | Movsd | Movsq => self.copy(&form),
             Stosb | Stosw | Stosd | Stosq => self.fill(&form),
+            Lodsb | Lodsw | Lodsd | Lodsq if self.device(&form, self.source(&form))?.is_some() => {
+                self.read_device(&form)
+            }
             Lodsb | Lodsw | Lodsd | Lodsq => self.each(&form, |core, form| {
                 let value = core.load(core.source(form), form.size)?;
                 core.set_gpr_sized(0, value, form.size);
@@ -68,10 +76,9 @@ impl Core {
                 })
             }
             Insb | Insw | Insd => {
-                let port = self.gpr(2) as u16;
-                self.check_port(port, form.size as u8)?;
                 let address = self.destination(&form);
-                self.probe_write(address, form.size)?;
+                let user = self.user();
+                self.probe_write(address, form.size, user)?;
                 Ok(Step::InString {
                     port,
                     size: form.size as u8,
@@ -79,8 +86,6 @@ impl Core {
                 })
             }
             Outsb | Outsw | Outsd => {
-                let port = self.gpr(2) as u16;
-                self.check_port(port, form.size as u8)?;
                 let value = self.load(self.source(&form), form.size)? as u32;
                 Ok(Step::OutString {
                     port,
@@ -214,6 +219,10 @@ impl Core {
             } else {
                 let (low, bytes) = Self::span(form, address, run);
                 let host = self.writable(address, low, bytes)?;
+                if host.is_none() {
+                    let value = self.gpr(0);
+                    return self.write_device(form, address, value, false);
+                }
                 if let Some(host) = host {
                     // SAFETY: `bytes` bytes of RAM within one page.
                     let target = unsafe { std::slice::from_raw_parts_mut(host, bytes) };
@@ -274,6 +283,15 @@ impl Core {
                     self.advance(form, true, true, run);
                     done += run;
                 }
+                None if self.device(form, from)?.is_some() => {
+                    let user = self.user();
+                    self.probe_write(to, form.size, user)?;
+                    return self.read_device(form);
+                }
+                None if run != 0 => {
+                    let value = self.load(from, form.size)?;
+                    return self.write_device(form, to, value, true);
+                }
                 None => {
                     let value = self.load(from, form.size)?.to_le_bytes();
                     let user = self.user();
@@ -287,6 +305,79 @@ impl Core {
             }
         }
         Ok(Step::Again)
+    }
+
+    /// Physical address of the element at `address` if it lies in device memory.
+    fn device(&self, form: &Form, address: u64) -> Result<Option<u64>, Fault> {
+        let crosses = (address & 0xfff) + u64::from(form.size) > 4096;
+        if crosses || self.mmu.was_read(address, self.user()) {
+            return Ok(None);
+        }
+        let page = self
+            .mmu
+            .walk(&self.cpu, address, Access::Read, self.user())?;
+        let phys = page.phys | address & 0xfff;
+        let ram = self.mmu.host(phys, form.size.into()).is_some();
+        Ok((!ram).then_some(phys))
+    }
+
+    fn read_device(&self, form: &Form) -> Result<Step, Trap> {
+        let address = self.source(form);
+        let page = self
+            .mmu
+            .walk(&self.cpu, address, Access::Read, self.user())?;
+        Ok(Step::ReadDevice {
+            phys: page.phys | address & 0xfff,
+            size: form.size as u8,
+        })
+    }
+
+    /// Hands one element to a device; `copies` if it came from RSI.
+    fn write_device(
+        &mut self,
+        form: &Form,
+        address: u64,
+        value: u64,
+        copies: bool,
+    ) -> Result<Step, Trap> {
+        let page = self
+            .mmu
+            .walk(&self.cpu, address, Access::Write, self.user())?;
+        self.advance(form, copies, true, 1);
+        Ok(Step::WriteDevice {
+            phys: page.phys | address & 0xfff,
+            size: form.size as u8,
+            value,
+        })
+    }
+
+    /// Takes in what a device answered to `Step::ReadDevice`; the step that remains.
+    pub(crate) fn finish_device_read(
+        &mut self,
+        instr: &Instruction,
+        value: u64,
+    ) -> Result<Step, Trap> {
+        use Mnemonic::*;
+        let form = self.form(instr);
+        if matches!(instr.mnemonic(), Lodsb | Lodsw | Lodsd | Lodsq) {
+            self.set_gpr_sized(0, value, form.size);
+            self.advance(&form, true, false, 1);
+            return Ok(Step::Next);
+        }
+        let to = self.destination(&form);
+        if self.device(&form, to)?.is_some() {
+            return self.write_device(&form, to, value, true);
+        }
+        let user = self.user();
+        self.write(to, &value.to_le_bytes()[..form.size as usize], user)?;
+        self.advance(&form, true, true, 1);
+        Ok(Step::Next)
+    }
+
+    /// True if a string instruction whose registers have moved has more to do.
+    pub(crate) fn goes_on(&self, instr: &Instruction) -> bool {
+        let form = self.form(instr);
+        form.repeats && self.gpr(1) & form.mask != 0
     }
 
     /// Lowest address and length of `run` elements from `address` on.

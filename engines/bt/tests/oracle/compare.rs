@@ -62,10 +62,16 @@ pub(crate) fn differences(
     // Pending and unmasked x87 exceptions come before faults of the operand, and a store that
     // raises one stores nothing; here the operand comes first.
     if (native.vector, native.rip) != (translated.vector, translated.rip)
-        && translated.vector == 14
+        && matches!(translated.vector, 12..=14)
         && find(translated).is_some_and(|at| {
             let instr = &placed.code[at];
-            (instr.cpuid_features().contains(&CpuidFeature::FPU) || mmx(instr))
+            let features = instr.cpuid_features();
+            let x87 = [
+                CpuidFeature::FPU,
+                CpuidFeature::FPU287,
+                CpuidFeature::FPU387,
+            ];
+            (features.iter().any(|feature| x87.contains(feature)) || mmx(instr))
                 && instr.memory_size().size() != 0
         })
     {
@@ -98,6 +104,15 @@ pub(crate) fn differences(
             flags.undefined[at] | if fault { flags.dead[at] } else { 0 }
         }
         None if native.rip == end => flags.undefined_at_end,
+        // In the middle of an instruction, where a changed return address led: nobody knows what
+        // comes from there on.
+        None if placed
+            .code
+            .iter()
+            .any(|instr| (instr.ip()..instr.next_ip()).contains(&native.rip)) =>
+        {
+            COMPARED_FLAGS
+        }
         None => 0,
     };
     let mask = COMPARED_FLAGS & !unknown;

@@ -136,10 +136,14 @@ pub(crate) fn follow(code: &[Instruction]) -> Option<Flags> {
     {
         return None;
     }
+    let end = code.last().map_or(0, |instr| instr.next_ip());
     let undefined_at_end = code
-        .last()
-        .zip(undefined.last())
-        .map_or(0, |(instr, &undefined)| undefined_after(instr, undefined));
+        .iter()
+        .zip(&undefined)
+        .filter(|(instr, _)| instr.next_ip() == end || instr.near_branch_target() == end)
+        .fold(0, |all, (instr, &undefined)| {
+            all | undefined_after(instr, undefined)
+        });
     // Backward: everything lives at the end and where nothing is known.
     let mut live = vec![0; code.len()];
     loop {

@@ -9,7 +9,7 @@
 //! | `native`, `translated` | the two sides |
 //! | `compare` | differences |
 //!
-//! `TRAPLINE_ORACLE_INSTRUCTIONS` says how many instructions to compare (default 300,000),
+//! `TRAPLINE_ORACLE_INSTRUCTIONS` says how many instructions to compare (default 1,000,000),
 //! `TRAPLINE_ORACLE_SEED` where to start. A failure names the seed of its sequence, which is
 //! shrunk before it is shown: instructions go as long as a difference stays.
 //!
@@ -43,7 +43,7 @@ use sequence::{Placed, Sequence};
 use table::Table;
 use translated::Translated;
 
-const DEFAULT_INSTRUCTIONS: u64 = 300_000;
+const DEFAULT_INSTRUCTIONS: u64 = 1_000_000;
 const DEFAULT_SEED: u64 = 1;
 /// Differences shown before the test gives up.
 const SHOWN: usize = 12;
@@ -83,6 +83,7 @@ struct Bench {
     native: Native,
     translated: Translated,
     watch: Watch,
+    batches: u64,
     sequences: u64,
     instructions: u64,
     rejected: u64,
@@ -105,6 +106,7 @@ impl Bench {
             native,
             watch: Watch::new(),
             translated,
+            batches: 0,
             sequences: 0,
             instructions: 0,
             rejected: 0,
@@ -155,10 +157,15 @@ impl Bench {
             .map(|job| (job.placed.bytes.clone(), job.placed.start.clone()))
             .collect();
         self.native.start(&template, &inputs);
-        self.translated.reset();
-        let mut ends = Vec::with_capacity(jobs.len());
+        self.batches += 1;
+        self.translated.reset(self.batches.is_multiple_of(4));
+        // All at once, as on the other side: code may read its neighbours.
         for (index, job) in jobs.iter().enumerate() {
-            ends.push(self.both_runs(index, &job.placed, &template));
+            self.translated.load_code(index, &job.placed.bytes);
+        }
+        let mut ends = Vec::with_capacity(jobs.len());
+        for job in &jobs {
+            ends.push(self.both_runs(&job.placed, &template));
         }
         let lost = self.native.finish().err();
         let mut failures = Vec::new();
@@ -175,7 +182,7 @@ impl Bench {
             self.count(job, &native);
             let found = verdict(&job.placed, &job.flags, &native, end);
             if !found.is_empty() {
-                failures.push((job.seed, job.sequence.clone()));
+                failures.push((job.seed, job.sequence.clone(), found));
             }
         }
         match lost {
@@ -195,7 +202,7 @@ impl Bench {
         failures
             .into_iter()
             .take(SHOWN)
-            .map(|(seed, sequence)| self.report(seed, sequence, &template))
+            .map(|(seed, sequence, found)| self.report(seed, sequence, &found, &template))
             .collect()
     }
 
@@ -213,11 +220,9 @@ impl Bench {
     /// Cold, then with the blocks of the first run in place: the ends must not differ.
     fn both_runs(
         &mut self,
-        index: usize,
         placed: &Placed,
         template: &[u8; DATA_BYTES],
     ) -> [Result<End, String>; 2] {
-        self.translated.load_code(index, &placed.bytes);
         self.watch.run(self.translated.kick_handle());
         let cold = self.translated.run(&placed.start, template);
         let warm = self.translated.run(&placed.start, template);
@@ -235,8 +240,9 @@ impl Bench {
         if native.outcome == OUTCOME_SYSTEM_CALL {
             return None;
         }
-        self.translated.reset();
-        let ends = self.both_runs(0, &placed, template);
+        self.translated.reset(self.batches.is_multiple_of(4));
+        self.translated.load_code(0, &placed.bytes);
+        let ends = self.both_runs(&placed, template);
         let text = verdict(&placed, &flags, &native, &ends);
         Some(Alone {
             placed,
@@ -245,8 +251,14 @@ impl Bench {
         })
     }
 
-    /// Shrinks a failing sequence and describes it.
-    fn report(&mut self, seed: u64, sequence: Sequence, template: &[u8; DATA_BYTES]) -> String {
+    /// Shrinks a failing sequence and describes it; `found` is how it failed in its batch.
+    fn report(
+        &mut self,
+        seed: u64,
+        sequence: Sequence,
+        found: &str,
+        template: &[u8; DATA_BYTES],
+    ) -> String {
         let fails = |bench: &mut Bench, sequence: &Sequence| {
             bench
                 .alone(sequence, template)
@@ -254,7 +266,8 @@ impl Bench {
         };
         let mut sequence = sequence;
         if !fails(self, &sequence) {
-            return format!("seed {seed}: differs in its batch, not alone\n");
+            let code = prepare(&sequence, 0).map_or(String::new(), |(placed, _)| list(&placed));
+            return format!("seed {seed}: differs in its batch, not alone\n{code}{found}");
         }
         let mut changed = true;
         while changed {

@@ -57,7 +57,7 @@ pub(crate) struct Translated {
 impl Translated {
     pub(crate) fn new() -> Translated {
         let ram = engine_core::memory::create(RAM_MIB).expect("guest memory");
-        let vcpu = vcpu(&ram);
+        let vcpu = vcpu(&ram, LARGE_CACHE);
         let prologue = prologue();
         let mut guest = Translated {
             ram,
@@ -85,9 +85,11 @@ impl Translated {
         guest
     }
 
-    /// Forgets all translations: code slots may be filled anew.
-    pub(crate) fn reset(&mut self) {
-        self.vcpu = vcpu(&self.ram);
+    /// Forgets all translations: code slots may be filled anew. A tight code cache is emptied all
+    /// the time.
+    pub(crate) fn reset(&mut self, tight: bool) {
+        let bytes = if tight { TIGHT_CACHE } else { LARGE_CACHE };
+        self.vcpu = vcpu(&self.ram, bytes);
     }
 
     /// Puts code into a slot. Nothing of the slot may have been run since the last reset.
@@ -299,9 +301,10 @@ impl Translated {
     }
 }
 
-fn vcpu(ram: &Arc<GuestRam>) -> BtVcpu {
-    let options = Options {
-        code_cache: 4 << 20,
-    };
+const LARGE_CACHE: usize = 4 << 20;
+const TIGHT_CACHE: usize = 64 << 10;
+
+fn vcpu(ram: &Arc<GuestRam>, code_cache: usize) -> BtVcpu {
+    let options = Options { code_cache };
     BtVcpu::new(Arc::clone(ram), options).expect("a vCPU")
 }

@@ -1,0 +1,26 @@
+//! Hand-made guests: what the system side of a processor promises, held test by test.
+//!
+//! | module | what |
+//! |---|---|
+//! | `kernel`, `run` | the guest around each test, and the ways to run it |
+//! | `exceptions` | frames, stacks, error codes, double and triple faults |
+//! | `paging` | accessed and dirty bits, permissions, invalidation |
+//! | `privilege` | rings, system registers, segments |
+//! | `code` | self-modifying and remapped code, instructions across pages |
+//! | `memory` | strings, device memory, ports, locked operations, SSE state |
+//! | `interrupts` | timer, windows and shadows, task priority, kicks |
+//! | `state` | what the engine shows of itself, and takes back |
+//! | `protected` | 32-bit code |
+//! | `limits` | wild pointers, the code cache, loops that stay translated |
+
+mod code;
+mod exceptions;
+mod interrupts;
+mod kernel;
+mod limits;
+mod memory;
+mod paging;
+mod privilege;
+mod protected;
+mod run;
+mod state;
