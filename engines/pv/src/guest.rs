@@ -13,6 +13,7 @@ use abi::hypercall::{self, ConsoleRing, SharedInfo, StartInfo, layout};
 use engine_core::Unavailable;
 use engine_core::host::console::Sink;
 use engine_core::machine::{Source, Window};
+use engine_core::memory::MemoryError;
 use engine_core::tally::Count;
 
 use crate::clock::Keeper;
@@ -219,8 +220,11 @@ impl Guest {
         let image = Image::parse(image)?;
         let info = start_info(command_line)?;
         let limit_mib = engine_core::memory::limit_mib();
-        if mib == 0 || mib > limit_mib {
-            return Err(Error::Memory { mib, limit_mib });
+        if mib == 0 {
+            return Err(MemoryError::Empty.into());
+        }
+        if mib > limit_mib {
+            return Err(MemoryError::TooLarge { mib, limit_mib }.into());
         }
         let ram_bytes = mib << 20;
         let ram = memory_file(c"trapline-guest-ram", ram_bytes)

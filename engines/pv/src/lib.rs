@@ -44,13 +44,8 @@ pub enum Error {
     #[error(transparent)]
     Image(#[from] ImageError),
     /// Guest memory of a size that can't be had.
-    #[error("guest memory of {mib} MiB: there must be at least 1 MiB and at most {limit_mib} MiB")]
-    Memory {
-        /// What was asked for.
-        mib: u64,
-        /// What there is.
-        limit_mib: u64,
-    },
+    #[error(transparent)]
+    Memory(#[from] engine_core::memory::MemoryError),
     /// A host call failed.
     #[error("{operation}: {source}")]
     Host {

@@ -35,6 +35,26 @@ fn scenarios_find_what_the_interface_promises() {
 }
 
 #[test]
+fn bad_arguments_give_the_documented_error_and_change_nothing() {
+    for scenario in [
+        "errors-tables",
+        "errors-pointers",
+        "errors-values",
+        "errors-spaces",
+    ] {
+        check(scenario);
+    }
+}
+
+#[test]
+fn console_input_reaches_the_guest_and_its_end_is_told() {
+    let input: Vec<u8> = (0..5000u32).map(|byte| b'a' + (byte % 26) as u8).collect();
+    let run = support::finish(support::start("echo-console", None, &input), None, None);
+    assert!(matches!(run.outcome, Outcome::Success), "{run:?}");
+    assert_eq!(run.console.as_bytes(), input);
+}
+
+#[test]
 fn seventy_thousand_separate_mappings_stay_below_the_hosts_limit() {
     check("many-mappings");
 }

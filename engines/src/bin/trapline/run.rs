@@ -189,7 +189,7 @@ fn run_processes(
     };
     let mut guest = match pv::Guest::start(image, arguments.memory, command_line, options) {
         Ok(guest) => guest,
-        Err(error @ (pv::Error::Image(_) | pv::Error::Memory { .. })) => return Err(error.into()),
+        Err(error @ (pv::Error::Image(_) | pv::Error::Memory(_))) => return Err(error.into()),
         Err(error @ (pv::Error::Host { .. } | pv::Error::Party { .. })) => {
             let message = format!("engine {} could not start: {error}", mode.engine);
             let code = ExitCode::from(status::CRASHED);
