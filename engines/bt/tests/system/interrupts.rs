@@ -212,23 +212,23 @@ fn interrupts_wait_one_instruction_after_sti_and_mov_ss() {
 
 #[test]
 fn an_indirect_branch_in_a_shadow_does_not_lose_the_interrupt() {
-    // sti; ret leads into a loop without exits that only the interrupt ends.
+    // sti; ret leads into a loop without exits that only the interrupt ends. The way there has been
+    // taken before, so nothing has to be looked up or translated.
     let report = report(kernel(|_| Ok(())), |asm| {
         prepare(asm)?;
-        let mut spin = asm.create_label();
-        let mut head = asm.create_label();
-        // Once without interrupts, so that everything is translated and linked.
-        asm.mov(ecx, 100)?;
-        asm.lea(rbx, ptr(head))?;
-        asm.set_label(&mut head)?;
-        asm.dec(ecx)?;
-        asm.js(spin)?;
-        asm.jmp(rbx)?;
-        asm.set_label(&mut spin)?;
-        asm.zero_bytes()?;
+        let mut again = asm.create_label();
         let mut wait = asm.create_label();
+        let mut last = asm.create_label();
         asm.lea(rbx, ptr(wait))?;
+        asm.mov(r13d, 3)?;
+        asm.set_label(&mut again)?;
         asm.push(rbx)?;
+        asm.dec(r13d)?;
+        asm.je(last)?;
+        asm.mov(qword_ptr(SCRATCH), 1)?;
+        asm.ret()?;
+        asm.set_label(&mut last)?;
+        asm.mov(qword_ptr(SCRATCH), 0)?;
         self_ipi(asm)?;
         asm.sti()?;
         asm.ret()?;
@@ -236,6 +236,8 @@ fn an_indirect_branch_in_a_shadow_does_not_lose_the_interrupt() {
         asm.set_label(&mut wait)?;
         asm.cmp(qword_ptr(SCRATCH), 0)?;
         asm.je(wait)?;
+        asm.test(r13d, r13d)?;
+        asm.jne(again)?;
         asm.cli()?;
         asm.mov(rax, qword_ptr(SCRATCH))?;
         asm.result(0, rax)
