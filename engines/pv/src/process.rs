@@ -153,7 +153,11 @@ fn confine(descriptors: &[(i32, i32)], parent: i32) -> io::Result<()> {
         if matches!(policy, libc::SCHED_FIFO | libc::SCHED_RR) {
             check(libc::sched_getparam(0, &mut scheduling))?;
             scheduling.sched_priority -= 1;
-            let policy = if scheduling.sched_priority == 0 { libc::SCHED_OTHER } else { policy };
+            let policy = if scheduling.sched_priority == 0 {
+                libc::SCHED_OTHER
+            } else {
+                policy
+            };
             check(libc::sched_setscheduler(0, policy, &scheduling))?;
         }
         let mut sources = [0; 16];
@@ -238,8 +242,14 @@ pub(crate) fn send_order(socket: &UnixStream, number: u32, fd: BorrowedFd<'_>) -
         (*header).cmsg_level = libc::SOL_SOCKET;
         (*header).cmsg_type = libc::SCM_RIGHTS;
         (*header).cmsg_len = libc::CMSG_LEN(4) as usize;
-        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(fd.as_raw_fd());
+        libc::CMSG_DATA(header)
+            .cast::<i32>()
+            .write_unaligned(fd.as_raw_fd());
         libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
     };
-    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if sent < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }

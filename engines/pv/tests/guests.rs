@@ -7,7 +7,9 @@ use support::{Run, check, run, run_with};
 
 #[test]
 fn a_kernel_prints_and_shuts_down() {
-    let Run { outcome, console, .. } = run("hello");
+    let Run {
+        outcome, console, ..
+    } = run("hello");
     assert!(matches!(outcome, Outcome::Success), "{outcome:?} {console}");
     assert_eq!(console, "hello\n");
 }
@@ -63,27 +65,46 @@ fn seventy_thousand_separate_mappings_stay_below_the_hosts_limit() {
 fn limits_hold_whoever_spins() {
     for scenario in ["spin-kernel", "spin-user"] {
         let run = run_with(scenario, Some(0.3), None);
-        assert!(matches!(run.outcome, Outcome::Limit(Limit::Timeout)), "{scenario}: {run:?}");
+        assert!(
+            matches!(run.outcome, Outcome::Limit(Limit::Timeout)),
+            "{scenario}: {run:?}"
+        );
     }
     let run = run_with("flood", None, Some(1000));
-    assert!(matches!(run.outcome, Outcome::Limit(Limit::Exits)), "{run:?}");
+    assert!(
+        matches!(run.outcome, Outcome::Limit(Limit::Exits)),
+        "{run:?}"
+    );
 }
 
 #[test]
 fn a_crash_of_the_kernel_names_rip_and_state() {
     let run = run("crash");
-    let Outcome::Crashed { state: Some(state), message } = &run.outcome else {
+    let Outcome::Crashed {
+        state: Some(state),
+        message,
+    } = &run.outcome
+    else {
         panic!("{run:?}");
     };
-    assert!(message.contains("exception 14") && message.contains("0x1234000"), "{message}");
-    assert!(message.contains(&format!("rip {:#x}", state.rip)), "{message}");
+    assert!(
+        message.contains("exception 14") && message.contains("0x1234000"),
+        "{message}"
+    );
+    assert!(
+        message.contains(&format!("rip {:#x}", state.rip)),
+        "{message}"
+    );
     assert!((0x10_0000..0x20_0000).contains(&state.rip));
 }
 
 #[test]
 fn a_guest_that_sleeps_for_ever_is_given_up() {
     let run = run("sleep");
-    assert!(matches!(run.outcome, Outcome::Limit(Limit::Input)), "{run:?}");
+    assert!(
+        matches!(run.outcome, Outcome::Limit(Limit::Input)),
+        "{run:?}"
+    );
 }
 
 #[test]
