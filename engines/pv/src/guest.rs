@@ -281,17 +281,16 @@ impl Guest {
         let user_listener = hand_over("zygote", &zygote_socket, &mut zygote)?;
         wake_synchronously(&user_listener)?;
 
-        // SAFETY (three calls): plain numbers; the results are new descriptors or errors.
-        let wake = owned("eventfd", unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })?;
-        let bell = owned("eventfd", unsafe {
-            libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
-        })?;
-        let timer = owned("timerfd_create", unsafe {
-            libc::timerfd_create(
-                libc::CLOCK_MONOTONIC,
-                libc::TFD_CLOEXEC | libc::TFD_NONBLOCK,
-            )
-        })?;
+        // SAFETY: plain numbers; the result is a new descriptor or an error.
+        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        let wake = owned("eventfd", wake)?;
+        // SAFETY: as above.
+        let bell = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        let bell = owned("eventfd", bell)?;
+        let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
+        // SAFETY: as above.
+        let timer = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) };
+        let timer = owned("timerfd_create", timer)?;
         let (kernel_socket, theirs) = pair()?;
         let mut kernel = process::start(
             "trapline-k",

@@ -38,8 +38,11 @@ pub(crate) struct Marks {
     open: Option<Snapshot>,
     closed: Option<(Snapshot, Snapshot)>,
     next: u64,
-    pub(crate) observer: Option<Box<dyn FnMut(&Window)>>,
+    pub(crate) observer: Option<Observer>,
 }
+
+/// Told of every window.
+type Observer = Box<dyn FnMut(&Window)>;
 
 impl std::fmt::Debug for Marks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
