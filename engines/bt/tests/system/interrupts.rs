@@ -219,23 +219,27 @@ fn an_indirect_branch_in_a_shadow_does_not_lose_the_interrupt() {
         let mut again = asm.create_label();
         let mut wait = asm.create_label();
         let mut last = asm.create_label();
+        let mut out = asm.create_label();
         asm.lea(rbx, ptr(wait))?;
         asm.mov(r13d, 3)?;
         asm.set_label(&mut again)?;
         asm.push(rbx)?;
+        asm.mov(r12, 10u64)?;
         asm.dec(r13d)?;
         asm.je(last)?;
-        asm.mov(qword_ptr(SCRATCH), 1)?;
         asm.ret()?;
         asm.set_label(&mut last)?;
-        asm.mov(qword_ptr(SCRATCH), 0)?;
+        asm.mov(r12, u64::MAX)?;
         self_ipi(asm)?;
         asm.sti()?;
         asm.ret()?;
         asm.ud2()?;
         asm.set_label(&mut wait)?;
         asm.cmp(qword_ptr(SCRATCH), 0)?;
-        asm.je(wait)?;
+        asm.jne(out)?;
+        asm.dec(r12)?;
+        asm.jne(wait)?;
+        asm.set_label(&mut out)?;
         asm.test(r13d, r13d)?;
         asm.jne(again)?;
         asm.cli()?;
@@ -259,7 +263,7 @@ fn popf_iret_and_task_priority_let_interrupts_in() {
         asm.popfq()?;
         asm.nop()?;
         count(asm, 1)?;
-        // Held back by CR8, let in when it falls, with nothing else going on.
+        // Held back by CR8, let in as soon as it falls.
         asm.mov(eax, 15)?;
         asm.mov(cr8, rax)?;
         self_ipi(asm)?;
@@ -267,11 +271,7 @@ fn popf_iret_and_task_priority_let_interrupts_in() {
         count(asm, 2)?;
         asm.xor(eax, eax)?;
         asm.mov(cr8, rax)?;
-        let mut wait = asm.create_label();
-        asm.mov(ecx, 1_000_000)?;
-        asm.set_label(&mut wait)?;
-        asm.cmp(qword_ptr(SCRATCH), 2)?;
-        asm.loopne(wait)?;
+        asm.nop()?;
         count(asm, 3)?;
         // The same through the APIC's register, whose write is an exit in mid-instruction: nothing
         // else of the CPU may change by it.
