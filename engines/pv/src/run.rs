@@ -444,7 +444,10 @@ impl Guest {
         let process = process
             .and_then(|pid| Process::adopt(pid).ok())
             .ok_or(errno::ENOMEM)?;
-        for (fd, first) in [(process.descriptor.as_fd(), k_fd::PROCESS), (ours.as_fd(), k_fd::DOOR)] {
+        for (fd, first) in [
+            (process.descriptor.as_fd(), k_fd::PROCESS),
+            (ours.as_fd(), k_fd::DOOR),
+        ] {
             self.give(id, fd, first + place as i32)?;
         }
         self.users[place] = Some(process);
@@ -463,7 +466,11 @@ impl Guest {
         let listener = self.listener.as_raw_fd();
         // SAFETY: the request takes this structure.
         let added = unsafe { libc::ioctl(listener, libc::SECCOMP_IOCTL_NOTIF_ADDFD, &add) };
-        if added < 0 { Err(errno::ENOMEM) } else { Ok(()) }
+        if added < 0 {
+            Err(errno::ENOMEM)
+        } else {
+            Ok(())
+        }
     }
 
     /// Lets K go on. A K that is gone is noticed by its process descriptor.

@@ -34,17 +34,30 @@ pub(crate) fn run_without(scenario: &str, defence: Defence) -> Run {
 }
 
 pub(crate) fn start(scenario: &str, without: Option<Defence>, input: &[u8]) -> Guest {
-    let options = Options { without, input: Source::Bytes(input.to_vec()), ..Options::default() };
+    let options = Options {
+        without,
+        input: Source::Bytes(input.to_vec()),
+        ..Options::default()
+    };
     Guest::start(GUEST, 64, scenario, options).unwrap()
 }
 
 pub(crate) fn finish(mut guest: Guest, timeout: Option<f64>, max_exits: Option<u64>) -> Run {
-    let limits = Limits { timeout: Some(Duration::from_secs_f64(timeout.unwrap_or(20.0))), max_exits };
+    let limits = Limits {
+        timeout: Some(Duration::from_secs_f64(timeout.unwrap_or(20.0))),
+        max_exits,
+    };
     let outcome = guest.run(&limits);
     for pid in guest.processes() {
-        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is left");
+        assert!(
+            !Path::new(&format!("/proc/{pid}")).exists(),
+            "process {pid} is left"
+        );
     }
-    Run { outcome, console: String::from_utf8_lossy(guest.console()).into_owned() }
+    Run {
+        outcome,
+        console: String::from_utf8_lossy(guest.console()).into_owned(),
+    }
 }
 
 /// Runs a scenario that checks itself and says `ok`.
