@@ -60,21 +60,25 @@ fn cost() {
     let pool = frames(128, 1);
     map(VA, pool * PAGE | P | W | U, 64);
     let mut calls = [MulticallEntry::default(); 64];
-    per("ptemod in a multicall of 64, mapped, per page", 64 * 100, || {
-        for round in 0..100 {
-            start_user(user_write, VA);
-            resume((VA + 16 * PAGE) as i64);
-            resume((VA + 32 * PAGE) as i64);
-            resume((VA + 48 * PAGE) as i64);
-            for (index, call) in calls.iter_mut().enumerate() {
-                let index = index as u64;
-                let to = pool + (round & 1) * 64 + index;
-                call.call = Call::UpdateVaMapping as u64;
-                call.arguments = [VA + index * PAGE, to * PAGE | P | W | U, 0, 1, 0, 0];
+    per(
+        "ptemod in a multicall of 64, mapped, per page",
+        64 * 100,
+        || {
+            for round in 0..100 {
+                start_user(user_write, VA);
+                resume((VA + 16 * PAGE) as i64);
+                resume((VA + 32 * PAGE) as i64);
+                resume((VA + 48 * PAGE) as i64);
+                for (index, call) in calls.iter_mut().enumerate() {
+                    let index = index as u64;
+                    let to = pool + (round & 1) * 64 + index;
+                    call.call = Call::UpdateVaMapping as u64;
+                    call.arguments = [VA + index * PAGE, to * PAGE | P | W | U, 0, 1, 0, 0];
+                }
+                hc(Call::Multicall, [calls.as_mut_ptr() as u64, 64, 0, 0, 0]);
             }
-            hc(Call::Multicall, [calls.as_mut_ptr() as u64, 64, 0, 0, 0]);
-        }
-    });
+        },
+    );
     per("ptemod, not mapped", 100_000, || {
         for round in 0..100_000 {
             map(VA, (pool + (round & 1)) * PAGE | P | W | U, 1);

@@ -48,19 +48,37 @@ fn tables() {
     let page = frame();
     let good = page * PAGE | P | U;
     expect("good", update(entry, good), 0);
-    let same = |what: &str| expect(what, unsafe { *word(leaf, VA / PAGE % 512) } as i64, good as i64);
+    let same = |what: &str| {
+        expect(
+            what,
+            unsafe { *word(leaf, VA / PAGE % 512) } as i64,
+            good as i64,
+        )
+    };
     expect("unaligned", update(entry + 4, good), -EINVAL);
     expect("command", update(entry | 3, good), -EINVAL);
     expect("beyond", update(frames * PAGE, good), -EINVAL);
     expect("far beyond", update(!7, good), -EINVAL);
     expect("no table", update(page * PAGE, good), -EINVAL);
-    expect("foreign frame", update(entry, frames * PAGE | P | U), -EINVAL);
-    expect("far frame", update(entry, ((1 << 52) - PAGE) | P | U), -EINVAL);
+    expect(
+        "foreign frame",
+        update(entry, frames * PAGE | P | U),
+        -EINVAL,
+    );
+    expect(
+        "far frame",
+        update(entry, ((1 << 52) - PAGE) | P | U),
+        -EINVAL,
+    );
     expect("reserved bits", update(entry, good | 1 << 52), -EINVAL);
     expect("reserved bits", update(entry, good | 1 << 62), -EINVAL);
     same("unchanged");
     for table in [root, leaf] {
-        expect("writable table", update(entry, table * PAGE | P | U | W), -EBUSY);
+        expect(
+            "writable table",
+            update(entry, table * PAGE | P | U | W),
+            -EBUSY,
+        );
         expect("readable table", update(entry, table * PAGE | P | U), 0);
     }
     expect("good", update(entry, good), 0);
@@ -70,7 +88,11 @@ fn tables() {
     expect("link", update(top, page * PAGE | P | W | U), -EBUSY);
     expect("link itself", update(top, root * PAGE | P | W | U), -EBUSY);
     expect("link twice", update(top, leaf * PAGE | P | W | U), -EBUSY);
-    expect("link", update(root * PAGE + 200 * 8, frame() * PAGE | P | W | U), -EINVAL);
+    expect(
+        "link",
+        update(root * PAGE + 200 * 8, frame() * PAGE | P | W | U),
+        -EINVAL,
+    );
     expect("large in level 4", update(top, good | 1 << 7), -EINVAL);
     // Below the first user address.
     let low = new_root();
@@ -93,8 +115,16 @@ fn tables() {
     expect("unaligned", map(VA + 1, good), -EINVAL);
     expect("beyond", map(USER_END, good), -EINVAL);
     expect("no table", map(VA + (1 << 30), good), -EINVAL);
-    expect("flags", hc(Call::UpdateVaMapping, [VA, good, 8, 1, 0]), -EINVAL);
-    expect("count", hc(Call::UpdateVaMapping, [VA, good, 0, MAX_BATCH + 1, 0]), -E2BIG);
+    expect(
+        "flags",
+        hc(Call::UpdateVaMapping, [VA, good, 8, 1, 0]),
+        -EINVAL,
+    );
+    expect(
+        "count",
+        hc(Call::UpdateVaMapping, [VA, good, 0, MAX_BATCH + 1, 0]),
+        -E2BIG,
+    );
     // Large leaves.
     let third = unsafe { *word(root, VA >> 39 & 511) } / PAGE;
     let second = unsafe { *word(third, VA >> 30 & 511) } / PAGE;
@@ -105,14 +135,24 @@ fn tables() {
     // What a batch has done is told.
     let batch = [
         MmuUpdate { entry, value: good },
-        MmuUpdate { entry: entry + 8, value: good },
-        MmuUpdate { entry: entry + 1, value: good },
+        MmuUpdate {
+            entry: entry + 8,
+            value: good,
+        },
+        MmuUpdate {
+            entry: entry + 1,
+            value: good,
+        },
         MmuUpdate { entry, value: 0 },
     ];
     let mut done = 99u64;
     let arguments = [batch.as_ptr() as u64, 4, &raw mut done as u64, 0, 0];
     expect("batch", hc(Call::MmuUpdate, arguments), -EINVAL);
-    expect("done", unsafe { (&raw const done).read_volatile() } as i64, 2);
+    expect(
+        "done",
+        unsafe { (&raw const done).read_volatile() } as i64,
+        2,
+    );
     same("unchanged");
     say("ok\n");
 }
@@ -120,33 +160,92 @@ fn tables() {
 fn pointers() {
     let root = new_space();
     start_user(user_null, 0);
-    let good = MmuUpdate { entry: root * PAGE + 800, value: 0 };
+    let good = MmuUpdate {
+        entry: root * PAGE + 800,
+        value: 0,
+    };
     let at = &raw const good as u64;
     for wild in WILD {
-        expect("mmu_update", hc(Call::MmuUpdate, [wild, 1, 0, 0, 0]), -EFAULT);
+        expect(
+            "mmu_update",
+            hc(Call::MmuUpdate, [wild, 1, 0, 0, 0]),
+            -EFAULT,
+        );
         expect("done", hc(Call::MmuUpdate, [at, 1, wild, 0, 0]), -EFAULT);
         expect("mmuext_op", hc(Call::MmuextOp, [wild, 1, 0, 0, 0]), -EFAULT);
-        expect("multicall", hc(Call::Multicall, [wild, 1, 0, 0, 0]), -EFAULT);
+        expect(
+            "multicall",
+            hc(Call::Multicall, [wild, 1, 0, 0, 0]),
+            -EFAULT,
+        );
         expect("traps", hc(Call::SetTrapTable, [wild, 0, 0, 0, 0]), -EFAULT);
-        expect("callbacks", hc(Call::SetCallbacks, [wild, 0, 0, 0, 0]), -EFAULT);
-        expect("write", hc(Call::ConsoleIo, [console_io::WRITE, 8, wild, 0, 0]), -EFAULT);
-        expect("read", hc(Call::ConsoleIo, [console_io::READ, 8, wild, 0, 0]), -EFAULT);
-        expect("start", hc(Call::Iret, [iret::START, wild, 0, 0, 0]), -EFAULT);
-        expect("kernel", hc(Call::Iret, [iret::KERNEL, wild, 0, 0, 0]), -EFAULT);
-        expect("get", hc(Call::VcpuOp, [vcpu_op::GET_REGISTERS, 0, wild, 0, 0]), -EFAULT);
+        expect(
+            "callbacks",
+            hc(Call::SetCallbacks, [wild, 0, 0, 0, 0]),
+            -EFAULT,
+        );
+        expect(
+            "write",
+            hc(Call::ConsoleIo, [console_io::WRITE, 8, wild, 0, 0]),
+            -EFAULT,
+        );
+        expect(
+            "read",
+            hc(Call::ConsoleIo, [console_io::READ, 8, wild, 0, 0]),
+            -EFAULT,
+        );
+        expect(
+            "start",
+            hc(Call::Iret, [iret::START, wild, 0, 0, 0]),
+            -EFAULT,
+        );
+        expect(
+            "kernel",
+            hc(Call::Iret, [iret::KERNEL, wild, 0, 0, 0]),
+            -EFAULT,
+        );
+        expect(
+            "get",
+            hc(Call::VcpuOp, [vcpu_op::GET_REGISTERS, 0, wild, 0, 0]),
+            -EFAULT,
+        );
         if wild % 16 == 0 {
-            expect("stack", hc(Call::StackSwitch, [KERNEL_SS.into(), wild, 0, 0, 0]), -EFAULT);
+            expect(
+                "stack",
+                hc(Call::StackSwitch, [KERNEL_SS.into(), wild, 0, 0, 0]),
+                -EFAULT,
+            );
         }
     }
-    expect("unaligned", hc(Call::MmuUpdate, [at + 1, 1, 0, 0, 0]), -EFAULT);
+    expect(
+        "unaligned",
+        hc(Call::MmuUpdate, [at + 1, 1, 0, 0, 0]),
+        -EFAULT,
+    );
     // Results into code and constants; more than there is.
     let code = pointers as *const () as u64 & !7;
-    expect("into code", hc(Call::MmuUpdate, [at, 1, code, 0, 0]), -EFAULT);
+    expect(
+        "into code",
+        hc(Call::MmuUpdate, [at, 1, code, 0, 0]),
+        -EFAULT,
+    );
     let end = info().direct_map + info().frames * PAGE;
-    expect("across the end", hc(Call::MmuUpdate, [end - 16, 2, 0, 0, 0]), -EFAULT);
+    expect(
+        "across the end",
+        hc(Call::MmuUpdate, [end - 16, 2, 0, 0, 0]),
+        -EFAULT,
+    );
     let data = &raw const good as u64;
-    expect("data is no code", hc(Call::SetCallbacks, [data, 0, 0, 0, 0]), -EFAULT);
-    expect("multicall into code", hc(Call::Multicall, [code & !63, 1, 0, 0, 0]), -EFAULT);
+    expect(
+        "data is no code",
+        hc(Call::SetCallbacks, [data, 0, 0, 0, 0]),
+        -EFAULT,
+    );
+    expect(
+        "multicall into code",
+        hc(Call::Multicall, [code & !63, 1, 0, 0, 0]),
+        -EFAULT,
+    );
     say("ok\n");
 }
 
@@ -154,8 +253,16 @@ fn values() {
     new_space();
     let op = |command, argument| hc(Call::SchedOp, [command, argument, 0, 0, 0]);
     let event = |command, argument| hc(Call::EventChannelOp, [command, argument, 0, 0, 0]);
-    expect("no call", unsafe { raw(info().hypercall_page + 32 * 2) }, -ENOSYS);
-    expect("no call", unsafe { raw(info().hypercall_page + 32 * 127) }, -ENOSYS);
+    expect(
+        "no call",
+        unsafe { raw(info().hypercall_page + 32 * 2) },
+        -ENOSYS,
+    );
+    expect(
+        "no call",
+        unsafe { raw(info().hypercall_page + 32 * 127) },
+        -ENOSYS,
+    );
     expect("sched", op(99, 0), -ENOSYS);
     expect("poll", op(sched::POLL, 0), -EINVAL);
     expect("virq", event(evtchn::BIND_VIRQ, 7), -EINVAL);
@@ -169,26 +276,67 @@ fn values() {
     }
     expect("ports", event(evtchn::BIND_IPI, 0), -ENOSPC);
     expect("send", event(evtchn::SEND, 5), 0);
-    expect("vcpu", hc(Call::VcpuOp, [vcpu_op::STOP_SINGLESHOT_TIMER, 1, 0, 0, 0]), -ENOENT);
+    expect(
+        "vcpu",
+        hc(Call::VcpuOp, [vcpu_op::STOP_SINGLESHOT_TIMER, 1, 0, 0, 0]),
+        -ENOENT,
+    );
     expect("vcpu_op", hc(Call::VcpuOp, [1, 0, 0, 0, 0]), -ENOSYS);
-    expect("result", hc(Call::VcpuOp, [vcpu_op::SET_RESULT, 0, 0, 0, 0]), -EINVAL);
+    expect(
+        "result",
+        hc(Call::VcpuOp, [vcpu_op::SET_RESULT, 0, 0, 0, 0]),
+        -EINVAL,
+    );
     expect("fpu", hc(Call::FpuTaskswitch, [2, 0, 0, 0, 0]), -EINVAL);
     expect("mark", hc(Call::Mark, [9, 0, 0, 0, 0]), -EINVAL);
     expect("console", hc(Call::ConsoleIo, [9, 0, 0, 0, 0]), -ENOSYS);
-    expect("console", hc(Call::ConsoleIo, [console_io::WRITE, 5000, 0, 0, 0]), -E2BIG);
-    expect("selector", hc(Call::StackSwitch, [0x10, 0, 0, 0, 0]), -EPERM);
-    expect("stack", hc(Call::StackSwitch, [KERNEL_SS.into(), 24, 0, 0, 0]), -EINVAL);
+    expect(
+        "console",
+        hc(Call::ConsoleIo, [console_io::WRITE, 5000, 0, 0, 0]),
+        -E2BIG,
+    );
+    expect(
+        "selector",
+        hc(Call::StackSwitch, [0x10, 0, 0, 0, 0]),
+        -EPERM,
+    );
+    expect(
+        "stack",
+        hc(Call::StackSwitch, [KERNEL_SS.into(), 24, 0, 0, 0]),
+        -EINVAL,
+    );
     let entry = |vector, cs| {
         let address = values as *const () as u64;
-        [TrapEntry { vector, cs, address, ..TrapEntry::default() }, TrapEntry::default()]
+        [
+            TrapEntry {
+                vector,
+                cs,
+                address,
+                ..TrapEntry::default()
+            },
+            TrapEntry::default(),
+        ]
     };
     for (table, error) in [(entry(32, KERNEL_CS), -EINVAL), (entry(3, 0x33), -EPERM)] {
-        expect("trap", hc(Call::SetTrapTable, [table.as_ptr() as u64, 0, 0, 0, 0]), error);
+        expect(
+            "trap",
+            hc(Call::SetTrapTable, [table.as_ptr() as u64, 0, 0, 0, 0]),
+            error,
+        );
     }
     let endless = [entry(1, KERNEL_CS)[0]; 33];
-    expect("endless", hc(Call::SetTrapTable, [endless.as_ptr() as u64, 0, 0, 0, 0]), -EINVAL);
+    expect(
+        "endless",
+        hc(Call::SetTrapTable, [endless.as_ptr() as u64, 0, 0, 0, 0]),
+        -EINVAL,
+    );
     let mut registers = registers(user_null as *const () as u64, 0);
-    let start = |registers: &_| hc(Call::Iret, [iret::START, registers as *const _ as u64, 0, 0, 0]);
+    let start = |registers: &_| {
+        hc(
+            Call::Iret,
+            [iret::START, registers as *const _ as u64, 0, 0, 0],
+        )
+    };
     registers.cs = 0x10;
     expect("cs", start(&registers), -EINVAL);
     registers.cs = KERNEL_CS.into();
@@ -199,7 +347,11 @@ fn values() {
     registers.ss = 0x2b;
     registers.rip = 0x6800_0000_0000;
     expect("rip", start(&registers), -EINVAL);
-    expect("resume", hc(Call::Iret, [iret::RESUME, 0, 0, 0, 0]), -EINVAL);
+    expect(
+        "resume",
+        hc(Call::Iret, [iret::RESUME, 0, 0, 0, 0]),
+        -EINVAL,
+    );
     expect("form", hc(Call::Iret, [99, 0, 0, 0, 0]), -EINVAL);
     let batch = MAX_BATCH + 1;
     expect("batch", hc(Call::MmuUpdate, [0, batch, 0, 0, 0]), -E2BIG);
@@ -209,9 +361,17 @@ fn values() {
     for (entry, call) in inside.iter_mut().zip([23, 13, 29, 2]) {
         entry.call = call;
     }
-    expect("multicall", hc(Call::Multicall, [inside.as_mut_ptr() as u64, 4, 0, 0, 0]), 0);
+    expect(
+        "multicall",
+        hc(Call::Multicall, [inside.as_mut_ptr() as u64, 4, 0, 0, 0]),
+        0,
+    );
     for (entry, error) in inside.iter().zip([-EPERM, -EPERM, -EPERM, -ENOSYS]) {
-        expect("inside", unsafe { (&raw const entry.result).read_volatile() }, error);
+        expect(
+            "inside",
+            unsafe { (&raw const entry.result).read_volatile() },
+            error,
+        );
     }
     say("ok\n");
 }
@@ -230,7 +390,11 @@ fn spaces() {
     expect("base", ext(mmuext::NEW_BASEPTR, u64::MAX), -EINVAL);
     expect("flush", ext(mmuext::TLB_FLUSH_LOCAL, 0), -ENOENT);
     expect("command", ext(99, 0), -ENOSYS);
-    expect("no space", hc(Call::Iret, [iret::RESUME, 0, 0, 0, 0]), -ENOENT);
+    expect(
+        "no space",
+        hc(Call::Iret, [iret::RESUME, 0, 0, 0, 0]),
+        -ENOENT,
+    );
     let first = new_space();
     expect("twice", ext(mmuext::PIN_L4_TABLE, first), -EBUSY);
     expect("invlpg", ext(mmuext::INVLPG_LOCAL, USER_END), -EINVAL);

@@ -23,7 +23,11 @@ pub(crate) fn init(info: &'static StartInfo) {
         NEXT_FRAME = info.first_free_frame;
     }
     let stack = (&raw const kernel_stack_top) as u64;
-    expect("stack_switch", hc(Call::StackSwitch, [KERNEL_SS.into(), stack, 0, 0, 0]), 0);
+    expect(
+        "stack_switch",
+        hc(Call::StackSwitch, [KERNEL_SS.into(), stack, 0, 0, 0]),
+        0,
+    );
     let entry = |vector| TrapEntry {
         vector,
         cs: KERNEL_CS,
@@ -34,9 +38,17 @@ pub(crate) fn init(info: &'static StartInfo) {
     for vector in 0..32 {
         table[vector] = entry(vector as u8);
     }
-    expect("set_trap_table", hc(Call::SetTrapTable, [table.as_ptr() as u64, 0, 0, 0, 0]), 0);
+    expect(
+        "set_trap_table",
+        hc(Call::SetTrapTable, [table.as_ptr() as u64, 0, 0, 0, 0]),
+        0,
+    );
     let entry = upcall as *const () as u64;
-    expect("set_callbacks", hc(Call::SetCallbacks, [entry, entry, entry, 0, 0]), 0);
+    expect(
+        "set_callbacks",
+        hc(Call::SetCallbacks, [entry, entry, entry, 0, 0]),
+        0,
+    );
 }
 
 pub(crate) fn info() -> &'static StartInfo {
@@ -58,7 +70,16 @@ pub(crate) fn hc(which: Call, arguments: [u64; 5]) -> i64 {
 }
 
 pub(crate) fn say(text: &str) {
-    hc(Call::ConsoleIo, [console_io::WRITE, text.len() as u64, text.as_ptr() as u64, 0, 0]);
+    hc(
+        Call::ConsoleIo,
+        [
+            console_io::WRITE,
+            text.len() as u64,
+            text.as_ptr() as u64,
+            0,
+            0,
+        ],
+    );
 }
 
 /// Says `name value` on a line.
@@ -161,7 +182,11 @@ pub(crate) fn new_root() -> u64 {
 }
 
 pub(crate) fn ext(command: u32, argument: u64) -> i64 {
-    let operation = MmuextOp { command, reserved: 0, argument };
+    let operation = MmuextOp {
+        command,
+        reserved: 0,
+        argument,
+    };
     hc(Call::MmuextOp, [&raw const operation as u64, 1, 0, 0, 0])
 }
 
@@ -261,7 +286,9 @@ pub(crate) fn try_enter(form: u64, argument: u64) -> Result<Stopped, i64> {
     if result < 0 {
         return Err(result);
     }
-    Ok(Stopped { frame: unsafe { *(result as *const UpcallFrame) } })
+    Ok(Stopped {
+        frame: unsafe { *(result as *const UpcallFrame) },
+    })
 }
 
 pub(crate) fn continue_with(form: u64, argument: u64) -> Stopped {

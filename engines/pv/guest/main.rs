@@ -8,6 +8,7 @@ use core::panic::PanicInfo;
 
 use h::StartInfo;
 
+mod attacks;
 mod cost;
 mod errors;
 mod kernel;
@@ -33,7 +34,12 @@ global_asm!(
 extern "C" fn start(info: &'static StartInfo) -> ! {
     kernel::init(info);
     let name = kernel::command();
-    for (known, scene) in scenes::ALL.iter().chain(errors::ALL).chain(cost::ALL) {
+    for (known, scene) in scenes::ALL
+        .iter()
+        .chain(errors::ALL)
+        .chain(cost::ALL)
+        .chain(attacks::ALL)
+    {
         if *known == name {
             scene();
             kernel::shutdown(0);

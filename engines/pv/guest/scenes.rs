@@ -28,8 +28,10 @@ pub(crate) const ALL: &[(&str, fn())] = &[
         new_space();
         start_user(user_spin, 0);
     }),
-    ("flood", || loop {
-        hc(Call::SchedOp, [sched::YIELD, 0, 0, 0, 0]);
+    ("flood", || {
+        loop {
+            hc(Call::SchedOp, [sched::YIELD, 0, 0, 0, 0]);
+        }
     }),
     ("crash", || unsafe {
         hc(Call::SetTrapTable, [0; 5]);
@@ -49,7 +51,11 @@ fn syscalls() {
         let [first, second, third, fourth, fifth, sixth] = stopped.call(nr::REPORT);
         let expected = if round == 0 { 42 } else { round * 7 + 1 };
         expect("argument", first as i64, expected);
-        expect("others", (second + third * 10 + fourth * 100 + fifth * 1000) as i64, 5432);
+        expect(
+            "others",
+            (second + third * 10 + fourth * 100 + fifth * 1000) as i64,
+            5432,
+        );
         expect("sixth", sixth as i64, 0x1111);
         stopped = resume((round + 1) * 7);
     }
@@ -140,7 +146,11 @@ fn unmap() {
     let mut stopped = start_user(user_write, VA);
     for page in 1..=64 {
         stopped.call(nr::REPORT);
-        stopped = if page < 64 { resume((VA + page * PAGE) as i64) } else { stopped };
+        stopped = if page < 64 {
+            resume((VA + page * PAGE) as i64)
+        } else {
+            stopped
+        };
     }
     // In the middle, by multicall; the process waits in a system call.
     let mut calls = [crate::h::MulticallEntry::default(); 4];
@@ -148,14 +158,22 @@ fn unmap() {
         call.call = Call::UpdateVaMapping as u64;
         call.arguments = [VA + (10 + index as u64) * PAGE, 0, 0, 1, 0, 0];
     }
-    expect("multicall", hc(Call::Multicall, [calls.as_mut_ptr() as u64, 4, 0, 0, 0]), 0);
+    expect(
+        "multicall",
+        hc(Call::Multicall, [calls.as_mut_ptr() as u64, 4, 0, 0, 0]),
+        0,
+    );
     for call in &calls {
         expect("result", call.result, 0);
     }
     let mut stopped = resume((VA + 9 * PAGE) as i64);
     stopped.call(nr::REPORT);
     stopped = resume((VA + 10 * PAGE) as i64);
-    expect("gone", stopped.exception(14).address as i64, (VA + 10 * PAGE) as i64);
+    expect(
+        "gone",
+        stopped.exception(14).address as i64,
+        (VA + 10 * PAGE) as i64,
+    );
     stopped = start_user(user_write, VA + 14 * PAGE);
     stopped.call(nr::REPORT);
     // A flush leaves everything accessible.
@@ -182,9 +200,17 @@ fn spaces() {
         for (index, root) in roots.iter().enumerate() {
             expect("switch", ext(mmuext::NEW_USER_BASEPTR, *root), 0);
             let [value, ..] = resume(VA as i64).call(nr::REPORT);
-            expect("value", value as i64, 100 + index as i64 + if index == 3 { round } else { 0 });
+            expect(
+                "value",
+                value as i64,
+                100 + index as i64 + if index == 3 { round } else { 0 },
+            );
             if index == 3 {
-                expect("poke", hc(Call::VcpuOp, [vcpu_op::SET_RESULT, 0, VA, 0, 0]), 0);
+                expect(
+                    "poke",
+                    hc(Call::VcpuOp, [vcpu_op::SET_RESULT, 0, VA, 0, 0]),
+                    0,
+                );
                 let [value, ..] = continue_with(iret::CONTINUE, 0).call(nr::REPORT);
                 // The frame of space 3 counts rounds.
                 let page = value - round as u64;
@@ -208,7 +234,11 @@ fn leaf(root: u64) -> u64 {
 fn divide() {
     new_space();
     let fault = start_user(user_divide, 0).exception(0);
-    expect("rip", fault.registers.rip as i64, (&raw const user_divide_at) as i64);
+    expect(
+        "rip",
+        fault.registers.rip as i64,
+        (&raw const user_divide_at) as i64,
+    );
     expect("rbx", fault.registers.gpr[3] as i64, 7);
     let mut registers = fault.registers;
     registers.rip += 2;
@@ -231,10 +261,19 @@ extern "C" fn kernel_trap(frame: &mut crate::h::UpcallFrame) -> ! {
 fn kernel_divide() {
     use crate::h::{TrapEntry, layout::KERNEL_CS};
     let table = [
-        TrapEntry { vector: 0, cs: KERNEL_CS, address: kernel_trap as *const () as u64, ..TrapEntry::default() },
+        TrapEntry {
+            vector: 0,
+            cs: KERNEL_CS,
+            address: kernel_trap as *const () as u64,
+            ..TrapEntry::default()
+        },
         TrapEntry::default(),
     ];
-    expect("traps", hc(Call::SetTrapTable, [table.as_ptr() as u64, 0, 0, 0, 0]), 0);
+    expect(
+        "traps",
+        hc(Call::SetTrapTable, [table.as_ptr() as u64, 0, 0, 0, 0]),
+        0,
+    );
     let mut count = 0u64;
     for _ in 0..100 {
         unsafe {
@@ -250,12 +289,26 @@ fn kernel_divide() {
 }
 
 fn arm(deadline: u64) {
-    expect("timer", hc(Call::VcpuOp, [vcpu_op::SET_SINGLESHOT_TIMER, 0, deadline, 0, 0]), 0);
+    expect(
+        "timer",
+        hc(
+            Call::VcpuOp,
+            [vcpu_op::SET_SINGLESHOT_TIMER, 0, deadline, 0, 0],
+        ),
+        0,
+    );
 }
 
 fn bind_timer() -> u64 {
-    let port = hc(Call::EventChannelOp, [evtchn::BIND_VIRQ, evtchn::VIRQ_TIMER, 0, 0, 0]);
-    expect("unmask", hc(Call::EventChannelOp, [evtchn::UNMASK, port as u64, 0, 0, 0]), 0);
+    let port = hc(
+        Call::EventChannelOp,
+        [evtchn::BIND_VIRQ, evtchn::VIRQ_TIMER, 0, 0, 0],
+    );
+    expect(
+        "unmask",
+        hc(Call::EventChannelOp, [evtchn::UNMASK, port as u64, 0, 0, 0]),
+        0,
+    );
     port as u64
 }
 
@@ -303,7 +356,11 @@ fn timer_block() {
         }
     }
     arm(now() + 1_000_000);
-    expect("poll", hc(Call::SchedOp, [sched::POLL, 1 << port, 0, 0, 0]), 0);
+    expect(
+        "poll",
+        hc(Call::SchedOp, [sched::POLL, 1 << port, 0, 0, 0]),
+        0,
+    );
     take(port);
     say("ok\n");
 }
@@ -319,7 +376,12 @@ fn registers_told() {
     new_space();
     start_user(user_echo, 9).call(nr::REPORT);
     let mut told = Registers::default();
-    let get = |told: &mut Registers| hc(Call::VcpuOp, [vcpu_op::GET_REGISTERS, 0, told as *mut _ as u64, 0, 0]);
+    let get = |told: &mut Registers| {
+        hc(
+            Call::VcpuOp,
+            [vcpu_op::GET_REGISTERS, 0, told as *mut _ as u64, 0, 0],
+        )
+    };
     expect("get", get(&mut told), 0);
     expect("rbx", told.gpr[3] as i64, 0x1111);
     expect("r12", told.gpr[12] as i64, 0x2222);
@@ -371,7 +433,11 @@ fn large() {
         stopped = resume((VA + page * PAGE) as i64);
     }
     stopped.call(nr::REPORT);
-    expect("seen", unsafe { *word(first + 100, 0) } as i64, (VA + 100 * PAGE) as i64);
+    expect(
+        "seen",
+        unsafe { *word(first + 100, 0) } as i64,
+        (VA + 100 * PAGE) as i64,
+    );
     say("ok\n");
 }
 
@@ -389,7 +455,11 @@ fn fork_storm() {
 fn echo_console() {
     use crate::h::console_io;
     let port = evtchn::CONSOLE_PORT;
-    expect("unmask", hc(Call::EventChannelOp, [evtchn::UNMASK, port, 0, 0, 0]), 0);
+    expect(
+        "unmask",
+        hc(Call::EventChannelOp, [evtchn::UNMASK, port, 0, 0, 0]),
+        0,
+    );
     let console = unsafe { &*(info().console as *const crate::h::ConsoleRing) };
     let mut buffer = [0u8; 100];
     loop {
@@ -416,7 +486,11 @@ fn many_mappings() {
     }
     let pool = frames(2048, 1);
     for page in 0..PAGES {
-        put(root, VA + page * PAGE, (pool + page * 2 % 2047) * PAGE | P | W | U);
+        put(
+            root,
+            VA + page * PAGE,
+            (pool + page * 2 % 2047) * PAGE | P | W | U,
+        );
     }
     expect("pin", ext(mmuext::PIN_L4_TABLE, root), 0);
     expect("baseptr", ext(mmuext::NEW_USER_BASEPTR, root), 0);

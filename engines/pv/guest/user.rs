@@ -95,6 +95,25 @@ global_asm!(
     "mov eax, 0x5000",
     "syscall",
     "jmp 1b",
+    // Jumps to rcx with every other register as it was started.
+    "user_leap:",
+    "jmp rcx",
+    // Stores rsi at rdi and reports.
+    "user_poke:",
+    "mov [rdi], rsi",
+    "mov eax, 0x5000",
+    "syscall",
+    "hlt",
+    // Makes the call in rax, whatever it is, then receives a descriptor in the gate's code, which goes
+    // on with rbx, r14 and r15 as the attacker has set them; r12 is the message.
+    "user_steal:",
+    "syscall",
+    "mov eax, 47",
+    "mov edi, 3",
+    "mov rsi, r12",
+    "mov edx, 0x40",
+    "movabs rcx, 0x70000000009a",
+    "jmp rcx",
     ".popsection",
 );
 
@@ -108,5 +127,8 @@ unsafe extern "C" {
     pub(crate) fn user_spin(argument: u64) -> !;
     pub(crate) fn user_host(argument: u64) -> !;
     pub(crate) fn user_bases(argument: u64) -> !;
+    pub(crate) fn user_leap(argument: u64) -> !;
+    pub(crate) fn user_poke(argument: u64) -> !;
+    pub(crate) fn user_steal(argument: u64) -> !;
     pub(crate) static user_divide_at: u8;
 }

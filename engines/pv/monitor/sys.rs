@@ -178,7 +178,12 @@ pub(crate) fn send_descriptor(socket: i32, fd: i32, bytes: u64) -> bool {
         0,
     ];
     // SAFETY: all of it is readable for the duration of the call.
-    let sent = unsafe { call(nr::SENDMSG, [socket as u64, &raw const message as u64, 0, 0, 0, 0]) };
+    let sent = unsafe {
+        call(
+            nr::SENDMSG,
+            [socket as u64, &raw const message as u64, 0, 0, 0, 0],
+        )
+    };
     sent == bytes as i64
 }
 
@@ -203,7 +208,12 @@ pub(crate) fn receive_order(socket: i32) -> Option<(u32, i32)> {
         0,
     ];
     // SAFETY: all of it is writable for the duration of the call.
-    let received = unsafe { call(nr::RECVMSG, [socket as u64, &raw mut message as u64, 0, 0, 0, 0]) };
+    let received = unsafe {
+        call(
+            nr::RECVMSG,
+            [socket as u64, &raw mut message as u64, 0, 0, 0, 0],
+        )
+    };
     (received == 4 && control.kind == 1).then_some((number, control.fd))
 }
 

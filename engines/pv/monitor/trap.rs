@@ -42,10 +42,10 @@ pub(crate) fn install(stack: u64, size: u64) -> bool {
             .all(|&signal| sys::handle(signal, handler, restorer))
 }
 
-extern "C" fn on_signal(_signal: i32, _information: *const u8, ucontext: *mut u8) {
+extern "C" fn on_signal(signal: i32, _information: *const u8, ucontext: *mut u8) {
     // SAFETY: the host's kernel hands out a valid ucontext.
     let context = unsafe { &mut *Context::in_ucontext(ucontext) };
-    let (vector, error, address) = context.exception();
+    let (vector, error, address) = context.exception(signal as u64);
     let registers = context.registers();
     let inside = (k::MONITOR..k::MONITOR_END).contains(&registers.rip);
     if !inside {

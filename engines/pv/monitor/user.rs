@@ -69,6 +69,7 @@ const NOTIF_SEND: u64 = 0xc018_2101;
 const EINTR: i64 = 4;
 const ENOENT: i64 = 2;
 const ENOSYS: i32 = 38;
+const SIGILL: u64 = 4;
 pub(crate) const SIGUSR1: u64 = 10;
 
 /// `struct seccomp_notif`.
@@ -192,8 +193,11 @@ impl Context {
     }
 
     /// Vector, error code and address of the exception that raised the signal.
-    pub(crate) fn exception(&self) -> (u64, u64, u64) {
-        // Page faults, and those that the host reports as bus errors.
+    pub(crate) fn exception(&self, signal: u64) -> (u64, u64, u64) {
+        if signal == SIGILL {
+            // Some come without an exception, and leave the vector of an earlier one.
+            return (6, 0, 0);
+        }
         let address = if self.vector == 14 { self.address } else { 0 };
         (self.vector & 31, self.error, address)
     }
@@ -265,6 +269,12 @@ fn context(slot: usize, frame: u64) -> &'static mut Context {
 impl State {
     fn trusting(&self) -> bool {
         self.relax & relax::TRUST_NOTIFICATIONS != 0
+    }
+
+    /// Whether a notification was made by the gate's own instruction.
+    fn from_gate(&self, notification: &Notification) -> bool {
+        (notification.ip == u::GATE_NOTIFIED || self.trusting())
+            && matches!(notification.number as u64, gate::SIGNAL | gate::DONE)
     }
 
     /// The registers of a process that is stopped in the gate.
@@ -369,7 +379,7 @@ impl State {
         let stop = self.spaces[slot].stop;
         self.open_gate(slot, batch, false);
         let notification = self.notification(slot);
-        if !from_gate(&notification) || notification.number as u64 != gate::DONE {
+        if !self.from_gate(&notification) || notification.number as u64 != gate::DONE {
             // A new process has nothing mapped, which is more than any command could ask for.
             self.replace(slot);
             return 0;
@@ -382,7 +392,7 @@ impl State {
     /// Waits for a new process's first notification.
     pub(crate) fn await_birth(&mut self, slot: usize) {
         let notification = self.notification(slot);
-        if !from_gate(&notification) {
+        if !self.from_gate(&notification) {
             vmm::crashed(wire::crash::SIGNAL_STATE, [slot as i64, 2, 0, 0]);
         }
         self.spaces[slot].stop = Stop::Fresh;
@@ -405,7 +415,7 @@ impl State {
     /// where it belongs, or the gate was interrupted.
     fn stopped_by_signal(&mut self, slot: usize, notification: &Notification, call: bool) -> bool {
         let frame = notification.arguments[1];
-        let well = from_gate(notification)
+        let well = self.from_gate(notification)
             && notification.number as u64 == gate::SIGNAL
             && frame_fits(frame)
             && !in_gate(context(slot, frame).rip);
@@ -451,7 +461,7 @@ impl State {
                 }
             }
             let mut notification = self.notification(slot);
-            while !from_gate(&notification)
+            while !self.from_gate(&notification)
                 && notification.number as u64 > crate::hypercall::layout::SYSCALL_LAST
             {
                 // The gate's numbers mean nothing from elsewhere.
@@ -471,7 +481,7 @@ impl State {
         notification: &Notification,
         batch: &mut [Command; 2],
     ) -> usize {
-        if !from_gate(notification) {
+        if !self.from_gate(notification) {
             self.spaces[slot].stop = Stop::Call;
             self.spaces[slot].result = 0;
             let Notification {
@@ -496,7 +506,7 @@ impl State {
             }
             return 0;
         }
-        let (vector, error, address) = context.exception();
+        let (vector, error, address) = context.exception(notification.arguments[0]);
         if vector != 14 {
             self.upcall_exception(vector, error, address, context.registers());
         }
@@ -513,12 +523,6 @@ impl State {
         let error = self.fault_code(slot, address, error);
         self.upcall_exception(vector, error, address, context.registers())
     }
-}
-
-/// Whether a notification was made by the gate's own instruction.
-fn from_gate(notification: &Notification) -> bool {
-    notification.ip == u::GATE_NOTIFIED
-        && matches!(notification.number as u64, gate::SIGNAL | gate::DONE)
 }
 
 fn in_gate(address: u64) -> bool {

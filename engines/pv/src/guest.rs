@@ -199,7 +199,9 @@ impl Options {
                 Some(Defence::CheckedNotifications) => jails.relax = relax::TRUST_NOTIFICATIONS,
                 Some(Defence::CheckedTables) => jails.relax = relax::TRUST_TABLES,
                 Some(Defence::CheckedPointers) => jails.relax = relax::TRUST_POINTERS,
-                Some(Defence::OneSlot) => jails.relax = relax::ALL_SLOTS,
+                Some(Defence::OneSlot) => {
+                    jails.relax = relax::ALL_SLOTS | relax::KEEP_MAPPINGS;
+                }
             }
         }
         jails

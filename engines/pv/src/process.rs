@@ -223,9 +223,20 @@ pub(crate) fn receive_descriptor(socket: &UnixStream) -> io::Result<OwnedFd> {
 
 /// Sends `number` and a descriptor over `socket`.
 pub(crate) fn send_order(socket: &UnixStream, number: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mut bytes = number.to_ne_bytes();
+    match send(socket.as_raw_fd(), &number.to_ne_bytes(), fd.as_raw_fd()) {
+        0.. => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Sends a descriptor over `socket`; negative if that fails. Allocates nothing.
+pub(crate) fn send_descriptor(socket: libc::c_int, fd: libc::c_int) -> isize {
+    send(socket, &[0], fd)
+}
+
+fn send(socket: libc::c_int, bytes: &[u8], fd: libc::c_int) -> isize {
     let mut vector = libc::iovec {
-        iov_base: bytes.as_mut_ptr().cast(),
+        iov_base: bytes.as_ptr().cast_mut().cast(),
         iov_len: bytes.len(),
     };
     let mut control = [0u64; 4];
@@ -236,20 +247,13 @@ pub(crate) fn send_order(socket: &UnixStream, number: u32, fd: BorrowedFd<'_>) -
     message.msg_control = control.as_mut_ptr().cast();
     // SAFETY: the header lies in `control`, which has room for one descriptor; the message describes
     // readable memory for the duration of the call.
-    let sent = unsafe {
+    unsafe {
         message.msg_controllen = libc::CMSG_SPACE(4) as usize;
         let header = libc::CMSG_FIRSTHDR(&message);
         (*header).cmsg_level = libc::SOL_SOCKET;
         (*header).cmsg_type = libc::SCM_RIGHTS;
         (*header).cmsg_len = libc::CMSG_LEN(4) as usize;
-        libc::CMSG_DATA(header)
-            .cast::<i32>()
-            .write_unaligned(fd.as_raw_fd());
-        libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
-    };
-    if sent < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
+        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(fd);
+        libc::sendmsg(socket, &message, libc::MSG_NOSIGNAL)
     }
 }

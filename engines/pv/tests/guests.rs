@@ -107,10 +107,29 @@ fn a_guest_that_sleeps_for_ever_is_given_up() {
     );
 }
 
+/// What operations cost beside their floors. Not a benchmark: for a look while working.
 #[test]
 #[ignore = "prints costs; run it with --ignored --nocapture, in release"]
 fn costs() {
-    let run = run_with("cost", Some(4.0), None);
+    use pv::floor;
+    let time = |name: &str, count: u64, work: &dyn Fn(u64)| {
+        work(count / 10);
+        let start = std::time::Instant::now();
+        work(count);
+        println!(
+            "floor: {name} {}",
+            start.elapsed().as_nanos() as u64 / count
+        );
+    };
+    time("syscall", 1_000_000, &floor::syscalls);
+    let notifications = floor::Notifications::start(true).unwrap();
+    time("notification", 100_000, &|count| {
+        notifications.round_trips(count).unwrap()
+    });
+    drop(notifications);
+    time("mmap", 100_000, &|count| floor::map(count).unwrap());
+    time("SIGSEGV", 100_000, &|count| floor::faults(count).unwrap());
+    let run = run("cost");
     println!("{}", run.console);
     assert!(matches!(run.outcome, Outcome::Success), "{run:?}");
 }
