@@ -17,6 +17,16 @@ pub struct Available {
 /// Creates an engine's vCPU over guest memory.
 pub type Boot = fn(Arc<GuestRam>) -> Result<Box<dyn Vcpu>, Error>;
 
+/// How an engine runs a guest.
+#[derive(Clone, Copy, Debug)]
+pub enum Runs {
+    /// As a vCPU over guest memory, by the run loop of `engine-core`: creates the vCPU, whose state
+    /// is set next.
+    Vcpu(Boot),
+    /// As processes of its own, by the run loop of `pv`.
+    Processes,
+}
+
 /// A way to run a guest.
 #[derive(Debug)]
 pub struct Mode {
@@ -32,8 +42,8 @@ pub struct Mode {
     pub image: fn() -> &'static [u8],
     /// Whether this host can run it.
     pub probe: fn() -> Result<Available, Unavailable>,
-    /// Creates the vCPU over guest memory; its state is set next.
-    pub boot: Boot,
+    /// What runs it.
+    pub runs: Runs,
 }
 
 /// Every mode, in the order in which reports name them.
@@ -46,7 +56,7 @@ pub static MODES: &[Mode] = &[
         image: images::unaware,
         // Translation needs nothing that an ordinary process doesn't have.
         probe: || Ok(Available { backend: None }),
-        boot: |ram| Ok(Box::new(bt::BtVcpu::new(ram, bt::Options::default())?)),
+        runs: Runs::Vcpu(|ram| Ok(Box::new(bt::BtVcpu::new(ram, bt::Options::default())?))),
     },
     Mode {
         name: "hardware",
@@ -59,7 +69,16 @@ pub static MODES: &[Mode] = &[
                 backend: Some(host.backend.name()),
             })
         },
-        boot: |ram| Ok(Box::new(kvm::KvmVcpu::new(ram, kvm::Options::default())?)),
+        runs: Runs::Vcpu(|ram| Ok(Box::new(kvm::KvmVcpu::new(ram, kvm::Options::default())?))),
+    },
+    Mode {
+        name: "para",
+        engine: "pv",
+        flavour: "aware",
+        about: "the guest knows its host: commands instead of privileged instructions",
+        image: images::aware,
+        probe: || pv::probe().map(|()| Available { backend: None }),
+        runs: Runs::Processes,
     },
 ];
 
@@ -84,7 +103,10 @@ mod tests {
     #[test]
     fn every_image_can_be_loaded() {
         for mode in MODES {
-            engine_core::loader::check((mode.image)()).unwrap();
+            match mode.runs {
+                Runs::Vcpu(_) => engine_core::loader::check((mode.image)()).unwrap(),
+                Runs::Processes => pv::check((mode.image)()).unwrap(),
+            }
         }
     }
 }

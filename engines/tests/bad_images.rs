@@ -6,10 +6,10 @@ mod support;
 use engine_core::testing::{CODE, Guest, end};
 use support::Call;
 
-/// Runs the image in every mode, available or not, and expects a usage error.
+/// Runs the image in every mode of unaware guests, available or not, and expects a usage error.
 #[track_caller]
 fn refused(image: &[u8], text: &str) {
-    for mode in engines::MODES {
+    for mode in support::unaware_modes() {
         Call::new(mode.name).image(image).run().check(2, text);
     }
 }
@@ -188,7 +188,7 @@ fn no_memory_and_too_much_memory_are_refused() {
 
 #[test]
 fn a_command_line_that_does_not_fit_is_refused() {
-    for mode in engines::MODES {
+    for mode in support::unaware_modes() {
         Call::new(mode.name)
             .image(&good().elf())
             .args(&["--cmdline", &"x".repeat(5000)])

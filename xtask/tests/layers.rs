@@ -17,6 +17,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("engine-core", &["abi"]),
     ("bt", &["engine-core"]),
     ("kvm", &["engine-core"]),
+    // Its build script compiles monitor and stub with the source of the ABI.
+    ("pv", &["abi", "engine-core"]),
     // The binary `trapline` embeds the images, and knows workloads for `--workload`.
     (
         "engines",
@@ -37,6 +39,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 const TESTS_MAY_ALSO_USE: &[(&str, &[&str])] = &[
     ("images", &["abi", "programs"]),
     ("bt", &["images", "programs"]),
+    ("pv", &["images", "programs"]),
 ];
 
 /// Packages of other people that only one crate may use: the measuring crate's clock and bars,

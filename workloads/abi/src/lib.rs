@@ -13,7 +13,7 @@
 //! |---|---|
 //! | `run WORKLOAD SIZE ITERATIONS` | `begin`, then `end`, then `done CHECKSUM CYCLES` |
 //! | `list` | one `workload NAME` per workload, then `listed` |
-//! | `quit CODE` | nothing: writes CODE to [`port::EXIT`] |
+//! | `quit CODE` | nothing: writes CODE to [`port::EXIT`]; an aware guest shuts down with it |
 //!
 //! The guest greets with `ready VERSION FLAVOUR`. SIZE 0 and ITERATIONS 0 stand for the
 //! catalogue's defaults. CHECKSUM is 16 hex digits, CYCLES decimal (guest TSC ticks of the window).

@@ -1,9 +1,9 @@
 //! The guest kernel: entry, page tables, traps, drivers; one flavour of it for each way to reach the
 //! machine. What follows is the `unaware` one; the other is [`aware`].
 //!
-//! A kernel as small as the measurements allow: one processor, few address spaces, no
-//! interrupts, no allocation but of frames. It greets on the console, answers the protocol of [`abi`] line by line, runs
-//! compute workloads in ring 3 and privileged operations in ring 0.
+//! A kernel as small as the measurements allow: one processor, few address spaces, no interrupts, no
+//! allocation but of frames. It greets on the console, answers the protocol of [`abi`] line by line,
+//! runs compute workloads in ring 3 and privileged operations in ring 0.
 //!
 //! # Boot flow
 //!

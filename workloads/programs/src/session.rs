@@ -15,7 +15,8 @@ pub trait Console {
     /// Sees that everything written has left, before a window opens.
     fn flush(&mut self);
 
-    /// Writes one of [`abi::mark`] to [`abi::port::MARK`], where the machine has ports.
+    /// Writes one of [`abi::mark`] to [`abi::port::MARK`], or says it by hypercall, where the machine
+    /// has either.
     fn mark(&mut self, value: u8);
 
     /// The time-stamp counter.

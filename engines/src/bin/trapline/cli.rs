@@ -17,6 +17,7 @@ Examples:
   trapline run --mode hardware --workload alu
   trapline run --mode hardware --workload sieve --size 100000 --iterations 10 --timeout 30
   trapline run --mode hardware --image builtin:unaware        (then type: run alu 0 0, quit 0)
+  trapline run --mode para --workload sieve
   trapline run --mode hardware --image vmlinux --cmdline 'console=ttyS0' --stats-fd 3 3>stats.json
 
 Exit status:
@@ -75,7 +76,7 @@ pub(crate) struct Run {
 #[derive(Args, Debug)]
 #[group(required = true, multiple = false)]
 pub(crate) struct Guest {
-    /// ELF image with a PVH note, or builtin:unaware
+    /// ELF image with a PVH note (para: a Trapline note), or builtin:FLAVOUR
     #[arg(long, value_name = "FILE")]
     pub(crate) image: Option<PathBuf>,
     /// Workload of the embedded image; `trapline list` names them

@@ -17,8 +17,8 @@ use anyhow::{Context, bail};
 use engine_core::host::console::Sink;
 use engine_core::machine::Source;
 use engine_core::tally::Count;
-use engine_core::{CpuState, Limit, Limits, Machine, MachineOptions, Outcome, Vcpu, drive};
-use engines::Mode;
+use engine_core::{CpuState, Limit, Limits, Machine, MachineOptions, Outcome, Unavailable, drive};
+use engines::{Mode, Runs};
 
 use crate::wire::{Counter, Event, Stats};
 use crate::{cli, native, say, status};
@@ -106,23 +106,23 @@ fn run_mode(
         Some(order) => order.to_string(),
         None => arguments.cmdline.clone().unwrap_or_default(),
     };
+    let boot = match mode.runs {
+        Runs::Vcpu(boot) => boot,
+        Runs::Processes => return run_processes(mode, arguments, &image, &command_line, stats),
+    };
     let ram = engine_core::memory::create(arguments.memory)?;
     let entry = engine_core::loader::load(&ram, &image, &command_line)?;
 
     let found = match (mode.probe)() {
         Ok(found) => found,
-        Err(unavailable) => {
-            let message = format!("mode {} is unavailable: {unavailable}", mode.name);
-            let code = ExitCode::from(status::UNAVAILABLE);
-            return Ok(report_end(&mut stats, "unavailable", &message, &[], code));
-        }
+        Err(unavailable) => return Ok(report_unavailable(mode, &unavailable, &mut stats)),
     };
     let mut machine = Machine::new(MachineOptions {
         input: Source::Descriptor(std::io::stdin().as_fd().try_clone_to_owned()?),
         output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
         signals: true,
     })?;
-    let mut vcpu = match (mode.boot)(ram).and_then(|mut vcpu| {
+    let mut vcpu = match boot(ram).and_then(|mut vcpu| {
         vcpu.set_state(&entry)?;
         Ok(vcpu)
     }) {
@@ -158,7 +158,75 @@ fn run_mode(
     let outcome = drive(&mut *vcpu, &mut machine, &limits);
     let counts = machine.totals(&mut *vcpu);
     let mut stats = stats.borrow_mut();
-    Ok(conclude(&outcome, &*vcpu, arguments, &mut stats, &counts))
+    let state = vcpu.state().ok();
+    Ok(conclude(
+        &outcome,
+        state.as_ref(),
+        arguments,
+        &mut stats,
+        &counts,
+    ))
+}
+
+/// As [`run_mode`] goes on, for an engine of processes.
+fn run_processes(
+    mode: &'static Mode,
+    arguments: &cli::Run,
+    image: &[u8],
+    command_line: &str,
+    mut stats: Stats,
+) -> anyhow::Result<ExitCode> {
+    pv::check(image)?;
+    let found = match (mode.probe)() {
+        Ok(found) => found,
+        Err(unavailable) => return Ok(report_unavailable(mode, &unavailable, &mut stats)),
+    };
+    let options = pv::Options {
+        input: Source::Descriptor(std::io::stdin().as_fd().try_clone_to_owned()?),
+        output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
+        signals: true,
+        ..pv::Options::default()
+    };
+    let mut guest = match pv::Guest::start(image, arguments.memory, command_line, options) {
+        Ok(guest) => guest,
+        Err(error @ (pv::Error::Image(_) | pv::Error::Memory(_))) => return Err(error.into()),
+        Err(error @ (pv::Error::Host { .. } | pv::Error::Party { .. })) => {
+            let message = format!("engine {} could not start: {error}", mode.engine);
+            let code = ExitCode::from(status::CRASHED);
+            return Ok(report_end(&mut stats, "crashed", &message, &[], code));
+        }
+    };
+    stats.write(&Event::Start {
+        mode: mode.name,
+        engine: mode.engine,
+        backend: found.backend,
+        memory_mib: arguments.memory,
+    });
+    let stats = Rc::new(RefCell::new(stats));
+    let windows = Rc::clone(&stats);
+    guest.observe_windows(move |window| {
+        let counts = window.counts.iter().map(Counter::from).collect();
+        windows.borrow_mut().write(&Event::Window {
+            seq: window.seq,
+            counts,
+        });
+    });
+    if let Some(timeout) = arguments.timeout {
+        watch(timeout);
+    }
+    let outcome = guest.run(&Limits {
+        timeout: arguments.timeout,
+        max_exits: arguments.max_exits,
+    });
+    let counts = guest.totals();
+    let mut stats = stats.borrow_mut();
+    Ok(conclude(&outcome, None, arguments, &mut stats, &counts))
+}
+
+fn report_unavailable(mode: &Mode, unavailable: &Unavailable, stats: &mut Stats) -> ExitCode {
+    let message = format!("mode {} is unavailable: {unavailable}", mode.name);
+    let code = ExitCode::from(status::UNAVAILABLE);
+    report_end(stats, "unavailable", &message, &[], code)
 }
 
 /// Ends the process should the engine itself be stuck: `--timeout` holds whatever happens.
@@ -173,7 +241,7 @@ pub(crate) fn watch(timeout: Duration) {
 /// Says how the run ended, on stderr, to the stats descriptor and as the exit status.
 fn conclude(
     outcome: &Outcome,
-    vcpu: &dyn Vcpu,
+    last: Option<&CpuState>,
     arguments: &cli::Run,
     stats: &mut Stats,
     counts: &[Count],
@@ -207,7 +275,7 @@ fn conclude(
                 (Limit::Exits, _, Some(most)) => format!(" ({most})"),
                 (Limit::Timeout | Limit::Exits | Limit::Input, _, _) => String::new(),
             };
-            let at = at(vcpu.state().ok().as_ref());
+            let at = at(last);
             (
                 "limit",
                 format!("{}{bound}{at}", limit.message()),

@@ -13,11 +13,13 @@
 //! | `pgfault` | user mode reads probe page after probe page; the handler maps each with update_va_mapping, and after [`PROBES`] of them one system call and one update_va_mapping take all away |
 //! | `divzero` | in user mode; the handler skips the instruction |
 //! | `callret` | in the kernel |
-//! | `ptemod` | [`PROBES`] entries in use, each changed by an update_va_mapping, in one multicall; then user mode reads all pages and compares, since entries that nobody uses cost nothing to change |
+//! | `ptemod` | [`PROBES`] entries in use, each changed by an update_va_mapping, in one multicall that moves neighbouring pages to neighbouring frames; then user mode reads all pages and compares, since entries that nobody uses cost nothing to change |
 //! | `cli_sti` | stores to the shared page, and the test of pending events |
 
 use super::{
-    events, hypercall,
+    events,
+    frames::Number,
+    hypercall,
     space::{First, PROBE, PROBES, STORM, Space},
     tables::{CONSTANTS, entry},
     upcalls::{DIVISIONS, MENDED, PROBE_ENTRY, STORM_LEFT, STORM_NEXT, STORM_PAGES},
@@ -72,10 +74,12 @@ impl Machine {
         }
     }
 
-    /// A probe page's entry for frame A (even) or B (odd).
-    fn probe_entry(&self, which: u64) -> u64 {
+    /// A probe page's entry for its frame A (even) or B (odd).
+    #[inline(always)]
+    fn probe_entry(&self, page: u64, which: u64) -> u64 {
         let [a, b] = self.first.probes;
-        entry(if which & 1 == 0 { a } else { b }, CONSTANTS)
+        let first = if which & 1 == 0 { a } else { b };
+        entry(Number(first.0 + page), CONSTANTS)
     }
 
     #[inline(always)]
@@ -110,20 +114,18 @@ impl Machine {
                 self.modify_entry(0);
                 self.peek();
                 // Behind the host's back, as an unaware kernel does it: seen at the next flush.
-                let changed = self.probe_entry(1);
+                let changed = self.probe_entry(0, 1);
                 self.first.tree.page(PROBE).store(changed, Relaxed);
             }
-            Operation::PageFault => PROBE_ENTRY.store(self.probe_entry(0), Relaxed),
+            Operation::PageFault => PROBE_ENTRY.store(self.probe_entry(0, 0), Relaxed),
             Operation::DivZero => DIVISIONS.store(true, Relaxed),
             Operation::PteMod => {
-                // Even pages show B, odd ones A: the first batch changes every one.
+                // All show B, so that the first batch changes every one.
                 self.changed = 0;
-                self.shown = 0x5555_5555_5555_5555;
-                for page in 0..PROBES {
-                    let entry = self.probe_entry(page + 1);
-                    let mapped = hypercall::update_va_mapping(PROBE + page * 4096, entry, 1);
-                    self.note(mapped);
-                }
+                self.shown = u64::MAX;
+                let first = self.probe_entry(0, 1);
+                let mapped = hypercall::update_va_mapping(PROBE, first, PROBES);
+                self.note(mapped);
                 self.check_probes();
             }
             Operation::CliSti => events::mask(),
@@ -270,8 +272,8 @@ impl Platform for Machine {
             Operation::PteMod => {
                 let last = self.changed.wrapping_sub(1);
                 let word = self.peek_page(last % PROBES);
-                // Every second round of the pages shows A where a single page would show B.
-                if (last / PROBES) & 1 == 0 {
+                // A batch moves all pages to A or all to B; a single page would go to and fro.
+                if (last ^ (last / PROBES)) & 1 == 0 {
                     word
                 } else {
                     word ^ WORD_A ^ WORD_B
@@ -363,7 +365,7 @@ impl Platform for Machine {
     fn set_priority(&mut self, _value: u64) {}
 
     fn modify_entry(&mut self, which: u64) {
-        let modified = hypercall::update_va_mapping(PROBE, self.probe_entry(which), 1);
+        let modified = hypercall::update_va_mapping(PROBE, self.probe_entry(0, which), 1);
         self.note(modified);
     }
 
@@ -372,9 +374,9 @@ impl Platform for Machine {
         while left != 0 {
             let batch = left.min(PROBES);
             for page in 0..batch {
-                let which = (self.changed ^ (self.changed / PROBES)) & 1;
+                let which = (self.changed / PROBES) & 1;
                 self.changed += 1;
-                let entry = self.probe_entry(which);
+                let entry = self.probe_entry(page, which);
                 if let Some(slot) = self.queue.get_mut(page as usize) {
                     *slot = hypercall::queued_update(PROBE + page * 4096, entry);
                 }
@@ -481,7 +483,7 @@ impl Platform for Machine {
 }
 
 impl Machine {
-    fn storm_frame(&self, fault: u64) -> super::frames::Number {
-        super::frames::Number(self.first.storm.0 + fault)
+    fn storm_frame(&self, fault: u64) -> Number {
+        Number(self.first.storm.0 + fault)
     }
 }

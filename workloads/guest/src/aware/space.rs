@@ -66,7 +66,7 @@ pub(super) struct First {
     process: Process,
     /// Words of the arena.
     pub(super) words: u64,
-    /// Frames A and B of the probe pages.
+    /// Frames A and B of the first probe page; those of the others follow, one after another.
     pub(super) probes: [Number; 2],
     /// The first of the storm's frames, one after another.
     pub(super) storm: Number,
@@ -99,10 +99,13 @@ impl First {
         // Tables alone: their entries are written by hypercall.
         tree.page(PROBE);
         tree.page(STORM);
-        let probes = [frames::take(), frames::take()];
+        let run = || frames::reserve(PROBES, 1).ok_or(LITTLE);
+        let probes = [run()?, run()?];
         let words = [programs::nano::WORD_A, programs::nano::WORD_B];
-        for (frame, word) in probes.into_iter().zip(words) {
-            frame.words()[0].store(word, Relaxed);
+        for (first, word) in probes.into_iter().zip(words) {
+            for page in 0..PROBES {
+                Number(first.0 + page).words()[0].store(word, Relaxed);
+            }
         }
         tree.pin()
             .map_err(|_| "the host does not take the first page tables")?;

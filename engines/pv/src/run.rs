@@ -1,0 +1,521 @@
+//! The run loop: V's side of a running guest.
+//!
+//! V sleeps until K calls or rings, a timer expires, the console moves, a party dies, or a limit is
+//! reached. K's calls are notifications of its filter: K waits until V answers, so there is at most
+//! one at a time, and a flood of them costs K its own time.
+//!
+//! A party that dies ends the guest; a guest that ends takes every party with it.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::fence;
+use std::time::{Duration, Instant};
+
+use abi::hypercall::{errno, evtchn};
+use engine_core::machine::Window;
+use engine_core::{Error as EngineError, Limit, Limits, Outcome};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::Signal;
+
+use crate::console::Broken;
+use crate::count::Snapshot;
+use crate::guest::Guest;
+use crate::ledger;
+use crate::process::{self, Process};
+use crate::wire::{k_fd, vmm};
+
+/// The timer's port, as the monitor knows it.
+const TIMER_PORT: u64 = 0;
+/// How long after a window has closed it is reported, if the guest keeps V busy no further.
+const REPORT: Duration = Duration::from_millis(2);
+/// How often V looks at a guest that nothing tells it about: console input without room, a sleep
+/// that nothing can end.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Windows between marks. A closed one is worked out and reported when V has nothing else to do.
+#[derive(Default)]
+pub(crate) struct Marks {
+    open: Option<Snapshot>,
+    closed: Option<(Snapshot, Snapshot)>,
+    next: u64,
+    pub(crate) observer: Option<Observer>,
+}
+
+/// Told of every window.
+type Observer = Box<dyn FnMut(&Window)>;
+
+impl std::fmt::Debug for Marks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Marks({})", self.next)
+    }
+}
+
+impl Marks {
+    fn mark(&mut self, value: u64, mut now: Snapshot) {
+        if value == u64::from(abi::mark::BEGIN) {
+            self.report();
+            self.open = Some(now);
+        } else if let Some(begin) = self.open.take() {
+            now.forget_mark();
+            self.report();
+            self.closed = Some((begin, now));
+        }
+    }
+
+    fn report(&mut self) {
+        let Some((begin, end)) = self.closed.take() else {
+            return;
+        };
+        let window = Window {
+            seq: self.next,
+            counts: end.since(&begin),
+        };
+        self.next += 1;
+        if let Some(observer) = &mut self.observer {
+            observer(&window);
+        }
+    }
+}
+
+/// What a round of waiting has found.
+#[derive(Default)]
+struct Ready {
+    call: bool,
+    bell: bool,
+    timer: bool,
+    signal: bool,
+    input: bool,
+    output: bool,
+    /// The kernel, the zygote, or the user process in this slot has ended.
+    kernel: bool,
+    zygote: bool,
+    user: Option<usize>,
+    nothing: bool,
+}
+
+impl Guest {
+    /// Runs the guest until it ends. Every party has ended and is reaped on return.
+    pub fn run(&mut self, limits: &Limits) -> Outcome {
+        let deadline = limits.timeout.map(|timeout| Instant::now() + timeout);
+        self.ledger
+            .get()
+            .limit
+            .store(limits.max_exits.unwrap_or(u64::MAX), Relaxed);
+        let outcome = self.serve(deadline);
+        self.end();
+        // What the guest had said before it ended still goes out.
+        let _ = self.console.take(self.ring.get());
+        let _ = self.console.write(true);
+        self.marks.report();
+        outcome
+    }
+
+    /// Ends every party. All are killed before any is waited for, user processes first: without K
+    /// their system calls fail at once, and code that repeats them would keep the CPU from V.
+    fn end(&mut self) -> String {
+        for user in self.users.iter().flatten() {
+            user.signal(Signal::KILL);
+        }
+        let how = self.kernel.end();
+        for user in &mut self.users {
+            *user = None;
+        }
+        self.zygote.end();
+        how
+    }
+
+    fn serve(&mut self, deadline: Option<Instant>) -> Outcome {
+        // A console call that waits for room.
+        let mut held = None;
+        loop {
+            self.clock.refresh(&self.events.get().clock);
+            let ready = match self.wait(deadline, held.is_some()) {
+                Ok(ready) => ready,
+                Err(error) => return engine_failed("poll", error.into()),
+            };
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Outcome::Limit(Limit::Timeout);
+            }
+            if ready.signal
+                && let Some(signal) = self.signal()
+            {
+                return Outcome::Interrupted { signal };
+            }
+            if let Err(broken) = self.move_console(&ready) {
+                return self.console_broke(&broken);
+            }
+            if ready.timer && drained(&self.timer) {
+                self.raise(TIMER_PORT);
+            }
+            if ready.call {
+                match self.call(&mut held) {
+                    Ok(None) => {}
+                    Ok(Some(outcome)) => return outcome,
+                    Err(Failure::Console(broken)) => return self.console_broke(&broken),
+                    Err(Failure::Host(operation, error)) => return engine_failed(operation, error),
+                }
+            } else if ready.kernel {
+                let how = self.end();
+                return crashed(format!("the kernel's process {how}"));
+            }
+            if let Some(slot) = ready.user {
+                let how = self.users[slot]
+                    .as_mut()
+                    .map_or(String::new(), Process::end);
+                return crashed(format!("the user process in slot {slot} {how}"));
+            }
+            if ready.zygote {
+                let how = self.zygote.end();
+                return crashed(format!("the zygote of the user processes {how}"));
+            }
+            if let Some(id) = held {
+                match self.console.take(self.ring.get()) {
+                    Ok(true) => {
+                        held = None;
+                        self.answer(id, 0, 0);
+                    }
+                    Ok(false) => {}
+                    Err(broken) => return self.console_broke(&broken),
+                }
+            }
+            if ready.nothing {
+                self.marks.report();
+                if self.hopeless() {
+                    return Outcome::Limit(Limit::Input);
+                }
+            }
+        }
+    }
+
+    /// Sleeps until something is ready.
+    fn wait(&self, deadline: Option<Instant>, held: bool) -> rustix::io::Result<Ready> {
+        #[derive(Clone, Copy)]
+        enum What {
+            Call,
+            Bell,
+            Timer,
+            Kernel,
+            Zygote,
+            Signal,
+            Input,
+            Output,
+            User(usize),
+        }
+        let mut whats = Vec::with_capacity(16);
+        let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(16);
+        let mut watch = |what, fd: BorrowedFd<'_>, flags| {
+            whats.push(what);
+            // SAFETY: the descriptors live in `self`, which outlives this call.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+            fds.push(PollFd::from_borrowed_fd(fd, flags));
+        };
+        const IN: PollFlags = PollFlags::IN;
+        if !held {
+            watch(What::Call, self.listener.as_fd(), IN);
+        }
+        watch(What::Bell, self.bell.as_fd(), IN);
+        watch(What::Timer, self.timer.as_fd(), IN);
+        watch(What::Kernel, self.kernel.descriptor.as_fd(), IN);
+        watch(What::Zygote, self.zygote.descriptor.as_fd(), IN);
+        if let Some(signals) = &self.signals {
+            watch(What::Signal, signals.as_fd(), IN);
+        }
+        if let Some(input) = self.console.input() {
+            watch(What::Input, input, IN);
+        }
+        if let Some(output) = self.console.output() {
+            watch(What::Output, output, PollFlags::OUT);
+        }
+        for (slot, user) in self.users.iter().enumerate() {
+            if let Some(user) = user {
+                watch(What::User(slot), user.descriptor.as_fd(), IN);
+            }
+        }
+        let mut patience =
+            deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let mut sooner =
+            |limit: Duration| patience = Some(patience.map_or(limit, |had| had.min(limit)));
+        if self.marks.closed.is_some() {
+            sooner(REPORT);
+        }
+        if self.console.held() || self.console.exhausted(self.ring.get()) {
+            sooner(LOOK);
+        }
+        let patience = patience.map(|left| Timespec {
+            tv_sec: left.as_secs().min(1 << 30) as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        });
+        let count = match rustix::event::poll(&mut fds, patience.as_ref()) {
+            Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
+            other => other?,
+        };
+        let mut ready = Ready {
+            nothing: count == 0,
+            ..Ready::default()
+        };
+        for (what, fd) in whats.iter().zip(&fds) {
+            let revents = fd.revents();
+            if revents.is_empty() {
+                continue;
+            }
+            match *what {
+                // The listener hangs up when K is gone.
+                What::Call => ready.call = revents.contains(IN),
+                What::Bell => ready.bell = true,
+                What::Timer => ready.timer = true,
+                What::Kernel => ready.kernel = true,
+                What::Zygote => ready.zygote = true,
+                What::Signal => ready.signal = true,
+                What::Input => ready.input = true,
+                What::Output => ready.output = true,
+                What::User(slot) => ready.user = Some(slot),
+            }
+        }
+        Ok(ready)
+    }
+
+    fn signal(&self) -> Option<u32> {
+        let mut information = [0u32; 32];
+        let fd = self.signals.as_ref()?.as_raw_fd();
+        let size = size_of_val(&information);
+        // SAFETY: writable memory of that size: struct signalfd_siginfo, number first.
+        let read = unsafe { libc::read(fd, information.as_mut_ptr().cast(), size) };
+        (read > 0).then_some(information[0])
+    }
+
+    fn move_console(&mut self, ready: &Ready) -> Result<(), Broken> {
+        if ready.input {
+            self.console.read();
+        }
+        if ready.bell {
+            drained(&self.bell);
+            self.take_output()?;
+        }
+        if ready.output {
+            self.take_output()?;
+        }
+        if self.console.feed(self.ring.get())? {
+            self.raise(evtchn::CONSOLE_PORT);
+        }
+        Ok(())
+    }
+
+    /// Takes output, and tells a guest that waits for room. Answers whether the ring is empty.
+    fn take_output(&mut self) -> Result<bool, Broken> {
+        let empty = self.console.take(self.ring.get())?;
+        if empty && self.ring.get().output_wanted.swap(0, SeqCst) != 0 {
+            self.raise(evtchn::CONSOLE_PORT);
+        }
+        Ok(empty)
+    }
+
+    /// Raises an event: see the essay in monitor/user.rs for the order of these steps.
+    fn raise(&self, port: u64) {
+        let events = self.events.get();
+        let bit = 1u64 << port;
+        events.pending.fetch_or(bit, SeqCst);
+        let masked = events.mask.load(SeqCst) & bit != 0;
+        if !masked {
+            events.upcall_pending.store(1, SeqCst);
+        }
+        fence(SeqCst);
+        let ledger = self.ledger.get();
+        if ledger.asleep.load(SeqCst) != 0 {
+            // Blocks never: K reads the counter down each time.
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+        let running = ledger.running.load(SeqCst) as usize;
+        if !masked
+            && let Some(slot) = running.checked_sub(1)
+            && let Some(Some(user)) = self.users.get(slot)
+        {
+            user.signal(Signal::USR1);
+        }
+    }
+
+    /// The guest sleeps, and nothing is left that could wake it.
+    fn hopeless(&self) -> bool {
+        let events = self.events.get();
+        let asleep = self.ledger.get().asleep.load(SeqCst) != 0;
+        let mut armed = libc::itimerspec {
+            it_interval: libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+            it_value: libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+        };
+        // SAFETY: `armed` is writable for the duration of the call.
+        unsafe { libc::timerfd_gettime(self.timer.as_raw_fd(), &mut armed) };
+        asleep
+            && events.upcall_pending.load(SeqCst) == 0
+            && self.console.exhausted(self.ring.get())
+            && armed.it_value.tv_sec == 0
+            && armed.it_value.tv_nsec == 0
+    }
+
+    fn console_broke(&self, broken: &Broken) -> Outcome {
+        match broken {
+            Broken::Ring => crashed("the console ring's indices make no sense".into()),
+            Broken::Closed => Outcome::Interrupted {
+                signal: libc::SIGPIPE as u32,
+            },
+        }
+    }
+
+    /// Answers one call of K.
+    fn call(&mut self, held: &mut Option<u64>) -> Result<Option<Outcome>, Failure> {
+        // SAFETY: all zero is a valid notification, and what the kernel wants.
+        let mut notification: libc::seccomp_notif = unsafe { std::mem::zeroed() };
+        let listener = self.listener.as_raw_fd();
+        // SAFETY: the request takes this structure.
+        if unsafe { libc::ioctl(listener, libc::SECCOMP_IOCTL_NOTIF_RECV, &mut notification) } != 0
+        {
+            let error = std::io::Error::last_os_error();
+            return match error.raw_os_error() {
+                // K was killed, or interrupted: it is noticed otherwise, or calls again.
+                Some(libc::ENOENT | libc::EINTR) => Ok(None),
+                _ => Err(Failure::Host("SECCOMP_IOCTL_NOTIF_RECV", error)),
+            };
+        }
+        let id = notification.id;
+        let argument = notification.data.args[0];
+        match notification.data.nr as u64 {
+            vmm::SPACE_CREATE => {
+                let value = self.create(id, argument).unwrap_or_else(|error| -error);
+                self.answer(id, value, 0);
+            }
+            vmm::SPACE_DESTROY => {
+                if let Some(user) = self.users.get_mut(argument as usize) {
+                    // Dropping it ends and reaps it.
+                    *user = None;
+                }
+                self.answer(id, 0, 0);
+            }
+            vmm::MARK => {
+                let now = Snapshot::take(self.ledger.get());
+                self.marks.mark(argument, now);
+                self.answer(id, 0, 0);
+            }
+            vmm::CONSOLE => {
+                if self.take_output().map_err(Failure::Console)? {
+                    self.answer(id, 0, 0);
+                } else {
+                    *held = Some(id);
+                }
+            }
+            vmm::SHUTDOWN => {
+                return Ok(Some(match argument as u32 {
+                    0 => Outcome::Success,
+                    code => Outcome::Failure(code),
+                }));
+            }
+            vmm::CRASH => {
+                let ledger = self.ledger.get();
+                return Ok(Some(Outcome::Crashed {
+                    state: Some(Box::new(ledger::state(ledger))),
+                    message: ledger::message(ledger),
+                }));
+            }
+            vmm::LIMIT => return Ok(Some(Outcome::Limit(Limit::Exits))),
+            // The filter lets no other number through.
+            _ => self.answer(id, 0, -libc::ENOSYS),
+        }
+        Ok(None)
+    }
+
+    /// Makes the user process of a slot; its process id.
+    fn create(&mut self, id: u64, slot: u64) -> Result<i64, i64> {
+        use std::io::Read;
+        use std::os::unix::net::UnixDatagram;
+        let place = usize::try_from(slot)
+            .ok()
+            .filter(|&place| place < self.users.len());
+        let place = place.ok_or(errno::EINVAL)?;
+        if self.users[place].is_some() {
+            return Err(errno::EBUSY);
+        }
+        let (ours, theirs) = UnixDatagram::pair().map_err(|_| errno::ENOMEM)?;
+        let mut answer = [0; 8];
+        process::send_order(&self.zygote_socket, slot as u32, theirs.as_fd())
+            .and_then(|()| self.zygote_socket.read_exact(&mut answer))
+            .map_err(|_| errno::ENOMEM)?;
+        let pid = i64::from_ne_bytes(answer);
+        let process = i32::try_from(pid).ok().filter(|&pid| pid > 0);
+        let process = process
+            .and_then(|pid| Process::adopt(pid).ok())
+            .ok_or(errno::ENOMEM)?;
+        for (fd, first) in [
+            (process.descriptor.as_fd(), k_fd::PROCESS),
+            (ours.as_fd(), k_fd::DOOR),
+        ] {
+            self.give(id, fd, first + place as i32)?;
+        }
+        self.users[place] = Some(process);
+        Ok(pid)
+    }
+
+    /// Installs a descriptor in K, which waits in call `id`.
+    fn give(&self, id: u64, fd: BorrowedFd<'_>, number: i32) -> Result<(), i64> {
+        let add = libc::seccomp_notif_addfd {
+            id,
+            flags: libc::SECCOMP_ADDFD_FLAG_SETFD as u32,
+            srcfd: fd.as_raw_fd() as u32,
+            newfd: number as u32,
+            newfd_flags: 0,
+        };
+        let listener = self.listener.as_raw_fd();
+        // SAFETY: the request takes this structure.
+        let added = unsafe { libc::ioctl(listener, libc::SECCOMP_IOCTL_NOTIF_ADDFD, &add) };
+        if added < 0 {
+            Err(errno::ENOMEM)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Lets K go on. A K that is gone is noticed by its process descriptor.
+    fn answer(&self, id: u64, value: i64, error: i32) {
+        let answer = libc::seccomp_notif_resp {
+            id,
+            val: value,
+            error,
+            flags: 0,
+        };
+        // SAFETY: the request takes this structure.
+        unsafe {
+            libc::ioctl(
+                self.listener.as_raw_fd(),
+                libc::SECCOMP_IOCTL_NOTIF_SEND,
+                &answer,
+            )
+        };
+    }
+}
+
+/// Why a call could not be answered.
+enum Failure {
+    Console(Broken),
+    Host(&'static str, std::io::Error),
+}
+
+/// Reads a counter descriptor down; whether it had counted anything.
+fn drained(fd: &impl AsFd) -> bool {
+    rustix::io::read(fd, &mut [0; 8]).is_ok()
+}
+
+fn crashed(message: String) -> Outcome {
+    Outcome::Crashed {
+        state: None,
+        message,
+    }
+}
+
+fn engine_failed(operation: &'static str, source: std::io::Error) -> Outcome {
+    Outcome::EngineError {
+        state: None,
+        error: EngineError::Host { operation, source },
+    }
+}
