@@ -14,12 +14,15 @@ pub struct Available {
     pub backend: Option<&'static str>,
 }
 
+/// Creates an engine's vCPU over guest memory.
+pub type Boot = fn(Arc<GuestRam>) -> Result<Box<dyn Vcpu>, Error>;
+
 /// How an engine runs a guest.
 #[derive(Clone, Copy, Debug)]
 pub enum Runs {
     /// As a vCPU over guest memory, by the run loop of `engine-core`: creates the vCPU, whose state
     /// is set next.
-    Vcpu(fn(Arc<GuestRam>) -> Result<Box<dyn Vcpu>, Error>),
+    Vcpu(Boot),
     /// As processes of its own, by the run loop of `pv`.
     Processes,
 }

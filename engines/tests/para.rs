@@ -36,7 +36,10 @@ fn images_that_no_host_can_run_are_refused_with_the_reason() {
     refused(&with_note(1, 0x8000_0000), "wants features 0x80000000");
     let mut entry = images::aware().to_vec();
     entry[24..32].copy_from_slice(&0x7777_0000u64.to_le_bytes());
-    refused(&entry, "entry point 0x77770000 lies in no executable segment");
+    refused(
+        &entry,
+        "entry point 0x77770000 lies in no executable segment",
+    );
     Call::with_memory(PARA, "1")
         .image(images::aware())
         .run()
@@ -69,7 +72,15 @@ fn a_workload_runs_and_ends_well() {
 #[test]
 fn a_killed_vmm_leaves_no_party_behind() {
     let mut vmm = Command::new(env!("CARGO_BIN_EXE_trapline"))
-        .args(["run", "--mode", PARA, "--image", "builtin:aware", "--timeout", "20"])
+        .args([
+            "run",
+            "--mode",
+            PARA,
+            "--image",
+            "builtin:aware",
+            "--timeout",
+            "20",
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -78,12 +89,18 @@ fn a_killed_vmm_leaves_no_party_behind() {
     // Its greeting says that every party is up.
     std::io::Read::read_exact(vmm.stdout.as_mut().unwrap(), &mut byte).unwrap();
     let parties = children(vmm.id());
-    assert!(parties.len() >= 3, "kernel, zygote and a user process: {parties:?}");
+    assert!(
+        parties.len() >= 3,
+        "kernel, zygote and a user process: {parties:?}"
+    );
     vmm.kill().unwrap();
     vmm.wait().unwrap();
     let start = Instant::now();
     while parties.iter().any(|pid| alive(*pid)) {
-        assert!(start.elapsed() < Duration::from_secs(5), "{parties:?} live on");
+        assert!(
+            start.elapsed() < Duration::from_secs(5),
+            "{parties:?} live on"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -91,7 +108,9 @@ fn a_killed_vmm_leaves_no_party_behind() {
 fn children(parent: u32) -> Vec<u32> {
     let path = format!("/proc/{parent}/task/{parent}/children");
     let list = std::fs::read_to_string(path).unwrap();
-    list.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+    list.split_whitespace()
+        .map(|pid| pid.parse().unwrap())
+        .collect()
 }
 
 /// A zombie that its new parent has not reaped yet runs no more.

@@ -17,10 +17,20 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("engine-core", &["abi"]),
     ("bt", &["engine-core"]),
     ("kvm", &["engine-core"]),
+    // Its build script compiles the monitor and the stub, which use `abi` too.
+    ("pv", &["abi", "engine-core"]),
     // The binary `trapline` embeds the images, and knows workloads for `--workload`.
     (
         "engines",
-        &["abi", "programs", "images", "engine-core", "bt", "kvm"],
+        &[
+            "abi",
+            "programs",
+            "images",
+            "engine-core",
+            "bt",
+            "kvm",
+            "pv",
+        ],
     ),
     ("reports-data", &[]),
     ("reports", &["reports-data"]),
@@ -37,6 +47,8 @@ const LAYERS: &[(&str, &[&str])] = &[
 const TESTS_MAY_ALSO_USE: &[(&str, &[&str])] = &[
     ("images", &["abi", "programs"]),
     ("bt", &["images", "programs"]),
+    // Itself, with the feature that lets tests remove defences.
+    ("pv", &["pv"]),
 ];
 
 /// Packages of other people that only one crate may use: the measuring crate's clock and bars,

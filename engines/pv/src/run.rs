@@ -32,13 +32,16 @@ const REPORT: Duration = Duration::from_millis(2);
 /// that nothing can end.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// Who is told of windows.
+pub(crate) type Observer = Box<dyn FnMut(&Window)>;
+
 /// Windows between marks. A closed one is worked out and reported when V has nothing else to do.
 #[derive(Default)]
 pub(crate) struct Marks {
     open: Option<Snapshot>,
     closed: Option<(Snapshot, Snapshot)>,
     next: u64,
-    pub(crate) observer: Option<Box<dyn FnMut(&Window)>>,
+    pub(crate) observer: Option<Observer>,
 }
 
 impl std::fmt::Debug for Marks {
