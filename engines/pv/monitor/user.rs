@@ -331,7 +331,7 @@ impl State {
         let page = commands(slot);
         page.entries[..batch.len()].copy_from_slice(batch);
         page.count = batch.len() as u32;
-        page.enter = enter.into();
+        page.then = enter.into();
         let maps = batch.iter().any(|command| command.unmap == 0);
         let keep = self.relax & relax::KEEP_RAM != 0;
         page.memory = u32::from(maps) | u32::from(keep) << 1;
@@ -352,15 +352,32 @@ impl State {
 
     /// Brings a process that waits in a system call to the gate.
     pub(crate) fn to_gate(&mut self, slot: usize) {
-        if self.spaces[slot].stop != Stop::Call {
-            return;
+        if self.spaces[slot].stop == Stop::Call {
+            self.to_gate_with(slot, &[]);
         }
+    }
+
+    /// Brings it there with commands (not to map) that the gate carries out on its way; answers with
+    /// the number that failed.
+    fn to_gate_with(&mut self, slot: usize, batch: &[Command]) -> u64 {
+        let page = commands(slot);
+        page.entries[..batch.len()].copy_from_slice(batch);
+        page.count = batch.len() as u32;
+        page.memory = 0;
+        page.then = 2;
         self.preempt(slot);
         self.spaces[slot].stop = Stop::Running;
         answer(self.spaces[slot].id, 0, 0);
         let notification = self.notification(slot);
+        let page = commands(slot);
+        page.count = 0;
+        page.then = 0;
         // A process that has blocked the signal runs on: it is replaced.
-        self.stopped_by_signal(slot, &notification, true);
+        if self.stopped_by_signal(slot, &notification, true) {
+            notification.arguments[2]
+        } else {
+            0
+        }
     }
 
     /// Puts a new process in the place of one that has broken its signal state, or whose gate was
@@ -373,9 +390,11 @@ impl State {
         self.spaces[slot].broken = true;
     }
 
-    /// Has a stopped process carry out commands; answers with the number that failed.
+    /// Has a stopped process carry out commands, none of which maps; answers with the number that failed.
     pub(crate) fn carry_out(&mut self, slot: usize, batch: &[Command]) -> u64 {
-        self.to_gate(slot);
+        if self.spaces[slot].stop == Stop::Call {
+            return self.to_gate_with(slot, batch);
+        }
         let stop = self.spaces[slot].stop;
         self.open_gate(slot, batch, false);
         let notification = self.notification(slot);
