@@ -22,7 +22,15 @@ const LAYERS: &[(&str, &[&str])] = &[
     // The binary `trapline` embeds the images, and knows workloads for `--workload`.
     (
         "engines",
-        &["abi", "programs", "images", "engine-core", "bt", "kvm"],
+        &[
+            "abi",
+            "programs",
+            "images",
+            "engine-core",
+            "bt",
+            "kvm",
+            "pv",
+        ],
     ),
     ("reports-data", &[]),
     ("reports", &["reports-data"]),
@@ -39,7 +47,8 @@ const LAYERS: &[(&str, &[&str])] = &[
 const TESTS_MAY_ALSO_USE: &[(&str, &[&str])] = &[
     ("images", &["abi", "programs"]),
     ("bt", &["images", "programs"]),
-    ("pv", &["images", "programs"]),
+    // Itself, with the feature that lets tests remove defences.
+    ("pv", &["images", "programs", "pv"]),
 ];
 
 /// Packages of other people that only one crate may use: the measuring crate's clock and bars,

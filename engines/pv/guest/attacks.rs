@@ -304,7 +304,7 @@ fn gate_bytes() {
     ];
     let mut outcomes = [0i64; 4];
     for set in sets {
-        for byte in 0..0x180 {
+        for byte in 0..0x1b0 {
             let mut registers = registers(user_leap as *const () as u64, set[1]);
             registers.gpr[1] = GATE + byte;
             registers.gpr[0] = set[0];
@@ -408,7 +408,7 @@ fn altstack() {
 fn leap_to_return() {
     let mut registers = registers(user_leap as *const () as u64, 0);
     // The gate's `mov rsp, [r15 + 8]` and what follows, with the attacker's r15.
-    registers.gpr[1] = GATE + 0x131;
+    registers.gpr[1] = GATE + 0x137;
     registers.gpr[15] = OWN;
     own_page(info().first_free_frame, 0);
     let result = start(&registers);

@@ -44,6 +44,32 @@ fn cost() {
             resume(VA as i64);
         }
     });
+    let mut parts = [0u64; 4];
+    for _ in 0..2000 {
+        let a = now();
+        map(VA, page * PAGE | P | U, 1);
+        let b = now();
+        retry();
+        let c = now();
+        map(VA, 0, 1);
+        let d = now();
+        resume(VA as i64);
+        let e = now();
+        for (part, (to, from)) in parts.iter_mut().zip([(b, a), (c, b), (d, c), (e, d)]) {
+            *part += to - from;
+        }
+    }
+    for (name, part) in [
+        "- map",
+        "- retry and report",
+        "- unmap",
+        "- resume and fault",
+    ]
+    .iter()
+    .zip(parts)
+    {
+        tell(name, part as i64 / 2000);
+    }
     map(VA, page * PAGE | P | U, 1);
     retry();
     per("shadow fault and invlpg", 2000, || {

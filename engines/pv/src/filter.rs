@@ -315,8 +315,8 @@ mod tests {
     fn the_gate_may_map_the_descriptor_below_the_end_and_nothing_else() {
         let filter = user_jail();
         assert_eq!(judge(&filter, &map()), ALLOW);
-        type Spoil = fn(&mut Data);
-        let wrong: &[(&str, Spoil)] = &[
+        type Change = fn(&mut Data);
+        let wrong: &[(&str, Change)] = &[
             ("address", |data| data.arguments[0] = USER_END),
             ("length", |data| data.arguments[1] = 1 << 40),
             ("rights", |data| data.arguments[2] = 8),

@@ -154,6 +154,13 @@ fn owned(operation: &'static str, fd: libc::c_int) -> Result<OwnedFd, Error> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+fn event(flags: libc::c_int) -> Result<OwnedFd, Error> {
+    // SAFETY: plain numbers; the result is a new descriptor or an error.
+    owned("eventfd", unsafe {
+        libc::eventfd(0, libc::EFD_CLOEXEC | flags)
+    })
+}
+
 /// Makes hand-overs on one CPU cheap: SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP (Linux 6.6).
 fn wake_synchronously(listener: &OwnedFd) -> Result<(), Error> {
     use std::os::fd::AsRawFd;
@@ -283,14 +290,10 @@ impl Guest {
         let user_listener = hand_over("zygote", &zygote_socket, &mut zygote)?;
         wake_synchronously(&user_listener)?;
 
-        // SAFETY: plain numbers; the result is a new descriptor or an error.
-        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-        let wake = owned("eventfd", wake)?;
-        // SAFETY: as above.
-        let bell = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        let bell = owned("eventfd", bell)?;
+        let wake = event(0)?;
+        let bell = event(libc::EFD_NONBLOCK)?;
         let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
-        // SAFETY: as above.
+        // SAFETY: plain numbers; the result is a new descriptor or an error.
         let timer = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) };
         let timer = owned("timerfd_create", timer)?;
         let (kernel_socket, theirs) = pair()?;

@@ -138,7 +138,7 @@ fn confine(descriptors: &[(i32, i32)], parent: i32) -> io::Result<()> {
             Ok(result)
         }
     };
-    // SAFETY: system calls with plain numbers and readable structures.
+    // SAFETY: system calls with plain numbers and structures that are readable for their duration.
     unsafe {
         check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
         // V may have died before the line above.

@@ -32,6 +32,9 @@ const REPORT: Duration = Duration::from_millis(2);
 /// that nothing can end.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// Who is told of windows.
+pub(crate) type Observer = Box<dyn FnMut(&Window)>;
+
 /// Windows between marks. A closed one is worked out and reported when V has nothing else to do.
 #[derive(Default)]
 pub(crate) struct Marks {

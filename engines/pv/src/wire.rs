@@ -117,7 +117,7 @@ pub mod u_fd {
 
 /// System call numbers by which the gate notifies K; from elsewhere they are guest system calls.
 pub mod gate {
-    /// `(signal, frame)`: a signal was delivered.
+    /// `(signal, frame, failures)`: a signal was delivered, and commands that waited for it carried out.
     pub const SIGNAL: u64 = 0x5f00;
     /// `(0, failures)`: commands were carried out.
     pub const DONE: u64 = 0x5f01;
@@ -172,8 +172,9 @@ pub const COMMANDS: usize = 126;
 pub struct Commands {
     /// Number of commands.
     pub count: u32,
-    /// 0: notify when done; 1: return to user code.
-    pub enter: u32,
+    /// 0: notify when done; 1: return to user code; 2: carry out the commands when the next signal
+    /// comes, then notify of that.
+    pub then: u32,
     /// Address of the signal frame to return by, plus 8.
     pub frame: u64,
     /// Bit 0: set FS base; bit 1: set GS base.

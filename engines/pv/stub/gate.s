@@ -11,13 +11,23 @@
     .balign 4096
     .globl gate_signal
 gate_signal:
-    mov rsi, rsp                    # the frame; rdi is the signal
+    mov r12, rsp                    # the frame
+    mov ebp, edi                    # the signal
+    movabs r15, 0x700000010000      # u::COMMANDS
+    cmp dword ptr [r15 + 4], 2      # K has sent the signal to have commands carried out
+    je gate_commanded
+    xor r13d, r13d
+gate_told:
+    mov edi, ebp
+    mov rsi, r12
+    mov edx, r13d
     mov eax, 0x5f00
     jmp gate_notify
 
     .org gate_signal + 0x40
 gate_notify:
     syscall                         # returns at gate + 0x42: u::GATE_NOTIFIED
+gate_commanded:
     movabs r15, 0x700000010000      # u::COMMANDS
     mov r14d, [r15]
     xor r13d, r13d
@@ -63,8 +73,9 @@ gate_notify:
     xor edi, edi
     mov eax, 3                      # close
     syscall
-7:  cmp dword ptr [r15 + 4], 0
-    jne 8f
+7:  cmp dword ptr [r15 + 4], 1
+    je 8f
+    ja gate_told
     xor edi, edi
     mov esi, r13d
     mov eax, 0x5f01
