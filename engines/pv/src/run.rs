@@ -44,9 +44,6 @@ pub(crate) struct Marks {
     pub(crate) observer: Option<Observer>,
 }
 
-/// Told of every window.
-type Observer = Box<dyn FnMut(&Window)>;
-
 impl std::fmt::Debug for Marks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Marks({})", self.next)
