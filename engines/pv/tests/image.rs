@@ -105,6 +105,12 @@ fn every_workload_agrees_within_one_session() {
             }
         }
     }
+    // Right after one that leaves no space current.
+    let spaces = find("aspace").expect("it is listed");
+    for workload in CATALOGUE {
+        order(spaces, 0, 1);
+        order(workload, 0, few(workload, 2));
+    }
     // Sizes that are not the defaults, up to the largest.
     for (name, size) in [
         ("sort", 100_000),

@@ -144,6 +144,9 @@ impl Machine {
         PROBE_ENTRY.store(0, Relaxed);
         DIVISIONS.store(false, Relaxed);
         events::mask();
+        // Workloads of address spaces leave another one current, or none.
+        let selected = self.first.select();
+        self.note(selected);
         self.unmap_probes();
     }
 

@@ -120,6 +120,11 @@ impl First {
         Ok(first)
     }
 
+    /// Makes it current, if it is not.
+    pub(super) fn select(&self) -> Result<(), Errno> {
+        switch(self.tree.root)
+    }
+
     /// Calls an application here, with `words` words from `arena` on.
     #[inline]
     pub(super) fn call(
