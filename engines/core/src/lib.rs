@@ -10,6 +10,7 @@ pub mod cpuid;
 pub mod devices;
 pub mod exit;
 pub mod host;
+pub mod interrupt;
 pub mod kick;
 pub mod loader;
 pub mod machine;
@@ -23,6 +24,7 @@ pub mod vcpu;
 
 pub use addr::{GuestPhys, GuestVirt};
 pub use exit::{Exit, ExitCounts, ExitKind, ExitReason};
+pub use interrupt::{Interrupts, Line};
 pub use kick::Kick;
 pub use machine::{Machine, MachineOptions};
 pub use run::{Limit, Limits, Outcome, drive};

@@ -11,6 +11,8 @@ mod mark;
 mod pic;
 pub mod serial;
 
+use std::os::fd::BorrowedFd;
+
 pub use exit::ExitPort;
 pub use ignored::Ignored;
 pub use lapic::Lapic;
@@ -33,7 +35,10 @@ pub enum Action {
     ConsoleClosed,
 }
 
-/// Registers of a device on the port or memory bus.
+/// Registers of a device on the port or memory bus, and what it waits for.
+///
+/// All of it is called on the vCPU's thread. Times are the machine's: nanoseconds of the guest's
+/// clock, which never goes back and which is never used to measure.
 pub trait Device {
     /// Name for counters.
     fn name(&self) -> &'static str;
@@ -44,4 +49,25 @@ pub trait Device {
 
     /// Writes one item of 1 to 8 bytes.
     fn write(&mut self, offset: u64, data: &[u8]) -> Action;
+
+    /// When [`advance`](Device::advance) is wanted next, if ever. Asked after each access to the
+    /// device, so it must be cheap.
+    fn deadline(&self) -> Option<u64> {
+        None
+    }
+
+    /// Time has come to `now`, which may be later than the deadline asked for.
+    fn advance(&mut self, _now: u64) {}
+
+    /// A descriptor of the host whose readability matters to the device. Asked once, when the
+    /// machine is put together.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The descriptor has become readable. It is watched again after this returns; a device that
+    /// leaves it readable is called again when the guest has run on.
+    fn host_ready(&mut self) -> Action {
+        Action::None
+    }
 }
