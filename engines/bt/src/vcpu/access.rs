@@ -1,0 +1,246 @@
+//! The slow paths of translated code: accesses that miss, bounce or reach a device, and faults of the
+//! host's CPU.
+//!
+//! An access that the software TLB can't serve (device memory, page crossings, writes to translated
+//! code) runs on a bounce buffer; [`Transfer`] is one that is being copied, and may wait for a
+//! device in the middle. This file decides nothing about where the guest goes on but through
+//! [`Resume`].
+//!
+//! Invariant: every page of an access was checked before any of its bytes is moved.
+
+use engine_core::{ExitReason, Kick};
+
+use super::{BtVcpu, Pending, Resume, Stop};
+use crate::{
+    cpu::{Bits, canonical},
+    fault::{self, Fault},
+    mmu::{Access, Page},
+    site::{Ip, Shared, Site, Slow},
+};
+
+/// An access that goes through the bounce buffer, in the middle of its device part.
+#[derive(Clone, Copy)]
+pub(super) struct Transfer {
+    pub(super) site: Site,
+    pub(super) slow: Slow,
+    pub(super) write: bool,
+    /// Bytes that are done.
+    pub(super) done: usize,
+    /// Size of the device access under way.
+    pub(super) step: usize,
+}
+
+impl BtVcpu {
+    /// Both pages of an access, each checked.
+    pub(super) fn pages(&self, ea: u64, slow: &Slow) -> Result<(Page, bool), Fault> {
+        let access = if slow.write {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        let user = self.core.user();
+        let check = |address| {
+            self.core
+                .mmu
+                .walk(&self.core.cpu, address, access, user)
+                .map_err(|fault| {
+                    if fault.vector == fault::GP && slow.stack {
+                        Fault::selector(fault::SS, 0)
+                    } else {
+                        fault
+                    }
+                })
+        };
+        if slow.aligned && ea & 15 != 0 {
+            return Err(Fault::gp());
+        }
+        let crosses = (ea & 0xfff) + u64::from(slow.size) > 4096;
+        let next = (ea & !0xfff).wrapping_add(4096);
+        // An address that isn't canonical comes before any page fault.
+        if crosses && self.core.cpu.long() && !canonical(next) {
+            check(next)?;
+        }
+        let page = check(ea)?;
+        if crosses {
+            check(next)?;
+        }
+        Ok((page, crosses))
+    }
+
+    /// An access missed the software TLB.
+    pub(super) fn slow(&mut self, site: Site, slow: Slow) -> Result<(), Stop> {
+        let ea = self.core.context().ea;
+        let (page, crosses) = match self.pages(ea, &slow) {
+            Ok(found) => found,
+            Err(fault) => {
+                self.settle(site.homes, site.ip);
+                return self.raise(fault);
+            }
+        };
+        let access = if slow.write {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        let user = self.core.user();
+        if !crosses && self.core.mmu.fill(ea, page, access, user) {
+            self.counts.add(ExitReason::TlbMiss);
+            self.resume = Resume::Host(slow.retry);
+            return Ok(());
+        }
+        self.counts.add(ExitReason::Bounce);
+        self.transfer(Transfer {
+            site,
+            slow,
+            write: false,
+            done: 0,
+            step: 0,
+        })
+    }
+
+    /// A lookup for several accesses missed: fills the TLB, or has them executed one by one.
+    pub(super) fn shared(&mut self, site: Site, shared: Shared) {
+        let ea = self.core.context().ea;
+        let access = if shared.write {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        let user = self.core.user();
+        if (ea & 0xfff) + u64::from(shared.size) <= 4096
+            && let Ok(page) = self.core.mmu.walk(&self.core.cpu, ea, access, user)
+            && self.core.mmu.fill(ea, page, access, user)
+        {
+            self.counts.add(ExitReason::TlbMiss);
+            self.resume = Resume::Host(shared.retry);
+            return;
+        }
+        self.counts.add(ExitReason::Bounce);
+        self.settle(site.homes, site.ip);
+        self.steps = shared.steps;
+        self.cache.strike(site.block, &self.arena, &self.core.mmu);
+    }
+
+    /// Copies between the bounce buffer and wherever the access belongs, until a device has to be
+    /// asked or it is done.
+    pub(super) fn transfer(&mut self, mut transfer: Transfer) -> Result<(), Stop> {
+        let Transfer {
+            site, slow, write, ..
+        } = transfer;
+        let ea = self.core.context().ea;
+        let size = usize::from(slow.size);
+        let offset = (ea & 63) as usize;
+        let mut killed = 0;
+        while transfer.done < size {
+            let at = ea.wrapping_add(transfer.done as u64);
+            let access = if slow.write {
+                Access::Write
+            } else {
+                Access::Read
+            };
+            let user = self.core.user();
+            let page = match self.core.mmu.walk(&self.core.cpu, at, access, user) {
+                Ok(page) => page,
+                // Checked before the body ran, and nothing ran in between.
+                Err(fault) => {
+                    self.settle(site.homes, site.ip);
+                    return self.raise(fault);
+                }
+            };
+            let phys = page.phys | at & 0xfff;
+            let in_page = (4096 - (at & 0xfff) as usize).min(size - transfer.done);
+            let from = offset + transfer.done;
+            if let Some(host) = self.core.mmu.host(phys, in_page as u64) {
+                let bounce = self.core.context().bounce.0[from..].as_mut_ptr();
+                // SAFETY: RAM on one side, the bounce buffer with room for the largest access at
+                // any offset on the other.
+                unsafe {
+                    if write {
+                        std::ptr::copy_nonoverlapping(bounce, host, in_page);
+                    } else {
+                        std::ptr::copy_nonoverlapping(host, bounce, in_page);
+                    }
+                }
+                if write && self.core.mmu.is_code(phys) {
+                    killed += self.kill(phys, in_page as u64);
+                }
+                transfer.done += in_page;
+                continue;
+            }
+            let step = in_page.min(8);
+            if !write && !slow.read {
+                transfer.done += step;
+                continue;
+            }
+            if write {
+                self.data[..step].copy_from_slice(&self.core.context().bounce.0[from..from + step]);
+            }
+            transfer.step = step;
+            self.pending = Pending::Device(transfer);
+            return Err(if write {
+                Stop::Write { phys, len: step }
+            } else {
+                Stop::Read { phys, len: step }
+            });
+        }
+        if self.window && transfer.step != 0 && (!write || slow.next_ip.is_none()) {
+            // The device may have an interrupt to deliver, and this instruction goes on in
+            // translated code: stop that soon.
+            self.doorbell.kick();
+        }
+        if !write {
+            let context = self.core.context();
+            let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
+            context.gpr[usize::from(slow.register)] = bounce;
+            self.resume = Resume::Host(slow.bounce);
+        } else if let (true, Some(next)) = (killed > 0 || self.window, slow.next_ip) {
+            // The rest of this block may be what was overwritten, or a device that was written to
+            // has an interrupt to deliver.
+            self.settle(slow.after, next);
+            let rsp = self.core.gpr(4).wrapping_add(slow.rsp as i64 as u64);
+            if slow.rsp != 0 {
+                let wide = self.core.cpu.bits() == Bits::Bits64;
+                self.core.set_gpr_sized(4, rsp, if wide { 8 } else { 4 });
+            }
+        } else {
+            self.resume = Resume::Host(slow.resume);
+        }
+        Ok(())
+    }
+
+    /// The host's CPU faulted in translated code.
+    pub(super) fn host_fault(&mut self) -> Result<(), Stop> {
+        let fault = self.core.context().fault;
+        let lost = |what: &str| {
+            Stop::Internal(format!(
+                "{what}: signal {} code {} vector {} at host {:#x}, address {:#x}",
+                fault.signal, fault.code, fault.vector, fault.rip, fault.address
+            ))
+        };
+        let Some(mark) = self.cache.mark(fault.rip) else {
+            return Err(lost("a fault outside every block"));
+        };
+        let ip = match mark.ip {
+            Ip::At(ip) => ip,
+            Ip::Target => self.core.context().target,
+        };
+        self.settle(mark.homes, ip);
+        if fault.signal == libc::SIGSEGV && self.doorbell.contains(fault.address) {
+            self.doorbell.open();
+            return Ok(());
+        }
+        if fault.signal == libc::SIGSEGV && self.doorbell.is_window(fault.address) {
+            // The boundary that comes next finds the window open.
+            return Ok(());
+        }
+        // The kernel says which exception it was; si_code alone doesn't tell #MF from #XM.
+        match (fault.signal, fault.vector) {
+            (libc::SIGFPE, vector @ (fault::DE | fault::MF | fault::XM)) => {
+                self.raise(Fault::plain(vector))
+            }
+            (libc::SIGSEGV, fault::GP) => self.raise(Fault::gp()),
+            (libc::SIGILL, fault::UD) => self.raise(Fault::ud()),
+            _ => Err(lost("a fault that no guest instruction explains")),
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Instructions that the runtime executes, and the answers to exits that they wait for.
+
+use iced_x86::Instruction;
+
+use super::{BtVcpu, Stop, access::Transfer};
+use crate::system::{self, Step, Trap};
+
+/// An exit that waits for its answer.
+pub(super) enum Pending {
+    Nothing,
+    /// Delivering an interrupt ended in a triple fault.
+    Shutdown,
+    In {
+        size: u8,
+    },
+    InString {
+        instr: Instruction,
+        size: u8,
+        address: u64,
+    },
+    /// A string instruction waits for an element from device memory.
+    StringRead {
+        instr: Instruction,
+    },
+    Device(Transfer),
+}
+
+impl BtVcpu {
+    pub(super) fn system(&mut self, instr: &Instruction) -> Result<(), Stop> {
+        self.counts.add(system::reason(instr));
+        let step = match self.core.execute(instr) {
+            Ok(step) => step,
+            Err(Trap::Fault(fault)) => return self.raise(fault),
+            Err(Trap::Shutdown) => return Err(Stop::Shutdown),
+            Err(Trap::Unsupported(message)) => {
+                return Err(Stop::Internal(format!(
+                    "{message}: `{instr}` at rip {:#x}",
+                    self.core.rip
+                )));
+            }
+        };
+        let next = instr.next_ip();
+        match step {
+            Step::Next => self.core.rip = next,
+            Step::Yield => {
+                self.core.rip = next;
+                return Err(Stop::Interrupted);
+            }
+            Step::Jump | Step::Again => {}
+            Step::Halt => {
+                self.core.rip = next;
+                return Err(Stop::Halt);
+            }
+            Step::In { port, size } => {
+                self.core.rip = next;
+                self.pending = Pending::In { size };
+                return Err(Stop::In { port, size });
+            }
+            Step::Out { port, size, value } => {
+                self.core.rip = next;
+                return Err(Stop::Out { port, size, value });
+            }
+            Step::InString {
+                port,
+                size,
+                address,
+            } => {
+                self.pending = Pending::InString {
+                    instr: *instr,
+                    size,
+                    address,
+                };
+                return Err(Stop::In { port, size });
+            }
+            Step::WriteDevice { phys, size, value } => {
+                return Err(self.write_element(instr, phys, size, value));
+            }
+            Step::ReadDevice { phys, size } => {
+                self.pending = Pending::StringRead { instr: *instr };
+                let len = size.into();
+                return Err(Stop::Read { phys, len });
+            }
+            Step::OutString { port, size, value } => {
+                if !self.core.finish_port_string(instr, false) {
+                    self.core.rip = next;
+                }
+                return Err(Stop::Out { port, size, value });
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves to write one element of a string to a device.
+    pub(super) fn write_element(
+        &mut self,
+        instr: &Instruction,
+        phys: u64,
+        size: u8,
+        value: u64,
+    ) -> Stop {
+        if !self.core.goes_on(instr) {
+            self.core.rip = instr.next_ip();
+        }
+        self.data = value.to_le_bytes();
+        let len = size.into();
+        Stop::Write { phys, len }
+    }
+
+    /// Takes in the answer to the exit that `run` returned last.
+    pub(super) fn answer(&mut self) -> Option<Stop> {
+        match std::mem::replace(&mut self.pending, Pending::Nothing) {
+            Pending::Nothing => None,
+            Pending::Shutdown => Some(Stop::Shutdown),
+            Pending::In { size } => {
+                let value = u64::from_le_bytes(self.data);
+                self.core.set_gpr_sized(0, value, size.into());
+                None
+            }
+            Pending::InString {
+                instr,
+                size,
+                address,
+            } => {
+                let bytes = self.data;
+                let user = self.core.user();
+                // Probed before the exit; should the mapping be gone, the data is lost with it.
+                let _ = self.core.write(address, &bytes[..usize::from(size)], user);
+                if !self.core.finish_port_string(&instr, true) {
+                    self.core.rip = instr.next_ip();
+                }
+                None
+            }
+            Pending::StringRead { instr } => {
+                let value = u64::from_le_bytes(self.data);
+                match self.core.finish_device_read(&instr, value) {
+                    Ok(Step::WriteDevice { phys, size, value }) => {
+                        Some(self.write_element(&instr, phys, size, value))
+                    }
+                    Ok(_) => {
+                        if !self.core.goes_on(&instr) {
+                            self.core.rip = instr.next_ip();
+                        }
+                        None
+                    }
+                    // Checked before the device was asked; should the mapping be gone, the
+                    // instruction faults as it would have without the device.
+                    Err(Trap::Fault(fault)) => self.raise(fault).err(),
+                    Err(Trap::Shutdown) => Some(Stop::Shutdown),
+                    Err(Trap::Unsupported(message)) => Some(Stop::Internal(message)),
+                }
+            }
+            Pending::Device(mut transfer) => {
+                let ea = self.core.context().ea;
+                if !transfer.write {
+                    let from = (ea & 63) as usize + transfer.done;
+                    let data = self.data;
+                    self.core.context().bounce.0[from..from + transfer.step]
+                        .copy_from_slice(&data[..transfer.step]);
+                }
+                transfer.done += transfer.step;
+                self.transfer(transfer).err()
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The vCPU as the run loop of engine-core sees it.
+
+use engine_core::{
+    CpuState, Error, Exit, ExitCounts, ExitReason, GuestPhys, Vcpu, kick::KickHandle,
+};
+
+use super::{BtVcpu, Pending, Resume, Stop};
+use crate::{core::Cause, site::Homes};
+
+impl Vcpu for BtVcpu {
+    fn run(&mut self) -> Result<Exit<'_>, Error> {
+        let stop = self.go()?;
+        self.core.priority_matters = false;
+        match stop {
+            Stop::Out { value, .. } => self.data = u64::from(value).to_le_bytes(),
+            Stop::In { .. } | Stop::Read { .. } => self.data = [0; 8],
+            Stop::Write { .. }
+            | Stop::Halt
+            | Stop::Window
+            | Stop::Shutdown
+            | Stop::Interrupted
+            | Stop::Internal(_) => {}
+        }
+        Ok(match stop {
+            Stop::In { port, size } => Exit::PioIn {
+                port,
+                size,
+                data: &mut self.data[..usize::from(size)],
+            },
+            Stop::Out { port, size, .. } => Exit::PioOut {
+                port,
+                size,
+                data: &self.data[..usize::from(size)],
+            },
+            Stop::Read { phys, len } => Exit::MmioRead {
+                addr: GuestPhys(phys),
+                data: &mut self.data[..len],
+            },
+            Stop::Write { phys, len } => Exit::MmioWrite {
+                addr: GuestPhys(phys),
+                data: &self.data[..len],
+            },
+            Stop::Halt => Exit::Hlt,
+            Stop::Window => Exit::InterruptWindow,
+            Stop::Shutdown => Exit::Shutdown,
+            Stop::Interrupted => Exit::Interrupted,
+            Stop::Internal(message) => Exit::Internal { message },
+        })
+    }
+
+    fn state(&self) -> Result<CpuState, Error> {
+        let (gpr, flags, rip) = match &self.pending {
+            // In the middle of an instruction: as before it.
+            Pending::Device(transfer) => {
+                let (gpr, flags) = self.core.seen_from(transfer.site.homes);
+                (gpr, flags, transfer.site.ip)
+            }
+            Pending::Nothing
+            | Pending::Shutdown
+            | Pending::In { .. }
+            | Pending::InString { .. }
+            | Pending::StringRead { .. } => {
+                let (gpr, flags) = self.core.seen_from(Homes::default());
+                (gpr, flags, self.core.rip)
+            }
+        };
+        Ok(self.core.cpu.state(gpr, rip, flags))
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {
+        self.core.cpu.load(state);
+        for (index, &segment) in state.segments.iter().enumerate() {
+            self.core.set_segment(index, segment);
+        }
+        for (number, &value) in state.gpr.iter().enumerate() {
+            self.core.set_gpr(number, value);
+        }
+        self.core.set_rflags(state.rflags);
+        self.core.rip = state.rip;
+        self.core.flush();
+        self.steps = 0;
+        self.resume = Resume::Boundary;
+        self.pending = Pending::Nothing;
+        Ok(())
+    }
+
+    fn counts(&self) -> ExitCounts {
+        self.counts.clone()
+    }
+
+    fn interruptible(&mut self) -> bool {
+        matches!(self.resume, Resume::Boundary)
+            && matches!(self.pending, Pending::Nothing | Pending::In { .. })
+            && self.core.interrupts_enabled()
+            && !self.core.cpu.shadow
+    }
+
+    fn interrupt(&mut self, vector: u8) -> Result<(), Error> {
+        if !self.interruptible() {
+            return Err(Error::Engine(format!(
+                "vector {vector} while not interruptible"
+            )));
+        }
+        // An `in` that waits for its value is architecturally over.
+        self.answer();
+        self.counts.add(ExitReason::Interrupt);
+        if let Err(fault) = self.core.deliver(vector, None, Cause::External)
+            && self.core.raise(fault).is_err()
+        {
+            self.pending = Pending::Shutdown;
+        }
+        Ok(())
+    }
+
+    fn request_interrupt_window(&mut self, wanted: bool) {
+        if self.window != wanted {
+            self.window = wanted;
+            self.doorbell.watch_window(wanted);
+        }
+    }
+
+    fn kick_handle(&self) -> KickHandle {
+        self.doorbell.clone()
+    }
+
+    fn task_priority(&mut self) -> u8 {
+        self.core.priority_matters = true;
+        self.core.cpu.cr8 as u8
+    }
+
+    /// Comes in the middle of the access that wrote the local APIC's register.
+    fn set_task_priority(&mut self, priority: u8) -> Result<(), Error> {
+        self.core.cpu.cr8 = priority.into();
+        Ok(())
+    }
+}

@@ -1,0 +1,37 @@
+//! Translated code as text.
+
+use super::BtVcpu;
+
+impl BtVcpu {
+    /// Guest and host code of every living block in `range` of guest-virtual addresses.
+    pub fn listing(&self, range: std::ops::Range<u64>) -> String {
+        let mut text = String::new();
+        for block in self
+            .cache
+            .blocks()
+            .filter(|block| range.contains(&block.key.virt))
+        {
+            let guest_len =
+                (block.guest_len as usize).min(4096 - (block.key.phys & 0xfff) as usize);
+            let mut guest = vec![0; guest_len];
+            self.fetch(block.key.phys, &mut guest);
+            // SAFETY: a block's code lies in the cache, whose pages are readable.
+            let host = unsafe {
+                std::slice::from_raw_parts(block.entry as *const u8, block.code_len as usize)
+            };
+            let bits = match block.key.mode.bits {
+                crate::cpu::Bits::Bits64 => 64,
+                crate::cpu::Bits::Bits32 => 32,
+                crate::cpu::Bits::Bits16 => 16,
+            };
+            text += &format!("block {:#x} {:?}\n", block.key.virt, block.key.mode);
+            for (bits, bytes, ip) in [(bits, &guest[..], block.key.virt), (64, host, block.entry)] {
+                for instr in iced_x86::Decoder::with_ip(bits, bytes, ip, 0) {
+                    text += &format!("  {:#12x}  {instr}\n", instr.ip());
+                }
+                text += "\n";
+            }
+        }
+        text
+    }
+}
