@@ -1,7 +1,8 @@
 //! Reads an ELF image and copies its segments to their physical addresses.
 //!
-//! Both ELF classes are taken. The entry point is that of the PVH note; `e_entry` is ignored,
-//! because it is a virtual address for most kernels.
+//! Both ELF classes are taken. A PVH image is entered where its note says, for `e_entry` is a virtual
+//! address for most kernels; a Multiboot image at `e_entry`, brought to physical addresses by the
+//! segment that it lies in.
 
 use elf::abi::{EM_386, EM_X86_64, PT_LOAD, PT_NOTE};
 use elf::endian::LittleEndian;
@@ -10,7 +11,9 @@ use elf::segment::ProgramHeader;
 use elf::{ElfBytes, ParseError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{LoadError, pvh};
+use std::ops::Range;
+
+use super::LoadError;
 use crate::{GuestPhys, GuestRam};
 
 /// XEN_ELFNOTE_PHYS32_ENTRY (Xen public/elfnote.h).
@@ -20,7 +23,8 @@ const XEN: &[u8] = b"Xen";
 /// An image that was read and found whole.
 pub(super) struct Image<'a> {
     segments: Vec<(ProgramHeader, &'a [u8])>,
-    entry: u32,
+    note: Option<u32>,
+    start: u64,
 }
 
 fn malformed(error: ParseError) -> LoadError {
@@ -55,16 +59,47 @@ impl<'a> Image<'a> {
         if segments.is_empty() {
             return Err(LoadError::Empty);
         }
-        let entry = entry.ok_or(LoadError::NoPvhNote)?;
-        let inside = |header: &ProgramHeader| {
-            u64::from(entry)
+        Ok(Image {
+            segments,
+            note: entry,
+            start: file.ehdr.e_entry,
+        })
+    }
+
+    /// Where the PVH note says to enter it.
+    pub(super) fn pvh_entry(&self) -> Result<u32, LoadError> {
+        let entry = self.note.ok_or(LoadError::NoPvhNote)?;
+        self.inside(entry.into())
+    }
+
+    /// `e_entry` as a physical address.
+    pub(super) fn start(&self) -> Result<u32, LoadError> {
+        let physical = self.segments.iter().find_map(|(header, _)| {
+            let offset = self.start.checked_sub(header.p_vaddr)?;
+            (offset < header.p_memsz).then(|| header.p_paddr.wrapping_add(offset))
+        });
+        self.inside(physical.unwrap_or(self.start))
+    }
+
+    fn inside(&self, entry: u64) -> Result<u32, LoadError> {
+        let outside = LoadError::EntryOutside(GuestPhys(entry));
+        let holds = |header: &ProgramHeader| {
+            entry
                 .checked_sub(header.p_paddr)
                 .is_some_and(|offset| offset < header.p_memsz)
         };
-        if !segments.iter().any(|(header, _)| inside(header)) {
-            return Err(LoadError::EntryOutside(GuestPhys(entry.into())));
+        match u32::try_from(entry) {
+            Ok(entry) if self.segments.iter().any(|(header, _)| holds(header)) => Ok(entry),
+            Ok(_) | Err(_) => Err(outside),
         }
-        Ok(Image { segments, entry })
+    }
+
+    /// First address after the highest segment.
+    pub(super) fn end(&self) -> u64 {
+        let ends = self.segments.iter();
+        ends.map(|(header, _)| header.p_paddr.saturating_add(header.p_memsz))
+            .max()
+            .unwrap_or(0)
     }
 }
 
@@ -93,25 +128,34 @@ fn pvh_entry(
     Ok(None)
 }
 
-/// Copies the image into memory and answers with its entry point.
-pub(super) fn place(ram: &GuestRam, bytes: &[u8]) -> Result<u32, LoadError> {
-    let image = Image::parse(bytes)?;
+/// Copies the image into memory, none of it into `taken`.
+pub(super) fn place(
+    ram: &GuestRam,
+    image: &Image<'_>,
+    taken: &Range<u64>,
+) -> Result<(), LoadError> {
     // All is checked before anything is written: a refused image leaves no trace.
     for (header, _) in &image.segments {
-        check_range(ram, header)?;
+        check_range(ram, header.p_paddr, header.p_memsz, taken)?;
     }
     for (header, content) in &image.segments {
-        let start = GuestAddress(header.p_paddr);
-        let outside = || outside_memory(ram, header);
-        ram.write_slice(content, start).map_err(|_| outside())?;
-        zero(
-            ram,
-            header.p_paddr + header.p_filesz,
-            header.p_memsz - header.p_filesz,
-        )
-        .ok_or_else(outside)?;
+        write(ram, header.p_paddr, content, header.p_memsz)?;
     }
-    Ok(image.entry)
+    Ok(())
+}
+
+/// Puts `content` at `start`, and zeros up to `size` bytes.
+pub(super) fn write(
+    ram: &GuestRam,
+    start: u64,
+    content: &[u8],
+    size: u64,
+) -> Result<(), LoadError> {
+    let outside = || outside_memory(ram, start, size);
+    ram.write_slice(content, GuestAddress(start))
+        .map_err(|_| outside())?;
+    let length = content.len() as u64;
+    zero(ram, start + length, size.saturating_sub(length)).ok_or_else(outside)
 }
 
 /// Clears memory page by page, since .bss can be large and RAM that was never touched is zero already.
@@ -127,28 +171,32 @@ fn zero(ram: &GuestRam, start: u64, length: u64) -> Option<()> {
     Some(())
 }
 
-fn outside_memory(ram: &GuestRam, header: &ProgramHeader) -> LoadError {
+fn outside_memory(ram: &GuestRam, start: u64, size: u64) -> LoadError {
     LoadError::OutsideMemory {
-        start: GuestPhys(header.p_paddr),
-        size: header.p_memsz,
+        start: GuestPhys(start),
+        size,
         ram_mib: ram.iter().map(|region| region.len() >> 20).sum(),
     }
 }
 
-fn check_range(ram: &GuestRam, header: &ProgramHeader) -> Result<(), LoadError> {
-    let end = header
-        .p_paddr
-        .checked_add(header.p_memsz)
-        .ok_or_else(|| outside_memory(ram, header))?;
+/// Refuses a range that isn't RAM, or that overlaps `taken`.
+pub(super) fn check_range(
+    ram: &GuestRam,
+    start: u64,
+    size: u64,
+    taken: &Range<u64>,
+) -> Result<(), LoadError> {
+    let outside = || outside_memory(ram, start, size);
+    let end = start.checked_add(size).ok_or_else(outside)?;
     let fits = ram.iter().any(|region| {
-        let start = region.start_addr().0;
-        start <= header.p_paddr && end <= start + region.len()
+        let first = region.start_addr().0;
+        first <= start && end <= first + region.len()
     });
     if !fits {
-        return Err(outside_memory(ram, header));
+        return Err(outside());
     }
-    if header.p_paddr < pvh::END && u64::from(pvh::START_INFO) < end {
-        return Err(LoadError::OverlapsBootInfo(GuestPhys(header.p_paddr)));
+    if start < taken.end && taken.start < end {
+        return Err(LoadError::OverlapsBootInfo(GuestPhys(start)));
     }
     Ok(())
 }

@@ -1,10 +1,12 @@
 //! Putting an image into guest memory, and the CPU state it starts with.
 //!
-//! Images are ELF files with a PVH note (Xen docs/misc/pvh.pandoc): [`image`] reads and places
-//! them, [`pvh`] writes what the guest is told about its machine. Nothing of the image is trusted:
-//! every offset and address is checked before memory is touched.
+//! Images are ELF files with a PVH note (Xen docs/misc/pvh.pandoc), Multiboot images, or flat
+//! binaries. [`image`] reads and places ELF files, [`pvh`] and [`multiboot`] write what the guest is
+//! told about its machine. Nothing of the image is trusted: every offset and address is checked
+//! before memory is touched.
 
 mod image;
+mod multiboot;
 mod pvh;
 
 use crate::{CpuState, GuestPhys, GuestRam};
@@ -24,6 +26,9 @@ pub enum LoadError {
     /// No XEN_ELFNOTE_PHYS32_ENTRY: nobody knows where to enter it.
     #[error("the image has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY)")]
     NoPvhNote,
+    /// A Multiboot header demands what isn't known here.
+    #[error("the Multiboot header demands unknown features: flags {0:#x}")]
+    MultibootFlags(u32),
     /// A segment does not fit into guest memory.
     #[error("a segment of {size:#x} bytes at {start:#x} lies outside guest memory ({ram_mib} MiB)")]
     OutsideMemory {
@@ -53,20 +58,95 @@ pub enum LoadError {
     NoRoom,
 }
 
-/// Loads `image` and the boot information into `ram`; answers with the state of the boot processor.
+/// How a kernel is to be booted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Boot<'a> {
+    /// What a Multiboot image's command line begins with.
+    pub name: &'a str,
+    /// The command line.
+    pub command_line: &'a str,
+    /// A module for the kernel.
+    pub initrd: Option<&'a [u8]>,
+    /// Physical address of a flat binary, whatever the file looks like.
+    pub load_at: Option<u64>,
+}
+
+/// Where a flat binary goes unless told otherwise.
+pub const FLAT: u64 = 0x10_0000;
+
+/// Loads a bare-metal kernel of any kind into `ram`; answers with the state of the boot processor.
+///
+/// An image with a Multiboot header is loaded as such, an ELF file otherwise as a PVH image, and
+/// anything else as a flat binary: at [`FLAT`] or [`Boot::load_at`], entered at its first byte in
+/// the state that PVH defines.
+///
+/// # Errors
+/// [`LoadError`]: each says in one line what is wrong with the image.
+pub fn load_kernel(ram: &GuestRam, image: &[u8], boot: &Boot<'_>) -> Result<CpuState, LoadError> {
+    let elf = image.starts_with(b"\x7fELF");
+    let flat = boot.load_at.is_some();
+    if let Some(header) = multiboot::find(image).filter(|_| !flat) {
+        return multiboot::load(ram, image, &header, boot);
+    }
+    let (entry, end) = if elf && !flat {
+        let image = image::Image::parse(image)?;
+        let entry = image.pvh_entry()?;
+        image::place(ram, &image, &pvh::TAKEN)?;
+        (entry, image.end())
+    } else {
+        let start = boot.load_at.unwrap_or(FLAT);
+        let size = image.len() as u64;
+        if size == 0 {
+            return Err(LoadError::Empty);
+        }
+        image::check_range(ram, start, size, &pvh::TAKEN)?;
+        image::write(ram, start, image, size)?;
+        let entry = u32::try_from(start).map_err(|_| LoadError::EntryOutside(GuestPhys(start)))?;
+        (entry, start + size)
+    };
+    let module = match boot.initrd {
+        Some(module) => Some(after(ram, end, module, &pvh::TAKEN)?),
+        None => None,
+    };
+    pvh::write_start_info(ram, boot.command_line, module)?;
+    Ok(CpuState::pvh_entry(entry, pvh::START_INFO))
+}
+
+/// Puts a module on the first page after `end`; its start and length.
+fn after(
+    ram: &GuestRam,
+    end: u64,
+    module: &[u8],
+    taken: &std::ops::Range<u64>,
+) -> Result<(u64, u64), LoadError> {
+    const PAGE: u64 = 4096;
+    let size = module.len() as u64;
+    let start = end
+        .max(taken.end)
+        .checked_next_multiple_of(PAGE)
+        .ok_or(LoadError::NoRoom)?;
+    image::check_range(ram, start, size, taken)?;
+    image::write(ram, start, module, size)?;
+    Ok((start, size))
+}
+
+/// Loads a PVH image and the boot information into `ram`; answers with the state of the boot
+/// processor.
 ///
 /// # Errors
 /// [`LoadError`]: each says in one line what is wrong with the image.
 pub fn load(ram: &GuestRam, image: &[u8], command_line: &str) -> Result<CpuState, LoadError> {
-    let entry = image::place(ram, image)?;
-    pvh::write_start_info(ram, command_line)?;
+    let image = image::Image::parse(image)?;
+    let entry = image.pvh_entry()?;
+    image::place(ram, &image, &pvh::TAKEN)?;
+    pvh::write_start_info(ram, command_line, None)?;
     Ok(CpuState::pvh_entry(entry, pvh::START_INFO))
 }
 
-/// Finds out whether `image` could be loaded into `ram_mib` MiB, without loading it.
+/// Finds out whether a PVH `image` could be loaded, without loading it.
 ///
 /// # Errors
 /// As [`load`].
 pub fn check(image: &[u8]) -> Result<(), LoadError> {
-    image::Image::parse(image).map(drop)
+    image::Image::parse(image)?.pvh_entry().map(drop)
 }

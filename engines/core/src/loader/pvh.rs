@@ -3,6 +3,8 @@
 //! Layout: Xen public/arch-x86/hvm/start_info.h. Everything lies below 64 KiB, where no image may:
 //! a guest reads it early and may then use the memory.
 
+use std::ops::Range;
+
 use vm_memory::{Bytes, GuestAddress};
 
 use super::LoadError;
@@ -11,10 +13,11 @@ use crate::{GuestRam, memory};
 /// Physical address of `hvm_start_info`, which `rbx` holds at entry.
 pub(super) const START_INFO: u32 = 0x6000;
 const MEMORY_MAP: u64 = 0x6100;
+const MODULES: u64 = 0x6f00;
 const COMMAND_LINE: u64 = 0x7000;
 const COMMAND_LINE_BYTES: usize = 0x1000;
-/// First address after the boot information.
-pub(super) const END: u64 = COMMAND_LINE + COMMAND_LINE_BYTES as u64;
+/// Where the boot information lies.
+pub(super) const TAKEN: Range<u64> = START_INFO as u64..COMMAND_LINE + COMMAND_LINE_BYTES as u64;
 
 const MAGIC: u32 = 0x336e_c578;
 const VERSION: u32 = 1;
@@ -23,11 +26,11 @@ const VERSION: u32 = 1;
 const LOW_RAM_END: u64 = 0x9_fc00;
 const ONE_MIB: u64 = 0x10_0000;
 
-const RAM: u32 = 1;
+pub(super) const RAM: u32 = 1;
 const RESERVED: u32 = 2;
 
 /// The guest's memory map: (start, length in bytes, E820 type), sorted.
-fn memory_map(ram: &GuestRam) -> Vec<(u64, u64, u32)> {
+pub(super) fn memory_map(ram: &GuestRam) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, LOW_RAM_END, RAM),
         (LOW_RAM_END, ONE_MIB - LOW_RAM_END, RESERVED),
@@ -42,7 +45,12 @@ fn memory_map(ram: &GuestRam) -> Vec<(u64, u64, u32)> {
     map
 }
 
-pub(super) fn write_start_info(ram: &GuestRam, command_line: &str) -> Result<(), LoadError> {
+/// Writes it all, with `module` (start, length) as the one module if there is one.
+pub(super) fn write_start_info(
+    ram: &GuestRam,
+    command_line: &str,
+    module: Option<(u64, u64)>,
+) -> Result<(), LoadError> {
     let text = command_line.as_bytes();
     let limit = COMMAND_LINE_BYTES - 1;
     if text.len() > limit || text.contains(&0) {
@@ -56,8 +64,13 @@ pub(super) fn write_start_info(ram: &GuestRam, command_line: &str) -> Result<(),
     info.extend_from_slice(&MAGIC.to_le_bytes());
     info.extend_from_slice(&VERSION.to_le_bytes());
     info.extend_from_slice(&0u32.to_le_bytes()); // flags
-    info.extend_from_slice(&0u32.to_le_bytes()); // nr_modules
-    info.extend_from_slice(&0u64.to_le_bytes()); // modlist_paddr
+    let modules = if module.is_some() {
+        (1u32, MODULES)
+    } else {
+        (0, 0)
+    };
+    info.extend_from_slice(&modules.0.to_le_bytes()); // nr_modules
+    info.extend_from_slice(&modules.1.to_le_bytes()); // modlist_paddr
     info.extend_from_slice(&COMMAND_LINE.to_le_bytes());
     info.extend_from_slice(&0u64.to_le_bytes()); // rsdp_paddr: no ACPI
     info.extend_from_slice(&MEMORY_MAP.to_le_bytes());
@@ -73,9 +86,16 @@ pub(super) fn write_start_info(ram: &GuestRam, command_line: &str) -> Result<(),
     }
     let mut line = text.to_vec();
     line.push(0);
+    // paddr, size, cmdline_paddr, reserved
+    let (start, length) = module.unwrap_or((0, 0));
+    let list: Vec<u8> = [start, length, 0, 0]
+        .into_iter()
+        .flat_map(u64::to_le_bytes)
+        .collect();
     for (at, bytes) in [
         (START_INFO.into(), &info),
         (MEMORY_MAP, &entries),
+        (MODULES, &list),
         (COMMAND_LINE, &line),
     ] {
         ram.write_slice(bytes, GuestAddress(at))
@@ -91,7 +111,7 @@ mod tests {
     #[test]
     fn start_info_points_to_map_and_command_line() {
         let ram = memory::create(4).unwrap();
-        write_start_info(&ram, "run alu 1 2").unwrap();
+        write_start_info(&ram, "run alu 1 2", Some((0x20_0000, 5))).unwrap();
         let word = |at: u64| ram.read_obj::<u32>(GuestAddress(at)).unwrap();
         let long = |at: u64| ram.read_obj::<u64>(GuestAddress(at)).unwrap();
         let base = u64::from(START_INFO);
@@ -100,6 +120,9 @@ mod tests {
         ram.read_slice(&mut text, GuestAddress(long(base + 24)))
             .unwrap();
         assert_eq!(&text, b"run alu 1 2\0");
+        assert_eq!(word(base + 12), 1);
+        let module = long(base + 16);
+        assert_eq!((long(module), long(module + 8)), (0x20_0000, 5));
         let map = long(base + 40);
         assert_eq!(word(base + 48), 3);
         assert_eq!(
@@ -111,10 +134,10 @@ mod tests {
     #[test]
     fn a_command_line_that_does_not_fit_is_refused() {
         let ram = memory::create(1).unwrap();
-        assert!(write_start_info(&ram, &"x".repeat(4095)).is_ok());
+        assert!(write_start_info(&ram, &"x".repeat(4095), None).is_ok());
         let long = "x".repeat(4096);
         assert!(matches!(
-            write_start_info(&ram, &long),
+            write_start_info(&ram, &long, None),
             Err(LoadError::CommandLine {
                 length: 4096,
                 limit: 4095

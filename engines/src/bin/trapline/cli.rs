@@ -18,6 +18,7 @@ Examples:
   trapline run --mode hardware --workload sieve --size 100000 --iterations 10 --timeout 30
   trapline run --mode hardware --image builtin:unaware        (then type: run alu 0 0, quit 0)
   trapline run --mode para --workload sieve
+  trapline run --mode full --kernel test.elf --cmdline 'all' --exit-port raw --timeout 60
   trapline run --mode hardware --image vmlinux --cmdline 'console=ttyS0' --stats-fd 3 3>stats.json
 
 Exit status:
@@ -36,7 +37,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a guest: its console is stdin and stdout
     #[command(after_help = EXAMPLES)]
-    Run(Run),
+    Run(Box<Run>),
     /// Say what this host can run, and how to mend what it can't
     Probe(Probe),
     /// List modes and workloads
@@ -71,6 +72,24 @@ pub(crate) struct Run {
     /// Command line for the guest
     #[arg(long, value_name = "TEXT", conflicts_with = "workload")]
     pub(crate) cmdline: Option<String>,
+    /// Module for the kernel
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Take the kernel for a flat binary, to be loaded at this address and entered there
+    #[arg(long, value_name = "ADDRESS", requires = "kernel", value_parser = address)]
+    pub(crate) load: Option<u64>,
+    /// What the guest's exit code becomes as exit status
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = ExitPort::Plain)]
+    pub(crate) exit_port: ExitPort,
+}
+
+/// What a write to the exit port becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ExitPort {
+    /// 0 is success, all else failure
+    Plain,
+    /// Code c becomes exit status (c << 1) | 1, as with QEMU's isa-debug-exit
+    Raw,
 }
 
 #[derive(Args, Debug)]
@@ -79,6 +98,9 @@ pub(crate) struct Guest {
     /// ELF image with a PVH note (para: a Trapline note), or builtin:FLAVOUR
     #[arg(long, value_name = "FILE")]
     pub(crate) image: Option<PathBuf>,
+    /// Bare-metal kernel: Multiboot or PVH image, or a flat binary, which goes to 1 MiB
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
     /// Workload of the embedded image; `trapline list` names them
     #[arg(long, value_name = "NAME")]
     pub(crate) workload: Option<String>,
@@ -94,6 +116,15 @@ pub(crate) struct Probe {
 fn modes() -> PossibleValuesParser {
     let names = engines::MODES.iter().map(|mode| mode.name);
     PossibleValuesParser::new(names.chain([NATIVE]))
+}
+
+/// A number as C writes it: decimal, or hexadecimal after 0x.
+fn address(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|error| format!("'{text}' is no address: {error}"))
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -113,6 +144,15 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn addresses_are_decimal_or_hexadecimal() {
+        assert_eq!(address("0x7c00"), Ok(0x7c00));
+        assert_eq!(address("4096"), Ok(4096));
+        for text in ["", "0x", "7c00", "-1"] {
+            assert!(address(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -28,7 +28,11 @@ pub(crate) fn run(
     order: Option<&Order>,
     mut stats: Stats,
 ) -> anyhow::Result<ExitCode> {
-    if let Some(image) = &arguments.guest.image
+    if let Some(image) = arguments
+        .guest
+        .image
+        .as_ref()
+        .or(arguments.guest.kernel.as_ref())
         && !image
             .as_os_str()
             .as_encoded_bytes()

@@ -9,15 +9,19 @@ use std::fmt;
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use engine_core::host::console::Sink;
+use engine_core::loader::Boot;
 use engine_core::machine::Source;
 use engine_core::tally::Count;
-use engine_core::{CpuState, Limit, Limits, Machine, MachineOptions, Outcome, Unavailable, drive};
+use engine_core::{
+    CpuState, GuestRam, Limit, Limits, Machine, MachineOptions, Outcome, Unavailable, drive,
+};
 use engines::{Mode, Runs};
 
 use crate::wire::{Counter, Event, Stats};
@@ -73,6 +77,35 @@ fn order(arguments: &cli::Run) -> anyhow::Result<Option<Order>> {
     }))
 }
 
+fn file(what: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("{what} {}", path.display()))
+}
+
+/// Puts what the arguments name into guest memory; answers with the state that it starts in.
+fn load(
+    ram: &GuestRam,
+    mode: &Mode,
+    arguments: &cli::Run,
+    command_line: &str,
+) -> anyhow::Result<CpuState> {
+    let Some(path) = &arguments.guest.kernel else {
+        let image = image(mode, arguments)?;
+        return Ok(engine_core::loader::load(ram, &image, command_line)?);
+    };
+    let kernel = file("kernel", path)?;
+    let initrd = match &arguments.initrd {
+        Some(path) => Some(file("initrd", path)?),
+        None => None,
+    };
+    let boot = Boot {
+        name: &path.to_string_lossy(),
+        command_line,
+        initrd: initrd.as_deref(),
+        load_at: arguments.load,
+    };
+    Ok(engine_core::loader::load_kernel(ram, &kernel, &boot)?)
+}
+
 fn image(mode: &Mode, arguments: &cli::Run) -> anyhow::Result<Cow<'static, [u8]>> {
     let Some(path) = &arguments.guest.image else {
         return Ok((mode.image)().into());
@@ -88,10 +121,7 @@ fn image(mode: &Mode, arguments: &cli::Run) -> anyhow::Result<Cow<'static, [u8]>
             cli::BUILTIN,
             mode.flavour
         ),
-        None => {
-            let bytes = fs::read(path).with_context(|| format!("image {}", path.display()))?;
-            Ok(bytes.into())
-        }
+        None => Ok(file("image", path)?.into()),
     }
 }
 
@@ -101,17 +131,25 @@ fn run_mode(
     order: Option<&Order>,
     mut stats: Stats,
 ) -> anyhow::Result<ExitCode> {
-    let image = image(mode, arguments)?;
     let command_line = match order {
         Some(order) => order.to_string(),
         None => arguments.cmdline.clone().unwrap_or_default(),
     };
     let boot = match mode.runs {
         Runs::Vcpu(boot) => boot,
-        Runs::Processes => return run_processes(mode, arguments, &image, &command_line, stats),
+        Runs::Processes if arguments.guest.kernel.is_some() => {
+            bail!(
+                "mode {} takes no bare-metal kernel: its guests know their host",
+                mode.name
+            )
+        }
+        Runs::Processes => {
+            let image = image(mode, arguments)?;
+            return run_processes(mode, arguments, &image, &command_line, stats);
+        }
     };
     let ram = engine_core::memory::create(arguments.memory)?;
-    let entry = engine_core::loader::load(&ram, &image, &command_line)?;
+    let entry = load(&ram, mode, arguments, &command_line)?;
 
     let found = match (mode.probe)() {
         Ok(found) => found,
@@ -249,7 +287,10 @@ fn conclude(
     let at = |state: Option<&CpuState>| {
         state.map_or(String::new(), |state| format!(" at rip {:#x}", state.rip))
     };
+    let raw = arguments.exit_port == cli::ExitPort::Raw;
     let (name, message, code) = match outcome {
+        Outcome::Success if raw => ("success", String::new(), status::raw(0)),
+        Outcome::Failure(code) if raw => ("failure", String::new(), status::raw(*code)),
         Outcome::Success => ("success", String::new(), status::SUCCESS),
         Outcome::Failure(code) => (
             "failure",

@@ -19,3 +19,8 @@ pub(crate) const LIMIT: u8 = 5;
 pub(crate) fn signalled(signal: u32) -> ExitCode {
     ExitCode::from(128 | (signal & 0x7f) as u8)
 }
+
+/// Of a guest that ended with `code`, as QEMU's isa-debug-exit makes it.
+pub(crate) fn raw(code: u32) -> u8 {
+    (code << 1 | 1) as u8
+}

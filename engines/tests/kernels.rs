@@ -1,0 +1,162 @@
+//! Bare-metal kernels of other origin: Multiboot, PVH and flat images, their command lines and
+//! modules, and exit statuses as QEMU's isa-debug-exit gives them.
+
+mod support;
+
+use engine_core::testing::{CODE, Guest, assemble, end};
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use support::{Call, on_every_mode};
+
+const MAGIC: u32 = 0x1bad_b002;
+const BOOTED: u32 = 0x2bad_b002;
+
+/// A Multiboot header, then code, as a guest with one segment.
+fn multiboot(body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Guest {
+    const FLAGS: u32 = 3;
+    let header = [MAGIC, FLAGS, 0u32.wrapping_sub(MAGIC + FLAGS)];
+    // The image is entered at its segment's first byte: the header follows the code.
+    let code = assemble(32, CODE, body);
+    let mut guest = Guest::from_code(&code);
+    let content = &mut guest.segments[0].1;
+    content.resize(content.len().next_multiple_of(4), 0x90);
+    content.extend(header.into_iter().flat_map(u32::to_le_bytes));
+    guest.segments[0].2 = content.len() as u64;
+    guest
+}
+
+/// Prints the zero-terminated text that `esi` leads to.
+fn print(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut next = asm.create_label();
+    let mut done = asm.create_label();
+    asm.mov(dx, 0x3f8)?;
+    asm.set_label(&mut next)?;
+    asm.lodsb()?;
+    asm.test(al, al)?;
+    asm.jz(done)?;
+    asm.out(dx, al)?;
+    asm.jmp(next)?;
+    asm.set_label(&mut done)?;
+    asm.nop()
+}
+
+fn kernel(call: Call, image: &[u8], args: &[&str]) -> Call {
+    let path = call.path("kernel");
+    std::fs::write(&path, image).unwrap();
+    let path = path.to_str().unwrap().to_owned();
+    call.args(&["--timeout", "20", "--kernel", &path])
+        .args(args)
+}
+
+#[test]
+fn a_multiboot_kernel_finds_its_command_line_and_its_module() {
+    let image = multiboot(|asm| {
+        let mut bad = asm.create_label();
+        asm.cmp(eax, BOOTED as i32)?;
+        asm.jne(bad)?;
+        asm.mov(esi, dword_ptr(ebx + 16))?;
+        print(asm)?;
+        asm.mov(ecx, dword_ptr(ebx + 24))?;
+        asm.mov(esi, dword_ptr(ecx))?;
+        print(asm)?;
+        // The module ends after its zero byte.
+        asm.cmp(esi, dword_ptr(ecx + 4))?;
+        asm.jne(bad)?;
+        asm.mov(eax, 21)?;
+        asm.out(0xf4, ax)?;
+        asm.set_label(&mut bad)?;
+        end(asm, 1)
+    })
+    .elf();
+    on_every_mode(|mode| {
+        let call = Call::new(mode.name);
+        let module = call.path("module");
+        std::fs::write(&module, b" module\0").unwrap();
+        let module = module.to_str().unwrap().to_owned();
+        let args = [
+            "--cmdline",
+            "one two",
+            "--initrd",
+            &module,
+            "--exit-port",
+            "raw",
+        ];
+        let ended = kernel(call, &image, &args).run();
+        ended.check(43, "");
+        let text = String::from_utf8_lossy(&ended.stdout);
+        assert!(text.ends_with("/kernel one two module"), "{text}");
+    });
+}
+
+#[test]
+fn exit_codes_of_every_width_become_statuses() {
+    for (code, width, status) in [(0u32, 4, 1), (1, 1, 3), (0x7f, 2, 255), (0x1234, 4, 0x69)] {
+        let image = Guest::protected(|asm| {
+            asm.mov(eax, code)?;
+            match width {
+                1 => asm.out(0xf4, al),
+                2 => asm.out(0xf4, ax),
+                _ => asm.out(0xf4, eax),
+            }
+        })
+        .elf();
+        on_every_mode(|mode| {
+            let call = kernel(Call::new(mode.name), &image, &["--exit-port", "raw"]);
+            call.run().check(status, "");
+        });
+    }
+}
+
+#[test]
+fn a_flat_binary_is_entered_at_its_first_byte() {
+    for (at, args) in [(0x10_0000, vec![]), (0x40_0000, vec!["--load", "0x400000"])] {
+        let code = assemble(32, at, |asm| {
+            let mut here = asm.create_label();
+            let mut bad = asm.create_label();
+            asm.mov(esp, 0x20_0000)?;
+            asm.call(here)?;
+            asm.set_label(&mut here)?;
+            asm.pop(eax)?;
+            asm.cmp(eax, (at + 10) as i32)?;
+            asm.jne(bad)?;
+            // hvm_start_info's magic.
+            asm.cmp(dword_ptr(ebx), 0x336e_c578)?;
+            asm.jne(bad)?;
+            end(asm, 0)?;
+            asm.set_label(&mut bad)?;
+            end(asm, 1)
+        });
+        on_every_mode(|mode| {
+            kernel(Call::new(mode.name), &code, &args)
+                .run()
+                .check(0, "");
+        });
+    }
+}
+
+#[test]
+fn kernels_that_make_no_sense_are_usage_errors() {
+    let image = Guest::protected(|asm| end(asm, 0)).elf();
+    for mode in support::unaware_modes() {
+        let call = || Call::new(mode.name);
+        kernel(call(), &[], &[])
+            .run()
+            .check(2, "no loadable segment");
+        kernel(call(), &image, &["--load", "0x40000000"])
+            .run()
+            .check(2, "outside guest memory");
+        kernel(call(), &image, &["--initrd", "/nonexistent"])
+            .run()
+            .check(2, "initrd /nonexistent");
+        let mut bad = multiboot(|asm| end(asm, 0));
+        let content = &mut bad.segments[0].1;
+        let at = content.len() - 12;
+        // Flag 5 is unknown, and demanded.
+        content[at + 4] |= 32;
+        content[at + 8..].copy_from_slice(&0u32.wrapping_sub(MAGIC + 35).to_le_bytes());
+        kernel(call(), &bad.elf(), &[]).run().check(2, "flags 0x20");
+    }
+    kernel(Call::new("para"), &image, &[])
+        .run()
+        .check(2, "takes no bare-metal kernel");
+}
