@@ -1,8 +1,8 @@
 //! The console protocol's receiving side: bytes and their arrival times in, messages out.
 //!
 //! A pure state machine: it reads no clock and no file. Grammar and words stand in [`abi`].
-//! Invariant: a [`Done`] is made only from `begin`, `end`, `done` in this order with nothing
-//! between `begin` and `end`; a guest that says anything else gets no figure.
+//! Invariant: a [`Done`] is made only from `begin`, `end`, `done` in this order with nothing but
+//! [`abi::DATA`] lines between `begin` and `end`; a guest that says anything else gets no figure.
 
 use std::time::{Duration, Instant};
 
@@ -186,7 +186,12 @@ impl Console {
                 self.state = State::Idle;
                 return Ok(Some(Message::Done(done)));
             }
-            // Bytes inside the window mean that the window is not what it says.
+            // Its bytes are the work of this window, however many they are.
+            (state @ State::End { .. }, None) if line.as_bytes().first() == Some(&abi::DATA) => {
+                self.unanswered_bytes = 0;
+                state
+            }
+            // Other bytes inside the window mean that the window is not what it says.
             (State::End { .. }, _) => return Err(self.out_of_place(line)),
             (_, _) if is_word(head) => return Err(self.out_of_place(line)),
             // A firmware's banner or a guest kernel's report: kept for the reason, no answer.

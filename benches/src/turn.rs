@@ -75,7 +75,7 @@ impl Session<'_> {
     ) -> Result<Attempt<()>, Error> {
         let cold_iterations = match program.group {
             Group::Nano => COLD_NANO_ITERATIONS,
-            Group::Compute | Group::Micro | Group::Empty => 1,
+            Group::Compute | Group::Micro | Group::Io | Group::Empty => 1,
         };
         let cold = match self.once(index, program, cold_iterations) {
             Ok(cold) => cold,

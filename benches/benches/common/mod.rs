@@ -64,6 +64,7 @@ pub(crate) fn bench_mode(mode: &str) {
             Group::Compute => "compute",
             Group::Nano => "nano",
             Group::Micro => "micro",
+            Group::Io => "io",
             // Its window is subtracted from every other one.
             Group::Empty => continue,
         };

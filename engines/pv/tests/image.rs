@@ -14,6 +14,9 @@ const UNSUPPORTED: &[(&str, &str)] = &[
 ];
 
 fn unsupported(workload: &Workload) -> Option<&'static str> {
+    if workload.group == Group::Io {
+        return Some("unsupported this machine has no such device");
+    }
     let row = UNSUPPORTED.iter().find(|(name, _)| *name == workload.name);
     row.map(|(_, answer)| *answer)
 }
@@ -67,7 +70,7 @@ fn answers(console: &str) -> Vec<String> {
 fn few(workload: &Workload, iterations: u64) -> u64 {
     match workload.group {
         Group::Empty | Group::Compute => workload.iterations.min(iterations),
-        Group::Nano | Group::Micro => iterations,
+        Group::Nano | Group::Micro | Group::Io => iterations,
     }
 }
 

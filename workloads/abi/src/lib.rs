@@ -25,11 +25,34 @@
 //! guest whose kernel is beyond help says one line `failed kernel ...` and writes 1 to
 //! [`port::EXIT`].
 //!
+//! Between `end` and `done`, a run whose requests were timed one by one says how long they took, in
+//! nanoseconds of the guest's own clock:
+//!
+//! ```text
+//! latency COUNT LEAST MOST
+//! bucket LOW HIGH COUNT
+//! ```
+//!
+//! `latency` comes once, with the number of values and the exact least and greatest; then one
+//! `bucket` for each range LOW to HIGH (both belong to it) that holds values, ascending, without
+//! overlap. The counts of all buckets add up to COUNT. A range is at most 1/32 of its LOW wide (to
+//! the nanosecond), so a percentile read from the buckets is off by no more than that. A run
+//! without `latency` has none, and neither has a run that failed.
+//!
+//! The workload `console` is the one exception to the rule that nothing stands between `begin` and
+//! `end`: it says lines there that start with [`DATA`]. The window closes when the first byte of a
+//! line arrives that does not, which is `end`. What the lines hold, and the checksum of what a host
+//! has received, stand in `programs::io::console`.
+//!
 //! A guest whose command line holds `run WORKLOAD SIZE ITERATIONS` obeys that after its greeting,
 //! as if it came from the console, and ends: with 0 after `done`, else with 1.
 #![no_std]
 
 pub mod hypercall;
+pub mod net;
+
+/// First byte of a line that the workload `console` says inside its window.
+pub const DATA: u8 = b':';
 
 /// Version of this protocol, sent in the greeting.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -60,6 +83,10 @@ pub mod word {
     pub const BEGIN: &str = "begin";
     /// The measured window closed at this line's first byte.
     pub const END: &str = "end";
+    /// How many requests were timed, the shortest and the longest time.
+    pub const LATENCY: &str = "latency";
+    /// How many requests took how long.
+    pub const BUCKET: &str = "bucket";
     /// A run has ended well.
     pub const DONE: &str = "done";
     /// A run was tried and went wrong.
@@ -78,4 +105,13 @@ pub mod word {
     pub const LIST: &str = "list";
     /// Host command: end the guest.
     pub const QUIT: &str = "quit";
+}
+
+/// Environment variables by which the native process learns its inherited descriptors, as decimal
+/// numbers. Without one of them it has no such device.
+pub mod descriptor {
+    /// The disk: a file, open for reading, or for reading and writing.
+    pub const DISK: &str = "TRAPLINE_DISK";
+    /// The network: a connected datagram socket, one Ethernet frame a datagram.
+    pub const NET: &str = "TRAPLINE_NET";
 }

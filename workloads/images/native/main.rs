@@ -1,8 +1,12 @@
 //! The baseline: workloads as an ordinary process, with the console protocol on standard input and
 //! output. There is no machine here but a process: what needs ring 0 is `unsupported`.
 
+mod devices;
+
+use devices::Devices;
 use programs::{
     Kernel, Platform, Refusal,
+    io::{Direction, Histogram, Io, SLOT_WORDS, SLOTS, histogram::Scale},
     micro::Micro,
     nano::Operation,
     session::{self, Console, LINE, Next},
@@ -18,17 +22,49 @@ const NO_RING_0: &str = "ring-0 operation has no native figure";
 /// Why there are no address spaces.
 const NO_SPACES: &str = "a process has no address spaces of its own to manage";
 
+/// Bytes of a page: devices want data aligned to it.
+const PAGE: usize = 4096;
+
 struct Process {
-    arena: Vec<u64>,
+    /// The arena, after as much as it takes to begin a page.
+    memory: Vec<u64>,
+    skipped: usize,
+    devices: Devices,
+}
+
+impl Process {
+    fn new() -> Self {
+        let memory = vec![0; ARENA + PAGE / 8];
+        let address = memory.as_ptr() as usize;
+        Process {
+            skipped: (address.next_multiple_of(PAGE) - address) / 8,
+            memory,
+            devices: Devices::inherit(),
+        }
+    }
+
+    fn arena(&mut self) -> &mut [u64] {
+        &mut self.memory[self.skipped..][..ARENA]
+    }
+
+    /// The slots that devices use, as bytes, and the devices.
+    fn slots(&mut self) -> (&mut [u8], &mut Devices) {
+        let words = &mut self.memory[self.skipped..][..(SLOTS * SLOT_WORDS) as usize];
+        // SAFETY: the same memory; every byte pattern is a word, and a byte needs no alignment.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), size_of_val(words))
+        };
+        (bytes, &mut self.devices)
+    }
 }
 
 impl Platform for Process {
     fn arena_words(&self) -> u64 {
-        self.arena.len() as u64
+        ARENA as u64
     }
 
     fn compute(&mut self, kernel: Kernel, size: u64, iterations: u64) -> Result<u64, Refusal> {
-        Ok(kernel(&mut self.arena, size, iterations))
+        Ok(kernel(self.arena(), size, iterations))
     }
 
     fn arm(&mut self, _operation: Operation) -> Result<(), Refusal> {
@@ -110,6 +146,68 @@ impl Platform for Process {
     fn space(&mut self, _pages: u64, _life: u64) -> Result<u64, Refusal> {
         Err(Refusal::Unsupported(NO_SPACES))
     }
+
+    fn open(&mut self, io: Io, size: u64) -> Result<(), Refusal> {
+        self.devices.open(io, size)
+    }
+
+    fn peek(&mut self, word: u64) -> u64 {
+        self.arena()[word as usize]
+    }
+
+    fn poke(&mut self, word: u64, value: u64) {
+        self.arena()[word as usize] = value;
+    }
+
+    fn ticks(&mut self) -> u64 {
+        self.devices.nanoseconds()
+    }
+
+    fn latencies(&mut self) -> Option<&mut Histogram> {
+        Some(&mut self.devices.latencies)
+    }
+
+    fn scale(&self) -> Option<Scale> {
+        Scale::new(1_000_000_000)
+    }
+
+    fn transfer(
+        &mut self,
+        direction: Direction,
+        blocks: &[u64],
+        slot: u64,
+    ) -> Result<(), Refusal> {
+        let (slots, devices) = self.slots();
+        devices.transfer(direction, blocks, slot, slots)
+    }
+
+    fn flush_disk(&mut self) -> Result<(), Refusal> {
+        self.devices.flush_disk()
+    }
+
+    fn station(&mut self) -> u64 {
+        devices::STATION
+    }
+
+    fn transmit(&mut self, slot: u64, count: u64, bytes: u64) -> Result<(), Refusal> {
+        let (slots, devices) = self.slots();
+        devices.transmit(slot, count, bytes, slots)
+    }
+
+    fn receive(&mut self) -> Result<(u64, u64), Refusal> {
+        let (slots, devices) = self.slots();
+        devices.receive(slots)
+    }
+
+    /// One write for each line, as a terminal's driver would get it.
+    fn send_line(&mut self, line: &[u8]) -> Result<(), Refusal> {
+        let mut output = io::stdout().lock();
+        let sent = output.write_all(line).and_then(|()| output.flush());
+        sent.map_err(|error| Refusal::Device {
+            what: "write: errno",
+            code: error.raw_os_error().unwrap_or(0) as u64,
+        })
+    }
 }
 
 /// No operation runs that was not armed, and none is.
@@ -148,9 +246,7 @@ fn main() -> io::Result<()> {
     let mut console = Pipe {
         output: io::stdout().lock(),
     };
-    let mut process = Process {
-        arena: vec![0; ARENA],
-    };
+    let mut process = Process::new();
     session::greet(&mut console, "native");
     // `native run WORKLOAD SIZE ITERATIONS`, as on a guest's command line.
     let arguments: Vec<String> = std::env::args().skip(1).collect();

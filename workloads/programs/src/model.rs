@@ -2,16 +2,20 @@
 //!
 //! It models exactly the state that an operation can leave behind: a scratch register, one page
 //! with its entry and its cached translation, a count of faults, the task priority, the interrupt
-//! flag; and for address spaces the pages of each. Its rings are one, and nothing ever fails.
+//! flag; for address spaces the pages of each; for devices what was written to the disk, the peer on
+//! the network, and a count of interrupts. Its rings are one, and nothing ever fails.
 
 use crate::{
     Kernel, Platform, Refusal, Workload,
+    io::{Direction, Io, SLOT_WORDS, SLOTS, Timer, block, net},
     micro::{Micro, PAGE_WORDS, aspace, ctxsw, pfstorm},
     nano::{
         Operation, WORD_A, WORD_B, cpuid, port_in,
         syscall::{self, Syscalls},
     },
 };
+
+use alloc::collections::BTreeMap;
 
 /// What the probe page's entry points to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +38,15 @@ pub struct Model<'a> {
     unmasked: bool,
     /// The own page of each space of ctxsw.
     spaces: [[u64; PAGE_WORDS]; ctxsw::MOST],
+    /// Blocks that were written; all others are as the disk came.
+    written: BTreeMap<u64, Page>,
+    peer: net::Peer,
+    answer: Option<u64>,
+    interrupts: u64,
 }
+
+/// A block of the disk.
+type Page = [u64; SLOT_WORDS as usize];
 
 impl<'a> Model<'a> {
     /// A machine with that much memory.
@@ -48,7 +60,23 @@ impl<'a> Model<'a> {
             priority: 0,
             unmasked: false,
             spaces: [[0; PAGE_WORDS]; ctxsw::MOST],
+            written: BTreeMap::new(),
+            peer: net::Peer::default(),
+            answer: None,
+            interrupts: 0,
         }
+    }
+
+    /// A slot of the arena.
+    fn slot(&mut self, slot: u64) -> &mut [u64] {
+        let first = (slot % SLOTS * SLOT_WORDS) as usize;
+        &mut self.arena[first..first + SLOT_WORDS as usize]
+    }
+
+    /// Takes an interrupt; returns how many it has taken.
+    fn interrupt(&mut self) -> u64 {
+        self.interrupts += 1;
+        self.interrupts
     }
 
     /// Reads the probe page; a fault maps it to frame A, as the guest's handler does.
@@ -224,6 +252,87 @@ impl Platform for Model<'_> {
             words[0] = aspace::content(life, page);
         }
         Ok(aspace::visit(&mut memory, pages, 1))
+    }
+
+    fn open(&mut self, _io: Io, _size: u64) -> Result<(), Refusal> {
+        self.interrupts = 0;
+        Ok(())
+    }
+
+    fn close(&mut self, io: Io) -> u64 {
+        match io {
+            Io::Timer(_) | Io::HaltWake | Io::SelfInterrupt => self.interrupts,
+            Io::Console | Io::Block(_) | Io::Echo | Io::Stream => 0,
+        }
+    }
+
+    fn peek(&mut self, word: u64) -> u64 {
+        self.arena[word as usize]
+    }
+
+    fn poke(&mut self, word: u64, value: u64) {
+        self.arena[word as usize] = value;
+    }
+
+    fn transfer(&mut self, direction: Direction, blocks: &[u64], slot: u64) -> Result<(), Refusal> {
+        for (slot, &number) in (slot..).zip(blocks) {
+            match direction {
+                Direction::Read => {
+                    let page = self.written.get(&number).copied();
+                    let page = page.unwrap_or_else(|| block::whole(number));
+                    self.slot(slot).copy_from_slice(&page);
+                }
+                Direction::Write => {
+                    let mut page = [0; SLOT_WORDS as usize];
+                    page.copy_from_slice(self.slot(slot));
+                    self.written.insert(number, page);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn flush_disk(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn transmit(&mut self, slot: u64, count: u64, bytes: u64) -> Result<(), Refusal> {
+        for slot in slot..slot + count {
+            let words = self.slot(slot).iter();
+            let mut frame: alloc::vec::Vec<u8> = words.flat_map(|w| w.to_le_bytes()).collect();
+            let Some(length) = self.peer.answer(&mut frame, bytes as usize) else {
+                continue;
+            };
+            for (word, bytes) in self.slot(net::SENT).iter_mut().zip(frame.chunks(8)) {
+                let bytes = bytes.try_into().expect("a page is words");
+                *word = u64::from_le_bytes(bytes);
+            }
+            self.answer = Some(length as u64);
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<(u64, u64), Refusal> {
+        match self.answer.take() {
+            Some(length) => Ok((net::SENT, length)),
+            None => Err(Refusal::Broken("the model's peer has no answer")),
+        }
+    }
+
+    fn send_line(&mut self, _line: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn expire(&mut self, _timer: Timer, _microseconds: u64) -> Result<u64, Refusal> {
+        Ok(self.interrupt())
+    }
+
+    fn wake(&mut self, _microseconds: u64) -> Result<u64, Refusal> {
+        Ok(self.interrupt())
+    }
+
+    fn self_interrupt(&mut self) -> Result<u64, Refusal> {
+        Ok(self.interrupt())
     }
 }
 

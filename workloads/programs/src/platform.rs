@@ -2,6 +2,7 @@
 
 use crate::{
     Refusal,
+    io::{Direction, Histogram, Io, NO_DEVICE, Timer, histogram::Scale},
     micro::Micro,
     nano::{Operation, divzero, pgfault, ptemod},
 };
@@ -153,4 +154,126 @@ pub trait Platform {
     /// # Errors
     /// [`Refusal::Fault`] when the application faults.
     fn space(&mut self, pages: u64, life: u64) -> Result<u64, Refusal>;
+
+    /// Finds the device, brings it into a known state and tries it once, with a limit of time.
+    /// What follows are the uses of devices; a machine that has none keeps these methods as they
+    /// are.
+    ///
+    /// # Errors
+    /// There is no such device, by design or in this machine, or the trial showed that it does not
+    /// work.
+    fn open(&mut self, _io: Io, _size: u64) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(NO_DEVICE))
+    }
+
+    /// Gives the device back; returns what is documented at each [`Io`].
+    fn close(&mut self, _io: Io) -> u64 {
+        0
+    }
+
+    /// A word of the arena. Slot N of the devices is the page from word N times
+    /// [`crate::io::SLOT_WORDS`] on.
+    #[inline(always)]
+    fn peek(&mut self, _word: u64) -> u64 {
+        0
+    }
+
+    /// Changes a word of the arena.
+    #[inline(always)]
+    fn poke(&mut self, _word: u64, _value: u64) {}
+
+    /// Ticks of the clock by which requests are timed.
+    #[inline(always)]
+    fn ticks(&mut self) -> u64 {
+        0
+    }
+
+    /// Where the times of requests are collected, if they are.
+    #[inline(always)]
+    fn latencies(&mut self) -> Option<&mut Histogram> {
+        None
+    }
+
+    /// What a tick is, if the machine knows.
+    fn scale(&self) -> Option<Scale> {
+        None
+    }
+
+    /// Transfers these blocks of the disk, of a page each, from or to the slots from `slot` on, modulo
+    /// [`crate::io::SLOTS`]. All requests are in flight at once; comes back when all are done.
+    ///
+    /// # Errors
+    /// [`Refusal::Device`] with the device's own error.
+    fn transfer(
+        &mut self,
+        _direction: Direction,
+        _blocks: &[u64],
+        _slot: u64,
+    ) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(NO_DEVICE))
+    }
+
+    /// Comes back when everything written to the disk will survive a loss of power.
+    ///
+    /// # Errors
+    /// [`Refusal::Device`] with the device's own error.
+    fn flush_disk(&mut self) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(NO_DEVICE))
+    }
+
+    /// The network card's address, its first byte the lowest.
+    fn station(&mut self) -> u64 {
+        0
+    }
+
+    /// Sends the frames of `count` slots from `slot` on, `bytes` long each. The slots may be changed
+    /// when it comes back.
+    ///
+    /// # Errors
+    /// [`Refusal::Device`] with the device's own error.
+    fn transmit(&mut self, _slot: u64, _count: u64, _bytes: u64) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(NO_DEVICE))
+    }
+
+    /// Waits for a frame; returns its slot, which keeps it until the next call, and its length.
+    ///
+    /// # Errors
+    /// [`Refusal::Device`] when none comes, or with the device's own error.
+    fn receive(&mut self) -> Result<(u64, u64), Refusal> {
+        Err(Refusal::Unsupported(NO_DEVICE))
+    }
+
+    /// Sends a line to the console.
+    ///
+    /// # Errors
+    /// [`Refusal::Device`] with the device's own error.
+    fn send_line(&mut self, _line: &[u8]) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(NO_DEVICE))
+    }
+
+    /// Arms the timer, halts until it has expired; records how much later than asked for. Returns
+    /// the number of expiries since the timer was opened.
+    ///
+    /// # Errors
+    /// [`Refusal::Broken`] when the timer expires before its time.
+    fn expire(&mut self, _timer: Timer, _microseconds: u64) -> Result<u64, Refusal> {
+        Err(Refusal::Unsupported(NO_DEVICE))
+    }
+
+    /// As [`Platform::expire`], with the timer at hand; records up to the end of the halt.
+    ///
+    /// # Errors
+    /// As [`Platform::expire`].
+    fn wake(&mut self, _microseconds: u64) -> Result<u64, Refusal> {
+        Err(Refusal::Unsupported(NO_DEVICE))
+    }
+
+    /// Sends itself an interrupt and takes it; records the time between. Returns the number of
+    /// those since opening.
+    ///
+    /// # Errors
+    /// [`Refusal::Broken`] when it does not arrive.
+    fn self_interrupt(&mut self) -> Result<u64, Refusal> {
+        Err(Refusal::Unsupported(NO_DEVICE))
+    }
 }

@@ -44,6 +44,13 @@ pub enum Refusal {
     Unsupported(&'static str),
     /// The trial before the window showed that the operation does not work here.
     Broken(&'static str),
+    /// A device reported an error, or did not answer in time.
+    Device {
+        /// What happened, with the device's name.
+        what: &'static str,
+        /// The device's own error code.
+        code: u64,
+    },
     /// An exception ended the run.
     Fault(Fault),
 }
@@ -68,6 +75,7 @@ impl Refusal {
             Refusal::Beyond { .. }
             | Refusal::TooLarge { .. }
             | Refusal::Broken(_)
+            | Refusal::Device { .. }
             | Refusal::Fault(_) => abi::word::FAILED,
         }
     }
@@ -101,6 +109,11 @@ impl Refusal {
                 sink(Decimal(available));
             }
             Refusal::Unsupported(why) | Refusal::Broken(why) => sink(Text(why)),
+            Refusal::Device { what, code } => {
+                sink(Text(what));
+                sink(Text(" "));
+                sink(Hex(code));
+            }
             Refusal::Fault(fault) => {
                 sink(Text("fault in ring "));
                 sink(Decimal(match fault.ring {

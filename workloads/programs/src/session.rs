@@ -165,9 +165,9 @@ fn run<P: Platform>(
     let cycles = console.cycles().wrapping_sub(start);
     console.mark(mark::END);
     console.write(b"end\n");
-    match result {
+    match result.and_then(|sum| prepared.conclude(platform, sum)) {
         Ok(sum) => {
-            let sum = prepared.conclude(platform, sum);
+            latencies(console, platform);
             text(console, word::DONE);
             console.write(b" ");
             console.write(&checksum(sum));
@@ -181,6 +181,34 @@ fn run<P: Platform>(
             false
         }
     }
+}
+
+/// Says how long requests took, if they were timed and a tick means something.
+#[inline]
+fn latencies<P: Platform>(console: &mut impl Console, platform: &mut P) {
+    let Some(scale) = platform.scale() else {
+        return;
+    };
+    let Some(latencies) = platform.latencies() else {
+        return;
+    };
+    let Some((least, most)) = latencies.extremes() else {
+        return;
+    };
+    let mut line = |word: &str, numbers: [u64; 3]| {
+        text(console, word);
+        for number in numbers {
+            console.write(b" ");
+            say(console, Piece::Decimal(number));
+        }
+        end(console);
+    };
+    let extremes = [least, most].map(|ticks| scale.nanoseconds(ticks));
+    line(word::LATENCY, [latencies.total(), extremes[0], extremes[1]]);
+    latencies.ranges(scale, |low, high, count| {
+        line(word::BUCKET, [low, high, count]);
+    });
+    latencies.clear();
 }
 
 #[inline]

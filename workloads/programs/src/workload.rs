@@ -5,6 +5,7 @@
 
 use crate::{
     Platform, Refusal, compute,
+    io::Io,
     micro::{Micro, aspace, pfstorm},
     nano::Operation,
     platform::Kernel,
@@ -21,6 +22,8 @@ pub enum Group {
     Nano,
     /// What a kernel does with address spaces, as a whole. Has no native figure.
     Micro,
+    /// What devices are for: requests, frames, expiries.
+    Io,
 }
 
 /// The privilege that the measured code starts with.
@@ -67,6 +70,7 @@ pub(crate) enum Program {
     },
     Nano(Operation),
     Micro(Micro),
+    Io(Io),
 }
 
 impl Workload {
@@ -75,6 +79,7 @@ impl Workload {
     pub fn words(&self, size: u64) -> Option<u64> {
         match self.program {
             Program::Empty | Program::Nano(_) | Program::Micro(_) => Some(0),
+            Program::Io(io) => Some(io.words()),
             Program::Compute { words, .. } => words(size),
         }
     }
@@ -151,6 +156,18 @@ impl Prepared {
                 )?;
                 platform.set_up(micro, size)?;
             }
+            Program::Io(io) => {
+                limit(size, io.most())?;
+                let (needed, available) = (io.words(), platform.arena_words());
+                if needed > available {
+                    return Err(Refusal::TooLarge {
+                        size,
+                        words: needed,
+                        available,
+                    });
+                }
+                io.prepare(platform, size, iterations)?;
+            }
         }
         Ok(Prepared {
             program,
@@ -170,17 +187,22 @@ impl Prepared {
             Program::Compute { run, .. } => platform.compute(run, self.size, self.iterations),
             Program::Nano(operation) => operation.run(platform, self.iterations),
             Program::Micro(micro) => micro.run(platform, self.size, self.iterations),
+            Program::Io(io) => io.run(platform, self.size, self.iterations),
         }
     }
 
     /// Folds what the operations left behind into the checksum.
+    ///
+    /// # Errors
+    /// What the operations left behind can't be read.
     #[inline]
-    pub fn conclude<P: Platform>(&self, platform: &mut P, sum: u64) -> u64 {
-        match self.program {
+    pub fn conclude<P: Platform>(&self, platform: &mut P, sum: u64) -> Result<u64, Refusal> {
+        Ok(match self.program {
             Program::Empty | Program::Compute { .. } => sum,
             Program::Nano(operation) => crate::fold(sum, platform.settle(operation)),
             Program::Micro(micro) => crate::fold(sum, platform.take_down(micro)),
-        }
+            Program::Io(io) => io.conclude(platform, sum, self.size, self.iterations)?,
+        })
     }
 }
 
