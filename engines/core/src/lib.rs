@@ -5,9 +5,11 @@
 //! what time a measurement took.
 
 mod addr;
+pub mod buffer;
 pub mod bus;
 pub mod cpuid;
 pub mod devices;
+pub mod dma;
 pub mod exit;
 pub mod host;
 pub mod interrupt;
@@ -15,8 +17,10 @@ pub mod kick;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+pub mod net;
 pub mod run;
 pub mod state;
+pub mod storage;
 pub mod tally;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -45,6 +45,10 @@ pub trait Vcpu {
     /// The engine's.
     fn set_task_priority(&mut self, priority: u8) -> Result<(), Error>;
 
+    /// Devices have written these pages of guest memory (page numbers) since the last call: code
+    /// kept of them is out of date. Called between two exits, before the guest runs on.
+    fn memory_written(&mut self, _pages: &[u64]) {}
+
     /// What this engine calls an exit to the VMM.
     fn exit_name(&self, reason: ExitReason) -> &'static str {
         reason.name()
