@@ -63,10 +63,32 @@ enum Resume {
 
 /// An exit before it borrows anything.
 enum Stop {
-    In { port: u16, size: u8 },
-    Out { port: u16, size: u8, value: u32 },
-    Read { phys: u64, len: usize },
-    Write { phys: u64, len: usize },
+    In {
+        port: u16,
+        size: u8,
+    },
+    Out {
+        port: u16,
+        size: u8,
+        value: u32,
+    },
+    /// Of as many bytes as `strings` holds, as `OutString`.
+    InString {
+        port: u16,
+        size: u8,
+    },
+    OutString {
+        port: u16,
+        size: u8,
+    },
+    Read {
+        phys: u64,
+        len: usize,
+    },
+    Write {
+        phys: u64,
+        len: usize,
+    },
     Halt,
     Window,
     Shutdown,
@@ -94,6 +116,10 @@ pub struct BtVcpu {
     pending: Pending,
     /// Data of the exit under way.
     data: [u8; 8],
+    /// Data of the exit under way, for `ins` and `outs`.
+    strings: Vec<u8>,
+    /// A device has overwritten code, and the block under way may be a part of it.
+    stale: bool,
     /// Mode that each jump cache's entries were made in.
     jump_modes: [Option<Mode>; 2],
     /// Entries into translated code.
@@ -140,6 +166,8 @@ impl BtVcpu {
             steps: 0,
             pending: Pending::Nothing,
             data: [0; 8],
+            strings: Vec::new(),
+            stale: false,
             jump_modes: [None; 2],
             entries: 0,
             arena,
@@ -195,6 +223,7 @@ impl BtVcpu {
     /// Between two instructions: finds the code to go on with. None to look again.
     fn boundary(&mut self) -> Result<Option<u64>, Stop> {
         self.settle_writes();
+        self.stale = false;
         if self.doorbell.answer() {
             return Err(Stop::Interrupted);
         }

@@ -50,14 +50,25 @@ pub(crate) enum Step {
     In { port: u16, size: u8 },
     /// Write to a port, after it.
     Out { port: u16, size: u8, value: u32 },
-    /// Read a port for `ins`, into memory at `address`; then it isn't finished if it repeats.
-    InString { port: u16, size: u8, address: u64 },
+    /// Read `count` items from a port for `ins`, into memory from `address` on; then it isn't
+    /// finished if it repeats.
+    InString {
+        port: u16,
+        size: u8,
+        address: u64,
+        count: u64,
+    },
     /// Write an element of a string to device memory; registers have moved past it.
     WriteDevice { phys: u64, size: u8, value: u64 },
     /// Read an element of a string from device memory, for `finish_device_read`.
     ReadDevice { phys: u64, size: u8 },
-    /// As `Out`, for `outs`.
-    OutString { port: u16, size: u8, value: u32 },
+    /// Write `count` items to a port for `outs`, from memory at `address`, which can be read.
+    OutString {
+        port: u16,
+        size: u8,
+        address: u64,
+        count: u64,
+    },
 }
 
 /// Why an instruction wasn't executed.

@@ -83,24 +83,41 @@ impl Core {
                     port,
                     size: form.size as u8,
                     address,
+                    count: self.port_run(&form, address, 7),
                 })
             }
             Outsb | Outsw | Outsd => {
-                let value = self.load(self.source(&form), form.size)? as u32;
+                let address = self.source(&form);
+                self.load(address, form.size)?;
                 Ok(Step::OutString {
                     port,
                     size: form.size as u8,
-                    value,
+                    address,
+                    count: self.port_run(&form, address, 6),
                 })
             }
             _ => Err(Trap::Unsupported("not implemented".into())),
         }
     }
 
-    /// Moves past one element of ins or outs. Returns true if it repeats.
-    pub(crate) fn finish_port_string(&mut self, instr: &Instruction, input: bool) -> bool {
+    /// Elements of ins or outs that leave for the port together: those up to the end of the page,
+    /// so that what was checked for the first holds for all. `index` is RSI or RDI.
+    fn port_run(&self, form: &Form, address: u64, index: usize) -> u64 {
+        if form.step != u64::from(form.size) {
+            return 1;
+        }
+        Self::run_length(form, address, self.gpr(index), self.count(form)).max(1)
+    }
+
+    /// Moves past `count` elements of ins or outs. Returns true if it repeats.
+    pub(crate) fn finish_port_string(
+        &mut self,
+        instr: &Instruction,
+        input: bool,
+        count: u64,
+    ) -> bool {
         let form = self.form(instr);
-        self.advance(&form, !input, input, 1);
+        self.advance(&form, !input, input, count);
         form.repeats && self.gpr(1) & form.mask != 0
     }
 

@@ -193,9 +193,9 @@ impl BtVcpu {
             let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
             context.gpr[usize::from(slow.register)] = bounce;
             self.resume = Resume::Host(slow.bounce);
-        } else if let (true, Some(next)) = (killed > 0 || self.window, slow.next_ip) {
-            // The rest of this block may be what was overwritten, or a device that was written to
-            // has an interrupt to deliver.
+        } else if let (true, Some(next)) = (killed > 0 || self.window || self.stale, slow.next_ip) {
+            // The rest of this block may be what was overwritten, by this access or by the device
+            // that it reached, or a device that was written to has an interrupt to deliver.
             self.settle(slow.after, next);
             let rsp = self.core.gpr(4).wrapping_add(slow.rsp as i64 as u64);
             if slow.rsp != 0 {

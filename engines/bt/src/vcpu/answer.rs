@@ -15,8 +15,8 @@ pub(super) enum Pending {
     },
     InString {
         instr: Instruction,
-        size: u8,
         address: u64,
+        count: u64,
     },
     /// A string instruction waits for an element from device memory.
     StringRead {
@@ -64,13 +64,16 @@ impl BtVcpu {
                 port,
                 size,
                 address,
+                count,
             } => {
                 self.pending = Pending::InString {
                     instr: *instr,
-                    size,
                     address,
+                    count,
                 };
-                return Err(Stop::In { port, size });
+                self.strings.clear();
+                self.strings.resize(count as usize * usize::from(size), 0);
+                return Err(Stop::InString { port, size });
             }
             Step::WriteDevice { phys, size, value } => {
                 return Err(self.write_element(instr, phys, size, value));
@@ -80,11 +83,22 @@ impl BtVcpu {
                 let len = size.into();
                 return Err(Stop::Read { phys, len });
             }
-            Step::OutString { port, size, value } => {
-                if !self.core.finish_port_string(instr, false) {
+            Step::OutString {
+                port,
+                size,
+                address,
+                count,
+            } => {
+                self.strings.resize(count as usize * usize::from(size), 0);
+                let user = self.core.user();
+                let (mmu, cpu) = (&self.core.mmu, &self.core.cpu);
+                if let Err(fault) = mmu.read(cpu, address, &mut self.strings, user) {
+                    return self.raise(fault);
+                }
+                if !self.core.finish_port_string(instr, false, count) {
                     self.core.rip = next;
                 }
-                return Err(Stop::Out { port, size, value });
+                return Err(Stop::OutString { port, size });
             }
         }
         Ok(())
@@ -118,14 +132,13 @@ impl BtVcpu {
             }
             Pending::InString {
                 instr,
-                size,
                 address,
+                count,
             } => {
-                let bytes = self.data;
                 let user = self.core.user();
                 // Probed before the exit; should the mapping be gone, the data is lost with it.
-                let _ = self.core.write(address, &bytes[..usize::from(size)], user);
-                if !self.core.finish_port_string(&instr, true) {
+                let _ = self.core.write(address, &self.strings, user);
+                if !self.core.finish_port_string(&instr, true, count) {
                     self.core.rip = instr.next_ip();
                 }
                 None

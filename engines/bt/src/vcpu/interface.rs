@@ -14,7 +14,9 @@ impl Vcpu for BtVcpu {
         match stop {
             Stop::Out { value, .. } => self.data = u64::from(value).to_le_bytes(),
             Stop::In { .. } | Stop::Read { .. } => self.data = [0; 8],
-            Stop::Write { .. }
+            Stop::InString { .. }
+            | Stop::OutString { .. }
+            | Stop::Write { .. }
             | Stop::Halt
             | Stop::Window
             | Stop::Shutdown
@@ -31,6 +33,16 @@ impl Vcpu for BtVcpu {
                 port,
                 size,
                 data: &self.data[..usize::from(size)],
+            },
+            Stop::InString { port, size } => Exit::PioIn {
+                port,
+                size,
+                data: &mut self.strings,
+            },
+            Stop::OutString { port, size } => Exit::PioOut {
+                port,
+                size,
+                data: &self.strings,
             },
             Stop::Read { phys, len } => Exit::MmioRead {
                 addr: GuestPhys(phys),
@@ -110,6 +122,15 @@ impl Vcpu for BtVcpu {
             self.pending = Pending::Shutdown;
         }
         Ok(())
+    }
+
+    fn memory_written(&mut self, pages: &[u64]) {
+        for &page in pages {
+            let phys = page << 12;
+            if self.core.mmu.is_code(phys) && self.kill(phys, 4096) > 0 {
+                self.stale = true;
+            }
+        }
     }
 
     fn request_interrupt_window(&mut self, wanted: bool) {

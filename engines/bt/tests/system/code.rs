@@ -1,10 +1,13 @@
 //! Code that changes under the translator's feet, and code that lies awkwardly.
 
-use engine_core::Vcpu;
+use bt::Options;
+use engine_core::dma::DeviceMemory;
+use engine_core::{Exit, Vcpu};
 use iced_x86::code_asm::*;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::kernel::{ALL, Kernel, RESULTS, SCRATCH, Steps, USER_STACK, page, pte, window};
-use crate::run::{report_as_qemu, run};
+use crate::run::{boot, report_as_qemu, run};
 
 /// `mov eax, value; ret`, with the value at offset 1.
 fn constant(value: u32) -> Vec<u8> {
@@ -113,6 +116,61 @@ fn writes_through_an_alias_reach_the_code() {
         },
     );
     assert_eq!(report.results[..6], [1, 2, 3, 4, 5, 0x105]);
+}
+
+#[test]
+fn code_that_a_device_overwrites_is_executed_anew() {
+    const DOORBELL: u64 = 0xfeb0_0000;
+    let guest = Kernel::new()
+        .map(0, page(0) | ALL)
+        .map(1, DOORBELL | ALL)
+        // mov [rdx], eax; mov eax, 1; ret: the device writes to the instruction that follows.
+        .put(page(0), [vec![0x89, 0x02], constant(1)].concat())
+        .guest(|asm| {
+            asm.mov(rbx, window(0))?;
+            asm.mov(rdx, window(1))?;
+            let mut again = asm.create_label();
+            asm.xor(r12d, r12d)?;
+            asm.xor(r13d, r13d)?;
+            asm.set_label(&mut again)?;
+            asm.mov(eax, r12d)?;
+            asm.call(rbx)?;
+            asm.imul_3(r13d, r13d, 10)?;
+            asm.add(r13d, eax)?;
+            // By port, with the code far from the access.
+            asm.out(0x80, al)?;
+            asm.lea(rax, ptr(rbx + 2))?;
+            asm.call(rax)?;
+            asm.imul_3(r13d, r13d, 10)?;
+            asm.add(r13d, eax)?;
+            asm.inc(r12d)?;
+            asm.cmp(r12d, 3)?;
+            asm.jb(again)?;
+            asm.result(0, r13)
+        });
+    let (mut vcpu, ram) = boot(&guest, Options::default());
+    let memory = DeviceMemory::new(&ram, true).expect("an alias");
+    let mut pages = Vec::new();
+    let mut value = 1u32;
+    loop {
+        let write = match vcpu.run().expect("it runs") {
+            Exit::MmioWrite { addr, .. } => addr.0 == DOORBELL,
+            Exit::PioOut { port: 0x80, .. } => true,
+            Exit::PioOut { port: 0xf4, .. } => break,
+            Exit::PioOut { .. } => false,
+            other => panic!("{other:?}"),
+        };
+        if write {
+            value += 1;
+            let at = GuestAddress(page(0) + 3);
+            memory.ram().write_obj(value, at).expect("guest memory");
+            assert!(memory.log().expect("a log").take(&mut pages));
+            assert_eq!(pages, [page(0) >> 12]);
+            vcpu.memory_written(&pages);
+        }
+    }
+    let result: u64 = ram.read_obj(GuestAddress(RESULTS)).expect("guest memory");
+    assert_eq!(result, 234_567);
 }
 
 #[test]

@@ -327,7 +327,7 @@ fn strings_reach_devices_element_by_element() {
 }
 
 #[test]
-fn port_strings_move_one_element_an_exit() {
+fn port_strings_leave_page_by_page() {
     let guest = Kernel::new().map(0, page(0) | ALL).guest(|asm| {
         asm.mov(edx, 0x1f0)?;
         asm.mov(rdi, window(0) + 0xffa)?;
@@ -344,17 +344,33 @@ fn port_strings_move_one_element_an_exit() {
         asm.mov(rsi, window(0) + 0xffe)?;
         asm.outsb()?;
         asm.cld()?;
-        asm.result(3, rsi)
+        asm.result(3, rsi)?;
+        // Downwards and without a prefix: one by one.
+        asm.std()?;
+        asm.mov(rdi, window(0) + 0x102)?;
+        asm.mov(ecx, 2)?;
+        asm.rep().insw()?;
+        asm.cld()?;
+        asm.insw()?;
+        asm.result(4, rdi)?;
+        asm.mov(rax, qword_ptr(window(0) + 0xfe))?;
+        asm.result(5, rax)?;
+        // Nothing to do is no exit.
+        asm.rep().insw()
     });
     let (mut vcpu, ram) = boot(&guest, Options::default());
     let mut written = Vec::new();
+    let mut read = Vec::new();
     let mut next = 0u8;
     loop {
         match vcpu.run().expect("it runs") {
             Exit::PioIn { port, size, data } => {
-                assert_eq!((port, size, data.len()), (0x1f0, 2, 2));
-                data.copy_from_slice(&[next, next + 1]);
-                next += 2;
+                assert_eq!((port, size), (0x1f0, 2));
+                read.push(data.len());
+                for byte in data {
+                    *byte = next;
+                    next += 1;
+                }
             }
             Exit::PioOut {
                 port: 0x1f0, data, ..
@@ -364,15 +380,17 @@ fn port_strings_move_one_element_an_exit() {
             other => panic!("{other:?}"),
         }
     }
-    assert_eq!(written, [vec![0, 1], vec![2, 3], vec![4, 5], vec![4]]);
+    assert_eq!(written, [vec![0, 1, 2, 3, 4, 5], vec![4]]);
     // A port isn't read for an element that can't be stored.
-    assert_eq!(next, 6);
-    let mut results = [0; 32];
+    assert_eq!(read, [6, 2, 2, 2]);
+    let mut results = [0; 48];
     vm_memory::Bytes::read_slice(&*ram, &mut results, vm_memory::GuestAddress(RESULTS))
         .expect("guest memory");
     let word = |at: usize| u64::from_le_bytes(results[at * 8..at * 8 + 8].try_into().expect("8"));
     assert_eq!((word(0), word(1)), (2, window(1)));
     assert_eq!((word(2), word(3)), (window(1), window(0) + 0xffd));
+    assert_eq!(word(4), window(0) + 0x100);
+    assert_eq!(word(5) & 0xffff_ffff_ffff, 0x0706_0908_0b0a);
 }
 
 #[test]
