@@ -296,7 +296,7 @@ fn string_port_access_moves_every_item() {
 fn unmapped_physical_addresses_read_as_ones_and_take_writes() {
     let guest = Guest::long(|asm| {
         // Above RAM, in the device hole, and where no register of the local APIC is.
-        for address in [0x3000_0000u64, 0xd000_0000, 0xfec0_0000] {
+        for address in [0x3000_0000u64, 0xd000_0000, 0xfed8_0000] {
             asm.mov(rbx, address)?;
             asm.mov(dword_ptr(rbx), 0)?;
             asm.mov(eax, dword_ptr(rbx))?;

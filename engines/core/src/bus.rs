@@ -21,10 +21,8 @@ struct MemoryRange {
 
 /// Ports and memory ranges of a machine's devices.
 pub struct AddressMap {
-    /// Device of each port.
-    ports: Box<[u8]>,
-    /// First port of each device.
-    port_bases: [u16; UNASSIGNED as usize],
+    /// Device and offset in it, of each port.
+    ports: Box<[(Slot, u8)]>,
     /// Sorted by start.
     memory: Vec<MemoryRange>,
 }
@@ -32,25 +30,27 @@ pub struct AddressMap {
 impl Default for AddressMap {
     fn default() -> Self {
         AddressMap {
-            ports: vec![UNASSIGNED; 1 << 16].into_boxed_slice(),
-            port_bases: [0; UNASSIGNED as usize],
+            ports: vec![(UNASSIGNED, 0); 1 << 16].into_boxed_slice(),
             memory: Vec::new(),
         }
     }
 }
 
 impl AddressMap {
-    /// Gives `count` ports from `first` to `slot`. One device has one range of ports.
+    /// Gives `count` ports from `first` to `slot`, where they are the registers from `offset` on.
+    /// A device may have several ranges.
     ///
     /// # Panics
-    /// If a port is taken: machines are put together by the VMM, not by its input.
-    pub fn assign_ports(&mut self, first: u16, count: u16, slot: Slot) {
-        for port in first..first + count {
+    /// If a port is taken or a device has more than 256: machines are put together by the VMM, not
+    /// by its input.
+    pub fn assign_ports(&mut self, first: u16, count: u16, slot: Slot, offset: u8) {
+        for at in 0..count {
+            let port = first + at;
             let owner = &mut self.ports[usize::from(port)];
-            assert_eq!(*owner, UNASSIGNED, "port {port:#x} is taken");
-            *owner = slot;
+            assert_eq!(owner.0, UNASSIGNED, "port {port:#x} is taken");
+            let offset = u8::try_from(u16::from(offset) + at).expect("256 registers at most");
+            *owner = (slot, offset);
         }
-        self.port_bases[usize::from(slot)] = first;
     }
 
     /// Gives `size` bytes of guest-physical memory from `start` to `slot`.
@@ -79,8 +79,8 @@ impl AddressMap {
     /// The device at `port` and the port's offset in it.
     #[inline]
     pub fn port(&self, port: u16) -> Option<(Slot, u64)> {
-        let slot = self.ports[usize::from(port)];
-        (slot != UNASSIGNED).then(|| (slot, (port - self.port_bases[usize::from(slot)]).into()))
+        let (slot, offset) = self.ports[usize::from(port)];
+        (slot != UNASSIGNED).then(|| (slot, offset.into()))
     }
 
     /// The device at `addr` and the address's offset in it.
@@ -99,12 +99,14 @@ mod tests {
     #[test]
     fn lookups_find_the_device_and_the_offset_and_nothing_else() {
         let mut map = AddressMap::default();
-        map.assign_ports(0x3f8, 8, 3);
+        map.assign_ports(0x3f8, 8, 3, 0);
+        map.assign_ports(0x3f0, 1, 3, 8);
         map.assign_memory(GuestPhys(0xfee0_0000), 0x1000, 1);
         map.assign_memory(GuestPhys(0xd000_0000), 0x100, 2);
         assert_eq!(map.port(0x3f7), None);
         assert_eq!(map.port(0x3fd), Some((3, 5)));
         assert_eq!(map.port(0x400), None);
+        assert_eq!(map.port(0x3f0), Some((3, 8)));
         assert_eq!(map.memory(GuestPhys(0xd000_00ff)), Some((2, 0xff)));
         assert_eq!(map.memory(GuestPhys(0xd000_0100)), None);
         assert_eq!(map.memory(GuestPhys(0xfee0_0380)), Some((1, 0x380)));

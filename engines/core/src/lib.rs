@@ -7,6 +7,7 @@
 mod addr;
 pub mod buffer;
 pub mod bus;
+pub mod clock;
 pub mod cpuid;
 pub mod devices;
 pub mod dma;
@@ -19,6 +20,7 @@ pub mod machine;
 pub mod memory;
 pub mod net;
 pub mod run;
+mod schedule;
 pub mod state;
 pub mod storage;
 pub mod tally;
@@ -27,6 +29,7 @@ pub mod testing;
 pub mod vcpu;
 
 pub use addr::{GuestPhys, GuestVirt};
+pub use clock::Clock;
 pub use exit::{Exit, ExitCounts, ExitKind, ExitReason};
 pub use interrupt::{Interrupts, Line};
 pub use kick::Kick;

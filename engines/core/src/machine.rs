@@ -1,20 +1,26 @@
 //! The machine around a vCPU: its devices at their addresses, its console and its event source.
 //!
 //! The same machine is put around every engine's vCPU, so what a guest finds does not depend on
-//! the mode. One machine serves one run.
+//! the mode; only where the host's kernel brings interrupt controllers and timer of its own
+//! ([`MachineOptions::controller`]) are the machine's left out. One machine serves one run.
+//!
+//! Time. The machine has one clock and one host timer, which is set to the earliest deadline of all
+//! devices just before the guest is entered ([`Machine::arm`]), or slept until when it is halted.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::bus::{AddressMap, Slot};
-use crate::devices::{
-    Action, Device, ExitPort, Ignored, Lapic, MarkPort, Pic, Serial, lapic, serial,
-};
+use crate::clock::Clock;
+use crate::devices::irqchip::{Irqchip, Wires};
+use crate::devices::{Action, Device, Serial, board, serial};
 use crate::host::console::{Output, Sink};
 use crate::host::events::Events;
 use crate::host::input::Input;
-use crate::host::{Pump, PumpOptions};
+use crate::host::{Pump, PumpOptions, WATCHED};
+use crate::interrupt::{Interrupts, Line};
+use crate::schedule::Schedule;
 use crate::tally::{Count, Snapshot, Tally};
 use crate::{GuestPhys, Vcpu};
 
@@ -28,7 +34,6 @@ pub enum Source {
 }
 
 /// How a machine is tied to its host.
-#[derive(Debug)]
 pub struct MachineOptions {
     /// Console input.
     pub input: Source,
@@ -36,6 +41,8 @@ pub struct MachineOptions {
     pub output: Sink,
     /// End the run on SIGINT and SIGTERM. Blocks both in the calling thread.
     pub signals: bool,
+    /// The interrupt controllers and the timer that the engine brings along, if it does.
+    pub controller: Option<Arc<dyn Interrupts>>,
 }
 
 impl Default for MachineOptions {
@@ -45,6 +52,7 @@ impl Default for MachineOptions {
             input: Source::Bytes(Vec::new()),
             output: Sink::Memory(Vec::new()),
             signals: false,
+            controller: None,
         }
     }
 }
@@ -61,18 +69,31 @@ pub struct Window {
 type Observer = Box<dyn FnMut(&Window)>;
 
 const LAPIC: Slot = 0;
-const SERIAL: Slot = 1;
-const FIRST_OTHER: Slot = 2;
+const PICS: Slot = 1;
+const IOAPIC: Slot = 2;
+/// Slots below this are interrupt controllers.
+const SERIAL: Slot = 3;
+const FIRST_OTHER: Slot = 4;
 
 /// Devices, console and event source of one virtual machine.
 pub struct Machine {
     pub(crate) events: Arc<Events>,
     pub(crate) pump: Arc<Pump>,
-    pub(crate) lapic: Lapic,
+    pub(crate) irqchip: Irqchip,
     pub(crate) serial: Serial,
     pub(crate) tally: Tally,
+    pub(crate) schedule: Schedule,
+    /// Something is to be done before the guest is entered: a cheap look for the run loop.
+    pub(crate) attention: bool,
+    clock: Clock,
+    wires: Arc<Wires>,
+    controller: Arc<dyn Interrupts>,
     others: Vec<Box<dyn Device>>,
     map: AddressMap,
+    /// Devices with a descriptor, as bits by slot.
+    watched: u64,
+    /// Those whose descriptor is not watched until the guest's next access.
+    held: u64,
     marks: Marks,
     observer: Observer,
 }
@@ -106,36 +127,114 @@ impl Machine {
                 signals: options.signals,
             },
         )?);
+        let clock = Clock::default();
+        let wires = Arc::new(Wires::new(Arc::clone(&events)));
+        let own_controllers = options.controller.is_none();
+        let controller = options
+            .controller
+            .unwrap_or_else(|| Arc::clone(&wires) as _);
+        let irqchip = Irqchip::new(clock.clone());
         let resume = Arc::clone(&pump);
         let output = Output::new(options.output, Arc::clone(&events));
-        let serial = Serial::new(output, input, Box::new(move || resume.resume_input()));
+        let line = Line::new(Arc::clone(&controller), serial::IRQ);
+        let serial = Serial::new(output, input, line, Box::new(move || resume.resume_input()));
 
         let mut map = AddressMap::default();
-        map.assign_memory(lapic::BASE, lapic::SIZE, LAPIC);
-        map.assign_ports(abi::port::COM1, serial::REGISTERS as u16, SERIAL);
-        let mut others: Vec<Box<dyn Device>> = Vec::new();
-        for (first, count, device) in standard_ports() {
-            map.assign_ports(first, count, FIRST_OTHER + others.len() as Slot);
-            others.push(device);
+        if own_controllers {
+            board::controllers(&mut map, LAPIC, PICS, IOAPIC);
         }
-        let lapic = Lapic::default();
-        let names = [lapic.name(), serial.name()];
-        let tally = Tally::new(
-            names
-                .into_iter()
-                .chain(others.iter().map(|other| other.name())),
-        );
-        Ok(Machine {
+        map.assign_ports(abi::port::COM1, serial::REGISTERS as u16, SERIAL, 0);
+        let names = [
+            irqchip.lapic.name(),
+            irqchip.pics.name(),
+            irqchip.ioapic.name(),
+            serial.name(),
+        ];
+        let mut machine = Machine {
             events,
             pump,
-            lapic,
+            irqchip,
             serial,
-            tally,
-            others,
+            tally: Tally::new(names.into_iter()),
+            schedule: Schedule::new(usize::from(FIRST_OTHER)),
+            attention: false,
+            clock,
+            wires,
+            controller,
+            others: Vec::new(),
             map,
+            watched: 0,
+            held: 0,
             marks: Marks::default(),
             observer: Box::new(|_| ()),
-        })
+        };
+        for (ports, device) in board::ports() {
+            machine.add_ports(ports, device)?;
+        }
+        Ok(machine)
+    }
+
+    /// The wire to interrupt input `number`. One device has it.
+    pub fn line(&self, number: u8) -> Line {
+        Line::new(Arc::clone(&self.controller), number)
+    }
+
+    /// The guest's clock.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// Adds a device at ranges of ports (first, count); its registers are numbered on from range
+    /// to range.
+    ///
+    /// # Errors
+    /// The host's, if the device's descriptor can't be watched.
+    ///
+    /// # Panics
+    /// If a port is taken: machines are put together by the VMM, not by its input.
+    pub fn add_ports(&mut self, ranges: &[(u16, u16)], device: Box<dyn Device>) -> io::Result<()> {
+        let slot = self.add(device)?;
+        let mut offset = 0;
+        for &(first, count) in ranges {
+            self.map.assign_ports(first, count, slot, offset);
+            offset += count as u8;
+        }
+        Ok(())
+    }
+
+    /// Adds a device at `size` bytes of guest-physical memory from `start`.
+    ///
+    /// # Errors
+    /// The host's, if the device's descriptor can't be watched.
+    ///
+    /// # Panics
+    /// If the range is taken.
+    pub fn add_memory(
+        &mut self,
+        start: GuestPhys,
+        size: u64,
+        device: Box<dyn Device>,
+    ) -> io::Result<()> {
+        let slot = self.add(device)?;
+        self.map.assign_memory(start, size, slot);
+        Ok(())
+    }
+
+    fn add(&mut self, device: Box<dyn Device>) -> io::Result<Slot> {
+        let index = usize::from(FIRST_OTHER) + self.others.len();
+        assert!(index < usize::from(Slot::MAX), "too many devices");
+        if let Some(fd) = device.descriptor() {
+            assert!(index < WATCHED, "too many devices with descriptors");
+            self.pump.watch(index, fd)?;
+            self.watched |= 1 << index;
+        }
+        self.tally.add_device(device.name());
+        self.schedule.add();
+        let slot = index as Slot;
+        let deadline = device.deadline();
+        self.others.push(device);
+        self.reschedule(slot, deadline);
+        Ok(slot)
     }
 
     /// Calls `observer` with each window soon after it has closed.
@@ -161,7 +260,9 @@ impl Machine {
 
     fn device(&mut self, slot: Slot) -> &mut dyn Device {
         match slot {
-            LAPIC => &mut self.lapic,
+            LAPIC => &mut self.irqchip.lapic,
+            PICS => &mut self.irqchip.pics,
+            IOAPIC => &mut self.irqchip.ioapic,
             SERIAL => &mut self.serial,
             other => &mut *self.others[usize::from(other - FIRST_OTHER)],
         }
@@ -175,16 +276,17 @@ impl Machine {
         let Some((slot, offset)) = self.map.port(port) else {
             return Action::None;
         };
-        let device = self.device(slot);
-        // Nearly every access is one item: no division for those.
-        if data.len() == usize::from(size) {
-            return device.read(offset, data);
-        }
-        let mut action = Action::None;
-        for item in data.chunks_exact_mut(usize::from(size)) {
-            action = device.read(offset, item);
-        }
-        action
+        self.access(slot, |device| {
+            // Nearly every access is one item: no division for those.
+            if data.len() == usize::from(size) {
+                return device.read(offset, data);
+            }
+            let mut action = Action::None;
+            for item in data.chunks_exact_mut(usize::from(size)) {
+                action = device.read(offset, item);
+            }
+            action
+        })
     }
 
     /// Takes an `out` or `outs`.
@@ -194,18 +296,19 @@ impl Machine {
         let Some((slot, offset)) = self.map.port(port) else {
             return Action::None;
         };
-        let device = self.device(slot);
-        if data.len() == usize::from(size) {
-            return device.write(offset, data);
-        }
-        let mut action = Action::None;
-        for item in data.chunks_exact(usize::from(size)) {
-            action = device.write(offset, item);
-            if action != Action::None {
-                break;
+        self.access(slot, |device| {
+            if data.len() == usize::from(size) {
+                return device.write(offset, data);
             }
-        }
-        action
+            let mut action = Action::None;
+            for item in data.chunks_exact(usize::from(size)) {
+                action = device.write(offset, item);
+                if action != Action::None {
+                    break;
+                }
+            }
+            action
+        })
     }
 
     /// Answers a read of an address that is not RAM.
@@ -215,7 +318,7 @@ impl Machine {
         let found = self.map.memory(addr);
         self.tally.memory(found.map(|found| found.0), false);
         found.map_or(Action::None, |(slot, offset)| {
-            self.device(slot).read(offset, data)
+            self.access(slot, |device| device.read(offset, data))
         })
     }
 
@@ -225,8 +328,103 @@ impl Machine {
         let found = self.map.memory(addr);
         self.tally.memory(found.map(|found| found.0), true);
         found.map_or(Action::None, |(slot, offset)| {
-            self.device(slot).write(offset, data)
+            self.access(slot, |device| device.write(offset, data))
         })
+    }
+
+    /// Lets `access` at a device, and takes over what it has changed: its deadline, and what the
+    /// interrupt controllers have to move on.
+    #[inline]
+    fn access(&mut self, slot: Slot, access: impl FnOnce(&mut dyn Device) -> Action) -> Action {
+        let device = self.device(slot);
+        let action = access(device);
+        let deadline = device.deadline();
+        if deadline != self.schedule.of(slot.into()) {
+            self.reschedule(slot, deadline);
+        }
+        if slot < SERIAL {
+            self.irqchip.settle();
+            self.attention = true;
+        }
+        if self.held != 0 {
+            self.release(slot);
+        }
+        action
+    }
+
+    #[cold]
+    fn reschedule(&mut self, slot: Slot, deadline: Option<u64>) {
+        self.schedule.set(slot.into(), deadline);
+        self.attention = true;
+    }
+
+    /// Watches the descriptor of a device again that had no room.
+    #[cold]
+    fn release(&mut self, slot: Slot) {
+        let bit = 1u64.checked_shl(slot.into()).unwrap_or(0);
+        if self.held & bit != 0 {
+            self.held &= !bit;
+            self.pump.rewatch(slot.into());
+        }
+    }
+
+    /// Lets every device whose deadline has come go on, and the interrupt controllers take over
+    /// what the lines say.
+    pub(crate) fn advance(&mut self) {
+        let now = self.clock.now();
+        while let Some(slot) = self.schedule.due(now) {
+            let device = self.device(slot as Slot);
+            device.advance(now);
+            let deadline = device.deadline();
+            self.schedule.set(slot, deadline);
+            if deadline.is_some_and(|deadline| deadline <= now) {
+                // Behind by more than it caught up with: the guest goes on first.
+                break;
+            }
+        }
+        self.take_lines();
+    }
+
+    /// Lets the interrupt controllers take over what the lines say.
+    pub(crate) fn take_lines(&mut self) {
+        self.irqchip.take(&self.wires);
+        self.attention = true;
+    }
+
+    /// Sets the host timer to the earliest deadline of all devices, and `also` if that is earlier.
+    pub(crate) fn arm(&mut self, also: Option<u64>) {
+        let next = self.schedule.next();
+        let wanted = next.into_iter().chain(also).min();
+        if let Some(time) = self.schedule.arm(wanted) {
+            self.pump
+                .arm_timer(time.map(|time| self.clock.to_host(time)));
+        }
+    }
+
+    /// Hands descriptors that have become readable to their devices. Answers the first action that
+    /// is more than none.
+    pub(crate) fn host_ready(&mut self) -> Action {
+        let mut first = Action::None;
+        let mut ready = self.pump.take_ready() & self.watched;
+        while ready != 0 {
+            let slot = ready.trailing_zeros() as Slot;
+            ready &= ready - 1;
+            let action = self.access(slot, |device| device.host_ready());
+            if action == Action::Hold {
+                self.held |= 1 << slot;
+                continue;
+            }
+            self.pump.rewatch(slot.into());
+            if first == Action::None {
+                first = action;
+            }
+        }
+        first
+    }
+
+    /// True when something outside of the vCPU may still interrupt it.
+    pub(crate) fn may_wake(&mut self) -> bool {
+        self.schedule.next().is_some() || self.watched != 0 || self.serial.may_interrupt()
     }
 
     /// The guest wrote `value` to the mark port.
@@ -259,15 +457,4 @@ impl Machine {
             (self.observer)(&Window { seq, counts });
         }
     }
-}
-
-/// Ports that every machine has besides the console: (first, count, device).
-fn standard_ports() -> [(u16, u16, Box<dyn Device>); 5] {
-    [
-        (abi::port::EXIT, 1, Box::new(ExitPort)),
-        (abi::port::MARK, 1, Box::new(MarkPort)),
-        (0x80, 1, Box::new(Ignored("post"))),
-        (0x20, 2, Box::new(Pic::default())),
-        (0xa0, 2, Box::new(Pic::default())),
-    ]
 }

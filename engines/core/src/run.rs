@@ -10,7 +10,7 @@
 //! beside other work.
 //!
 //! Task priority. A guest lowers it with `mov cr8`, for which not every engine exits; so while it
-//! holds an interrupt back, the host timer looks again every [`PRIORITY_RECHECK`].
+//! holds an interrupt back, the host timer looks again every [`PRIORITY_RECHECK_NS`].
 //!
 //! What this does not do: read a clock to measure anything, or know which engine runs the guest.
 
@@ -33,7 +33,7 @@ const LONGEST_NAP: Duration = Duration::from_millis(50);
 const NAPS_WITHOUT_INPUT: u32 = 20;
 
 /// How long an interrupt can go unnoticed after its task priority was lowered without an exit.
-const PRIORITY_RECHECK: Duration = Duration::from_millis(1);
+const PRIORITY_RECHECK_NS: u64 = 1_000_000;
 
 /// When to stop a guest that does not stop by itself.
 #[derive(Clone, Copy, Debug, Default)]
@@ -114,7 +114,7 @@ pub fn drive(vcpu: &mut dyn Vcpu, machine: &mut Machine, limits: &Limits) -> Out
         polls: 0,
         naps: 0,
         window_wanted: false,
-        rechecking: false,
+        recheck: None,
     })
     .run()
     {
@@ -127,6 +127,7 @@ pub fn drive(vcpu: &mut dyn Vcpu, machine: &mut Machine, limits: &Limits) -> Out
     machine.events.attach(None);
     machine.pump.arm_deadline(None);
     machine.pump.arm_timer(None);
+    machine.schedule.expired();
     // A reader that is gone has been reported already, or comes too late to matter.
     let _ = machine.serial.output_mut().flush_now();
     machine.report_windows(vcpu);
@@ -147,8 +148,8 @@ struct Run<'a> {
     naps: u32,
     /// What was last asked of the vCPU.
     window_wanted: bool,
-    /// The host timer is set for [`PRIORITY_RECHECK`].
-    rechecking: bool,
+    /// When to look at the task priority again, while it holds an interrupt back.
+    recheck: Option<u64>,
 }
 
 impl Run<'_> {
@@ -199,11 +200,31 @@ impl Run<'_> {
         if self.machine.events.pending() == 0 {
             return None;
         }
+        self.take_events()
+    }
+
+    fn take_events(&mut self) -> Option<Outcome> {
         // FINAL flags stay set: they also keep console output from blocking.
-        let flags = self.machine.events.take(flag::INPUT | flag::TIMER);
+        let flags = self
+            .machine
+            .events
+            .take(flag::INPUT | flag::TIMER | flag::LINES | flag::DEVICES);
+        if flags & flag::INPUT != 0 {
+            self.machine.serial.refill();
+        }
+        if flags & flag::DEVICES != 0 {
+            match next(self.machine.host_ready()) {
+                Next::End(outcome) => return Some(outcome),
+                Next::Continue | Next::Poll | Next::Mark(_) | Next::Halt => {}
+            }
+        }
         if flags & flag::TIMER != 0 {
-            self.rechecking = false;
-            self.machine.lapic.timer_event();
+            self.machine.schedule.expired();
+            self.recheck = None;
+            self.machine.advance();
+        }
+        if self.machine.events.take(flag::LINES) | flags & flag::LINES != 0 {
+            self.machine.take_lines();
         }
         let pending = self.machine.events.pending();
         if pending & flag::SIGNAL != 0 {
@@ -213,38 +234,45 @@ impl Run<'_> {
         (pending & flag::DEADLINE != 0).then_some(Outcome::Limit(Limit::Timeout))
     }
 
-    /// Carries what the local APIC wants to the host timer and to the vCPU.
+    /// Carries what the devices want to the host timer and to the vCPU. Costs two loads when they
+    /// want nothing.
     #[inline]
     fn interrupts(&mut self) -> Result<(), Error> {
-        let lapic = &mut self.machine.lapic;
-        if let Some(delay) = lapic.take_timer_change() {
-            self.machine.pump.arm_timer(delay);
-            self.rechecking = false;
-        }
-        if let Some(priority) = lapic.take_priority_write() {
-            self.vcpu.set_task_priority(priority)?;
-        }
-        if !lapic.has_request() && !self.window_wanted {
+        if !self.machine.attention && !self.window_wanted {
             return Ok(());
         }
-        lapic.sync_task_priority(self.vcpu.task_priority());
-        if let Some(vector) = lapic.deliverable()
-            && self.vcpu.interruptible()
-        {
-            self.vcpu.interrupt(vector)?;
-            lapic.acknowledge(vector);
+        self.attend()
+    }
+
+    fn attend(&mut self) -> Result<(), Error> {
+        let irqchip = &mut self.machine.irqchip;
+        if let Some(priority) = irqchip.lapic.take_priority_write() {
+            self.vcpu.set_task_priority(priority)?;
         }
-        if lapic.held_by_task_priority() && !self.rechecking {
-            // The timer's own expiry, if it is later, is armed anew when this has passed.
-            let due = lapic.timer_delay().unwrap_or(PRIORITY_RECHECK);
-            self.machine.pump.arm_timer(Some(due.min(PRIORITY_RECHECK)));
-            self.rechecking = true;
+        let mut held = false;
+        if irqchip.waiting() || self.window_wanted {
+            irqchip.lapic.sync_task_priority(self.vcpu.task_priority());
+            if let Some(request) = irqchip.deliverable()
+                && self.vcpu.interruptible()
+            {
+                let vector = irqchip.acknowledge(request);
+                self.vcpu.interrupt(vector)?;
+            }
+            let wanted = irqchip.deliverable().is_some();
+            if wanted != self.window_wanted {
+                self.vcpu.request_interrupt_window(wanted);
+                self.window_wanted = wanted;
+            }
+            held = irqchip.lapic.held_by_task_priority();
         }
-        let wanted = lapic.deliverable().is_some();
-        if wanted != self.window_wanted {
-            self.vcpu.request_interrupt_window(wanted);
-            self.window_wanted = wanted;
+        if !held {
+            self.recheck = None;
+        } else if self.recheck.is_none() {
+            self.recheck = Some(self.machine.clock().now() + PRIORITY_RECHECK_NS);
         }
+        self.machine.arm(self.recheck);
+        // What waits has to be looked at after each exit.
+        self.machine.attention = self.machine.irqchip.waiting();
         Ok(())
     }
 
@@ -255,12 +283,12 @@ impl Run<'_> {
             self.idle();
         }
         // An interrupt that waits for the guest must not wait for the nap too.
-        if self.polls < POLLS_UNTIL_NAP || self.machine.lapic.has_request() {
+        if self.polls < POLLS_UNTIL_NAP || self.machine.irqchip.waiting() {
             return None;
         }
         if self.naps >= NAPS_WITHOUT_INPUT
             && self.machine.serial.input_exhausted()
-            && !self.machine.lapic.timer_armed()
+            && self.machine.schedule.next().is_none()
         {
             return Some(Outcome::Limit(Limit::Input));
         }
@@ -301,22 +329,35 @@ impl Run<'_> {
                     "halted with interrupts disabled: nothing can wake it",
                 );
             }
-            let lapic = &mut self.machine.lapic;
-            lapic.sync_task_priority(self.vcpu.task_priority());
-            if lapic.deliverable().is_some() {
+            let irqchip = &mut self.machine.irqchip;
+            irqchip.lapic.sync_task_priority(self.vcpu.task_priority());
+            if irqchip.deliverable().is_some() {
                 return Ok(None);
             }
-            if !lapic.timer_armed() {
+            if !self.machine.may_wake() {
                 return crashed(
                     self.vcpu,
                     "halted with no interrupt source armed: nothing can wake it",
                 );
             }
-            if let Some(delay) = lapic.take_timer_change() {
-                self.machine.pump.arm_timer(delay);
-            }
-            self.machine.events.sleep(None);
+            self.sleep();
         }
+    }
+
+    /// Sleeps until something happens or the next deadline comes. The pump's timer is called off:
+    /// a sleep of our own ends without another thread's help.
+    fn sleep(&mut self) {
+        let Some(due) = self.machine.schedule.next() else {
+            return self.machine.events.sleep(None);
+        };
+        let left = due.saturating_sub(self.machine.clock().now());
+        if left > 0 {
+            if let Some(time) = self.machine.schedule.arm(None) {
+                self.machine.pump.arm_timer(time);
+            }
+            self.machine.events.sleep(Some(Duration::from_nanos(left)));
+        }
+        self.machine.advance();
     }
 }
 
@@ -333,8 +374,14 @@ fn answer(machine: &mut Machine, exit: Exit<'_>) -> Next {
         Exit::Shutdown => return crashed("triple fault".into()),
         Exit::Internal { message } => return crashed(message),
     };
+    next(action)
+}
+
+/// What a device's answer asks for.
+#[inline]
+fn next(action: Action) -> Next {
     match action {
-        Action::None => Next::Continue,
+        Action::None | Action::Hold => Next::Continue,
         Action::Poll => Next::Poll,
         Action::Mark(value) => Next::Mark(value),
         Action::Exit(0) => Next::End(Outcome::Success),

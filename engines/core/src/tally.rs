@@ -86,6 +86,12 @@ impl Tally {
         }
     }
 
+    /// Adds the next device; before anything is counted.
+    pub fn add_device(&mut self, name: &'static str) {
+        let last = self.memory.len() - 1;
+        self.memory.insert(last, (name, Accesses::default()));
+    }
+
     /// Exits so far.
     #[inline]
     pub fn total(&self) -> u64 {

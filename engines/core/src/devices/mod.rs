@@ -4,20 +4,25 @@
 //! [`Action`] what else must happen. It never blocks on guest progress and never fails the VMM:
 //! what a guest does wrong reads as ones or is ignored.
 
+pub(crate) mod board;
 mod exit;
 mod ignored;
+pub mod ioapic;
+pub mod irqchip;
 pub mod lapic;
 mod mark;
-mod pic;
+pub mod pic;
 pub mod serial;
 
 use std::os::fd::BorrowedFd;
 
 pub use exit::ExitPort;
 pub use ignored::Ignored;
+pub use ioapic::IoApic;
+pub use irqchip::Irqchip;
 pub use lapic::Lapic;
 pub use mark::MarkPort;
-pub use pic::Pic;
+pub use pic::Pics;
 pub use serial::Serial;
 
 /// What the run loop has to do after an access.
@@ -33,6 +38,9 @@ pub enum Action {
     Mark(u8),
     /// The host's end of the console is gone.
     ConsoleClosed,
+    /// From [`Device::host_ready`]: there is no room for what the descriptor holds. It is watched
+    /// again after the guest's next access to the device.
+    Hold,
 }
 
 /// Registers of a device on the port or memory bus, and what it waits for.
@@ -65,8 +73,8 @@ pub trait Device {
         None
     }
 
-    /// The descriptor has become readable. It is watched again after this returns; a device that
-    /// leaves it readable is called again when the guest has run on.
+    /// The descriptor has become readable. It is watched again when this returns, so a device that
+    /// leaves it readable for want of room answers [`Action::Hold`].
     fn host_ready(&mut self) -> Action {
         Action::None
     }

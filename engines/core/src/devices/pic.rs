@@ -1,61 +1,337 @@
-//! One 8259A interrupt controller, as far as a guest goes that initialises and masks it and then
-//! uses the local APIC: the initialisation words are followed, the mask reads back, and no request
-//! is ever raised, because no device here has an interrupt line.
+//! The pair of 8259A interrupt controllers of a PC, cascaded on IRQ 2, with the edge/level
+//! registers that the EISA bus added (8259A data sheet; Intel 82371 data sheet for ELCR).
+//!
+//! Followed: the initialisation words, masks, all EOI forms, rotation, automatic EOI, special mask
+//! and special fully nested mode, polling, reading IRR and ISR, and the default interrupt 7 (15)
+//! when a request vanishes before it is acknowledged. Not followed: MCS-80 mode and buffered mode,
+//! which no PC uses.
+//!
+//! An edge stays latched when its line falls, as in QEMU's and KVM's 8259s (the data sheet wants it
+//! held until it is acknowledged), so that devices may pulse. The cascade follows the slave's
+//! output as a level.
+//!
+//! Invariant: the slave's request is input 2 of the master and nothing else is.
 
 use super::{Action, Device};
 
-/// One 8259A: offset 0 is its command port, offset 1 its data port.
-#[derive(Debug)]
-pub struct Pic {
-    mask: u8,
-    /// Initialisation words that are still to come through the data port.
-    expected: u8,
+/// Input of the master that the slave drives.
+const CASCADE: u8 = 2;
+
+const ICW1: u8 = 1 << 4;
+const ICW1_ICW4: u8 = 1;
+const ICW1_SINGLE: u8 = 1 << 1;
+const ICW1_LEVEL: u8 = 1 << 3;
+const OCW3: u8 = 1 << 3;
+const ICW4_AUTO_EOI: u8 = 1 << 1;
+const ICW4_NESTED: u8 = 1 << 4;
+
+/// What is expected at the data port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Expected {
+    #[default]
+    Mask,
+    Icw2,
+    Icw3,
+    Icw4,
 }
 
-impl Default for Pic {
-    fn default() -> Self {
-        Pic {
-            mask: 0xff,
-            expected: 0,
+/// One 8259A.
+#[derive(Debug, Default)]
+struct Pic {
+    /// Levels of the inputs.
+    lines: u8,
+    requested: u8,
+    in_service: u8,
+    mask: u8,
+    /// Inputs that are level-triggered.
+    level: u8,
+    /// Every input is: ICW1's LTIM.
+    all_level: bool,
+    /// Vector of input 0.
+    base: u8,
+    /// The input with the highest priority.
+    first: u8,
+    expected: Expected,
+    icw4_follows: bool,
+    single: bool,
+    auto_eoi: bool,
+    rotate_on_auto_eoi: bool,
+    nested: bool,
+    special_mask: bool,
+    read_in_service: bool,
+    poll: bool,
+}
+
+impl Pic {
+    fn set_line(&mut self, input: u8, level: bool) {
+        let bit = 1 << input;
+        let rises = level && self.lines & bit == 0;
+        if level {
+            self.lines |= bit;
+        } else {
+            self.lines &= !bit;
+        }
+        if self.is_level(bit) {
+            self.requested = self.requested & !bit | self.lines & bit;
+        } else if rises {
+            self.requested |= bit;
+        }
+    }
+
+    fn is_level(&self, bit: u8) -> bool {
+        self.all_level || self.level & bit != 0
+    }
+
+    /// How far down from the highest priority the first input of `set` is; 8 for none.
+    fn priority(&self, set: u8) -> u8 {
+        set.rotate_right(self.first.into()).trailing_zeros() as u8
+    }
+
+    /// The input that would be acknowledged now.
+    fn request(&self, master: bool) -> Option<u8> {
+        let wanted = self.priority(self.requested & !self.mask);
+        if wanted == 8 {
+            return None;
+        }
+        let mut serving = self.in_service;
+        if self.special_mask {
+            serving &= !self.mask;
+        }
+        if self.nested && master {
+            // The slave may interrupt its own service.
+            serving &= !(1 << CASCADE);
+        }
+        (wanted < self.priority(serving)).then_some((wanted + self.first) & 7)
+    }
+
+    fn acknowledge(&mut self, input: u8) {
+        let bit = 1 << input;
+        if !self.auto_eoi {
+            self.in_service |= bit;
+        } else if self.rotate_on_auto_eoi {
+            self.first = (input + 1) & 7;
+        }
+        if !self.is_level(bit) {
+            self.requested &= !bit;
+        }
+    }
+
+    fn command(&mut self, value: u8) {
+        if value & ICW1 != 0 {
+            *self = Pic {
+                lines: self.lines,
+                level: self.level,
+                base: self.base,
+                all_level: value & ICW1_LEVEL != 0,
+                single: value & ICW1_SINGLE != 0,
+                icw4_follows: value & ICW1_ICW4 != 0,
+                expected: Expected::Icw2,
+                ..Pic::default()
+            };
+            // The edge detectors start anew; levels that are there count.
+            self.requested = self.lines & if self.all_level { 0xff } else { self.level };
+        } else if value & OCW3 != 0 {
+            self.poll = value & 0b100 != 0;
+            match value & 0b11 {
+                0b10 => self.read_in_service = false,
+                0b11 => self.read_in_service = true,
+                _ => {}
+            }
+            match value >> 5 & 0b11 {
+                0b10 => self.special_mask = false,
+                0b11 => self.special_mask = true,
+                _ => {}
+            }
+        } else {
+            self.end_of_interrupt(value);
+        }
+    }
+
+    /// OCW2.
+    fn end_of_interrupt(&mut self, value: u8) {
+        let (rotate, specific, end) = (value & 0x80 != 0, value & 0x40 != 0, value & 0x20 != 0);
+        let named = value & 7;
+        if !end {
+            match (rotate, specific) {
+                // Set priority: the named input becomes the lowest.
+                (true, true) => self.first = (named + 1) & 7,
+                (rotate, false) => self.rotate_on_auto_eoi = rotate,
+                (false, true) => {}
+            }
+            return;
+        }
+        let input = if specific {
+            named
+        } else {
+            let serving = self.priority(self.in_service);
+            if serving == 8 {
+                return;
+            }
+            (serving + self.first) & 7
+        };
+        self.in_service &= !(1 << input);
+        if rotate {
+            self.first = (input + 1) & 7;
+        }
+    }
+
+    fn data(&mut self, value: u8) {
+        match self.expected {
+            Expected::Mask => self.mask = value,
+            Expected::Icw2 => {
+                self.base = value & 0xf8;
+                self.expected = match (self.single, self.icw4_follows) {
+                    (false, _) => Expected::Icw3,
+                    (true, true) => Expected::Icw4,
+                    (true, false) => Expected::Mask,
+                };
+            }
+            // The cascade is wired and can't be chosen.
+            Expected::Icw3 => {
+                self.expected = if self.icw4_follows {
+                    Expected::Icw4
+                } else {
+                    Expected::Mask
+                };
+            }
+            Expected::Icw4 => {
+                self.auto_eoi = value & ICW4_AUTO_EOI != 0;
+                self.nested = value & ICW4_NESTED != 0;
+                self.expected = Expected::Mask;
+            }
         }
     }
 }
 
-/// ICW1: this is an initialisation word.
-const ICW1: u8 = 1 << 4;
-/// ICW1: no cascade, so no ICW3.
-const ICW1_SINGLE: u8 = 1 << 1;
-/// ICW1: ICW4 follows.
-const ICW1_ICW4: u8 = 1;
+/// Number of registers: two of the master, two of the slave, two of the edge/level control.
+pub const REGISTERS: u64 = 6;
+const MASTER: usize = 0;
+const SLAVE: usize = 1;
+/// Inputs whose triggering can be chosen: not the timer, the keyboard, the cascade, the clock and
+/// the coprocessor (82371, ELCR1 and ELCR2).
+const CHOOSABLE: [u8; 2] = [0xf8, 0xde];
 
-impl Device for Pic {
+/// Both 8259As, master first.
+#[derive(Debug)]
+pub struct Pics {
+    pics: [Pic; 2],
+}
+
+impl Default for Pics {
+    /// Everything masked and no vectors set: nothing is delivered before a guest initialises them.
+    fn default() -> Self {
+        let pic = || Pic {
+            mask: 0xff,
+            ..Pic::default()
+        };
+        Pics {
+            pics: [pic(), pic()],
+        }
+    }
+}
+
+impl Pics {
+    /// Drives ISA IRQ `irq`, 0 to 15; the cascade's own is ignored.
+    pub fn set_line(&mut self, irq: u8, level: bool) {
+        if irq >= 16 || irq == CASCADE {
+            return;
+        }
+        self.pics[usize::from(irq >> 3)].set_line(irq & 7, level);
+        self.cascade();
+    }
+
+    fn cascade(&mut self) {
+        let wanted = self.pics[SLAVE].request(false).is_some();
+        let master = &mut self.pics[MASTER];
+        master.set_line(CASCADE, wanted);
+        if !wanted {
+            // The slave's output is followed as a level.
+            master.requested &= !(1 << CASCADE);
+        }
+    }
+
+    /// The INTR output.
+    pub fn output(&self) -> bool {
+        self.pics[MASTER].request(true).is_some()
+    }
+
+    /// The acknowledge cycle: the vector of the highest request, or the default one if it has
+    /// vanished.
+    pub fn acknowledge(&mut self) -> u8 {
+        let vector = match self.pics[MASTER].request(true) {
+            Some(CASCADE) => {
+                self.pics[MASTER].acknowledge(CASCADE);
+                let slave = &mut self.pics[SLAVE];
+                let input = slave.request(false);
+                if let Some(input) = input {
+                    slave.acknowledge(input);
+                }
+                slave.base | input.unwrap_or(7)
+            }
+            Some(input) => {
+                self.pics[MASTER].acknowledge(input);
+                self.pics[MASTER].base | input
+            }
+            None => self.pics[MASTER].base | 7,
+        };
+        // The slave's output falls with each acknowledge, so that the next request is seen.
+        self.pics[MASTER].lines &= !(1 << CASCADE);
+        self.cascade();
+        vector
+    }
+
+    fn read_byte(&mut self, offset: u64) -> u8 {
+        if offset >= 4 {
+            return self.pics[(offset & 1) as usize].level;
+        }
+        let index = (offset >> 1) as usize;
+        let pic = &mut self.pics[index];
+        if std::mem::take(&mut pic.poll) {
+            // A poll is an acknowledge cycle by hand.
+            let Some(input) = pic.request(index == MASTER) else {
+                return 0;
+            };
+            pic.acknowledge(input);
+            self.cascade();
+            return 0x80 | input;
+        }
+        match (offset & 1 == 1, pic.read_in_service) {
+            (true, _) => pic.mask,
+            (false, true) => pic.in_service,
+            (false, false) => pic.requested,
+        }
+    }
+
+    fn write_byte(&mut self, offset: u64, value: u8) {
+        let index = (offset >> 1 & 1) as usize;
+        match offset {
+            0 | 2 => self.pics[index].command(value),
+            1 | 3 => self.pics[index].data(value),
+            _ => {
+                let index = (offset & 1) as usize;
+                self.pics[index].level = value & CHOOSABLE[index];
+            }
+        }
+        self.pics[MASTER].lines &= !(1 << CASCADE);
+        self.cascade();
+    }
+}
+
+impl Device for Pics {
     fn name(&self) -> &'static str {
         "pic"
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
-        if let Some(byte) = data.first_mut() {
-            // Command port: IRR or ISR, both empty.
-            *byte = if offset == 1 { self.mask } else { 0 };
+        for (at, byte) in (offset..REGISTERS).zip(data) {
+            *byte = self.read_byte(at);
         }
         Action::None
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Action {
-        let Some(&value) = data.first() else {
-            return Action::None;
-        };
-        if offset == 0 {
-            if value & ICW1 != 0 {
-                self.mask = 0;
-                // ICW2 always follows; ICW3 and ICW4 as announced (8259A data sheet).
-                self.expected =
-                    1 + u8::from(value & ICW1_SINGLE == 0) + u8::from(value & ICW1_ICW4 != 0);
-            }
-        } else if self.expected > 0 {
-            self.expected -= 1;
-        } else {
-            self.mask = value;
+        for (at, &byte) in (offset..REGISTERS).zip(data) {
+            self.write_byte(at, byte);
         }
         Action::None
     }
@@ -65,16 +341,184 @@ impl Device for Pic {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_mask_reads_back_after_four_initialisation_words() {
-        let mut pic = Pic::default();
-        pic.write(0, &[0x11]);
-        for word in [0x20, 0x04, 0x01] {
-            pic.write(1, &[word]);
+    const COMMAND: [u64; 2] = [0, 2];
+    const DATA: [u64; 2] = [1, 3];
+
+    fn get(pics: &mut Pics, offset: u64) -> u8 {
+        let mut data = [0xff];
+        pics.read(offset, &mut data);
+        data[0]
+    }
+
+    fn set(pics: &mut Pics, offset: u64, value: u8) {
+        pics.write(offset, &[value]);
+    }
+
+    /// As a PC's kernel sets them up: vectors 0x20 and 0x28, nothing masked.
+    fn initialised(icw4: u8) -> Pics {
+        let mut pics = Pics::default();
+        for index in 0..2 {
+            set(&mut pics, COMMAND[index], 0x11);
+            for word in [0x20 + 8 * index as u8, [4, 2][index], icw4] {
+                set(&mut pics, DATA[index], word);
+            }
+            assert_eq!(get(&mut pics, DATA[index]), 0, "unmasked by ICW1");
         }
-        pic.write(1, &[0xfb]);
-        let mut mask = [0xff];
-        pic.read(1, &mut mask);
-        assert_eq!(mask, [0xfb]);
+        pics
+    }
+
+    #[test]
+    fn nothing_comes_before_initialisation() {
+        let mut pics = Pics::default();
+        for irq in 0..16 {
+            pics.set_line(irq, true);
+        }
+        assert!(!pics.output());
+    }
+
+    #[test]
+    fn edges_are_latched_once_and_wait_for_eoi() {
+        let mut pics = initialised(1);
+        pics.set_line(0, true);
+        pics.set_line(0, false);
+        assert!(pics.output());
+        assert_eq!(get(&mut pics, 0), 1, "IRR");
+        assert_eq!(pics.acknowledge(), 0x20);
+        assert!(!pics.output());
+        set(&mut pics, 0, 0x0b);
+        assert_eq!(get(&mut pics, 0), 1, "ISR");
+        // The line stays high: no second request, but the next edge waits.
+        pics.set_line(0, true);
+        assert!(!pics.output());
+        set(&mut pics, 0, 0x20);
+        assert!(pics.output());
+        assert_eq!(pics.acknowledge(), 0x20);
+        set(&mut pics, 0, 0x20);
+        pics.set_line(0, true);
+        assert!(!pics.output());
+    }
+
+    #[test]
+    fn lower_numbers_win_and_the_slave_ranks_as_two() {
+        let mut pics = initialised(1);
+        for irq in [3, 9, 14, 1, 8] {
+            pics.set_line(irq, true);
+        }
+        let mut order = Vec::new();
+        while pics.output() {
+            let vector = pics.acknowledge();
+            order.push(vector);
+            if vector >= 0x28 {
+                set(&mut pics, 2, 0x20);
+            }
+            set(&mut pics, 0, 0x20);
+        }
+        assert_eq!(order, [0x21, 0x28, 0x29, 0x2e, 0x23]);
+    }
+
+    #[test]
+    fn a_higher_request_of_the_slave_waits_unless_nesting_is_special() {
+        for (icw4, nests) in [(0x01, false), (0x11, true)] {
+            let mut pics = initialised(icw4);
+            pics.set_line(14, true);
+            assert_eq!(pics.acknowledge(), 0x2e);
+            pics.set_line(8, true);
+            assert_eq!(pics.output(), nests);
+            // Ended at the slave and the master, it comes either way.
+            set(&mut pics, 2, 0x20);
+            set(&mut pics, 0, 0x20);
+            assert_eq!(pics.acknowledge(), 0x28);
+        }
+    }
+
+    #[test]
+    fn levels_follow_their_line_and_vanish_with_it() {
+        let mut pics = initialised(1);
+        set(&mut pics, 5, 0xff);
+        assert_eq!(get(&mut pics, 5), CHOOSABLE[1]);
+        pics.set_line(11, true);
+        assert_eq!(pics.acknowledge(), 0x2b);
+        set(&mut pics, 2, 0x20);
+        set(&mut pics, 0, 0x20);
+        assert!(pics.output(), "still high");
+        pics.set_line(11, false);
+        assert!(!pics.output());
+        // Acknowledged too late: the default interrupt, with nothing in service.
+        assert_eq!(pics.acknowledge(), 0x27);
+        set(&mut pics, 0, 0x0b);
+        assert_eq!(get(&mut pics, 0), 0);
+    }
+
+    #[test]
+    fn masks_hold_requests_back_and_special_mask_lets_lower_ones_in() {
+        let mut pics = initialised(1);
+        set(&mut pics, 1, 0b0000_0010);
+        pics.set_line(1, true);
+        assert!(!pics.output());
+        set(&mut pics, 1, 0);
+        assert_eq!(pics.acknowledge(), 0x21);
+        pics.set_line(5, true);
+        assert!(!pics.output());
+        set(&mut pics, 0, 0x68);
+        set(&mut pics, 1, 0b0000_0010);
+        assert_eq!(pics.acknowledge(), 0x25);
+        set(&mut pics, 0, 0x48);
+        // A specific EOI of a masked input.
+        set(&mut pics, 0, 0x61);
+        set(&mut pics, 0, 0x0b);
+        assert_eq!(get(&mut pics, 0), 1 << 5);
+    }
+
+    #[test]
+    fn priorities_rotate() {
+        let mut pics = initialised(1);
+        pics.set_line(3, true);
+        pics.acknowledge();
+        // Rotate on non-specific EOI: 3 is the lowest now.
+        set(&mut pics, 0, 0xa0);
+        pics.set_line(3, false);
+        pics.set_line(3, true);
+        pics.set_line(4, true);
+        assert_eq!(pics.acknowledge(), 0x24);
+        set(&mut pics, 0, 0x20);
+        // Set priority: 7 is the lowest again.
+        set(&mut pics, 0, 0xc7);
+        pics.set_line(4, false);
+        pics.set_line(4, true);
+        assert_eq!(pics.acknowledge(), 0x23);
+    }
+
+    #[test]
+    fn automatic_eoi_leaves_nothing_in_service() {
+        let mut pics = initialised(3);
+        pics.set_line(1, true);
+        assert_eq!(pics.acknowledge(), 0x21);
+        pics.set_line(5, true);
+        assert_eq!(pics.acknowledge(), 0x25);
+        set(&mut pics, 0, 0x0b);
+        assert_eq!(get(&mut pics, 0), 0);
+    }
+
+    #[test]
+    fn a_poll_acknowledges() {
+        let mut pics = initialised(1);
+        set(&mut pics, 0, 0x0c);
+        assert_eq!(get(&mut pics, 0), 0);
+        pics.set_line(6, true);
+        set(&mut pics, 0, 0x0c);
+        assert_eq!(get(&mut pics, 0), 0x86);
+        assert!(!pics.output());
+        set(&mut pics, 0, 0x0b);
+        assert_eq!(get(&mut pics, 0), 1 << 6);
+    }
+
+    #[test]
+    fn a_single_controller_takes_three_words() {
+        let mut pics = Pics::default();
+        set(&mut pics, 0, 0x13);
+        set(&mut pics, 1, 0x40);
+        set(&mut pics, 1, 0x01);
+        set(&mut pics, 1, 0xfb);
+        assert_eq!(get(&mut pics, 1), 0xfb);
     }
 }

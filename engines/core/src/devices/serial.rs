@@ -1,8 +1,10 @@
 //! The console: a 16550A UART, registers by vm-superio.
 //!
-//! It has no interrupt line: guests poll it. Transmission is always ready, so a guest that reads
-//! the line status over and over waits for input; each such read is answered with
-//! [`Action::Poll`], and the run loop decides when to sleep.
+//! Transmission is always ready, so a guest that reads the line status over and over waits for
+//! input; each such read is answered with [`Action::Poll`], and the run loop decides when to sleep.
+//!
+//! Its interrupt is a pulse for each event that the guest has enabled (received data, transmitter
+//! empty): vm-superio tells of edges only, and the ISA bus triggers on them.
 
 use std::sync::Arc;
 
@@ -12,38 +14,46 @@ use vm_superio::{Serial as Uart, Trigger};
 use super::{Action, Device};
 use crate::host::console::Output;
 use crate::host::input::Input;
+use crate::interrupt::Line;
 
+/// Interrupt of the first serial port.
+pub const IRQ: u8 = 4;
 /// Number of registers.
 pub const REGISTERS: u64 = 8;
 const DATA: u64 = 0;
+const INTERRUPT_ENABLE: u64 = 1;
+const LINE_CONTROL: u64 = 3;
 const LINE_STATUS: u64 = 5;
 const DATA_READY: u8 = 1;
+const RECEIVED_DATA: u8 = 1;
+const DIVISOR_LATCH: u8 = 0x80;
 
-/// No interrupt line is connected.
-#[derive(Debug)]
-struct Unconnected;
+/// The UART's interrupt request.
+struct Request(Line);
 
-impl Trigger for Unconnected {
+impl Trigger for Request {
     type E = std::convert::Infallible;
 
     fn trigger(&self) -> Result<(), Self::E> {
+        self.0.pulse();
         Ok(())
     }
 }
 
 /// UART at [`abi::port::COM1`].
 pub struct Serial {
-    uart: Uart<Unconnected, NoEvents, Output>,
+    uart: Uart<Request, NoEvents, Output>,
     input: Arc<Input>,
     /// Tells the pump that there is room again.
     resume: Box<dyn Fn()>,
 }
 
 impl Serial {
-    /// A UART between `input` and `output`; `resume` is called when a full input queue has room again.
-    pub fn new(output: Output, input: Arc<Input>, resume: Box<dyn Fn()>) -> Self {
+    /// A UART between `input` and `output` that interrupts through `line`; `resume` is called when
+    /// a full input queue has room again.
+    pub fn new(output: Output, input: Arc<Input>, line: Line, resume: Box<dyn Fn()>) -> Self {
         Serial {
-            uart: Uart::new(Unconnected, output),
+            uart: Uart::new(Request(line), output),
             input,
             resume,
         }
@@ -64,8 +74,15 @@ impl Serial {
         self.input.exhausted() && self.uart.read(LINE_STATUS as u8) & DATA_READY == 0
     }
 
+    /// True when input that may still come would interrupt the guest.
+    pub fn may_interrupt(&mut self) -> bool {
+        self.uart.read(LINE_CONTROL as u8) & DIVISOR_LATCH == 0
+            && self.uart.read(INTERRUPT_ENABLE as u8) & RECEIVED_DATA != 0
+            && !self.input_exhausted()
+    }
+
     /// Moves waiting input into the receive FIFO.
-    fn refill(&mut self) {
+    pub fn refill(&mut self) {
         if self.input.is_empty() {
             return;
         }
@@ -120,17 +137,22 @@ fn registers(offset: u64) -> std::ops::Range<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
     use crate::host::console::Sink;
     use crate::host::events::Events;
+    use crate::interrupt::Interrupts;
 
-    const LINE_CONTROL: u64 = 3;
-    const DIVISOR_LATCH: u8 = 0x80;
-
-    fn serial(input: &[u8]) -> Serial {
+    fn serial_on(input: &[u8], line: Line) -> Serial {
         let events = Arc::new(Events::new().unwrap());
         let output = Output::new(Sink::Memory(Vec::new()), events);
-        Serial::new(output, Arc::new(Input::closed(input)), Box::new(|| ()))
+        let input = Arc::new(Input::closed(input));
+        Serial::new(output, input, line, Box::new(|| ()))
+    }
+
+    fn serial(input: &[u8]) -> Serial {
+        serial_on(input, Line::disconnected())
     }
 
     fn read(serial: &mut Serial, offset: u64) -> (u8, Action) {
@@ -161,5 +183,41 @@ mod tests {
             assert_eq!(serial.write(DATA, &[*byte]), Action::None);
         }
         assert_eq!(serial.output().kept(), b"hi\n");
+    }
+
+    #[derive(Default)]
+    struct Rises(AtomicU32);
+
+    impl Interrupts for Rises {
+        fn set_line(&self, number: u8, level: bool) {
+            assert_eq!(number, 4);
+            self.0.fetch_add(level.into(), Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn enabled_events_interrupt_and_identify_themselves() {
+        const IDENTIFICATION: u64 = 2;
+        let rises = Arc::new(Rises::default());
+        let seen = Arc::clone(&rises);
+        let count = || seen.0.swap(0, Ordering::Relaxed);
+        let mut serial = serial_on(b"ab", Line::new(rises, 4));
+        serial.write(DATA, b"x");
+        serial.refill();
+        assert_eq!(count(), 0, "nothing is enabled");
+        // Received data waits already; the transmitter is empty.
+        serial.write(INTERRUPT_ENABLE, &[1]);
+        assert_eq!(count(), 1);
+        assert_eq!(read(&mut serial, IDENTIFICATION).0 & 0xf, 4);
+        for byte in b"ab" {
+            assert_eq!(read(&mut serial, DATA).0, *byte);
+        }
+        assert!(!serial.may_interrupt(), "no input is left");
+        serial.write(INTERRUPT_ENABLE, &[2]);
+        assert_eq!(count(), 1);
+        assert_eq!(read(&mut serial, IDENTIFICATION).0 & 0xf, 2);
+        assert_eq!(read(&mut serial, IDENTIFICATION).0 & 0xf, 1);
+        serial.write(DATA, b"y");
+        assert_eq!(count(), 1);
     }
 }

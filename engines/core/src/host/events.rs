@@ -21,12 +21,16 @@ use crate::kick::KickHandle;
 pub mod flag {
     /// Console input has arrived or ended.
     pub const INPUT: u32 = 1 << 0;
-    /// The local APIC's timer may have expired.
+    /// The deadline that some device asked for may have come.
     pub const TIMER: u32 = 1 << 1;
     /// The time limit is reached.
     pub const DEADLINE: u32 = 1 << 2;
     /// The host asked the VMM to end.
     pub const SIGNAL: u32 = 1 << 3;
+    /// An interrupt line has changed.
+    pub const LINES: u32 = 1 << 4;
+    /// A descriptor that a device watches has become readable.
+    pub const DEVICES: u32 = 1 << 5;
     /// The flags that end a run.
     pub const FINAL: u32 = DEADLINE | SIGNAL;
 }
@@ -84,6 +88,11 @@ impl Events {
         if let Some(kick) = &vcpu.0 {
             kick.kick();
         }
+    }
+
+    /// Sets flags without waking anybody: for the vCPU's own thread, which looks before it goes on.
+    pub fn note(&self, flags: u32) {
+        self.pending.fetch_or(flags, Ordering::Release);
     }
 
     /// Raises [`flag::SIGNAL`] for host signal `number`.

@@ -5,4 +5,4 @@ pub mod events;
 pub mod input;
 mod pump;
 
-pub use pump::{Pump, PumpOptions};
+pub use pump::{Pump, PumpOptions, WATCHED};

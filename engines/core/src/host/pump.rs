@@ -5,16 +5,24 @@
 //! code, and a kick reaches the guest the same way from every source. Timers are timerfds that the
 //! vCPU thread arms itself, which does not wake the pump.
 //!
+//! Descriptors of devices are watched through one epoll descriptor, each until it has become
+//! readable once ([EPOLLONESHOT]): watching one again is a system call of the vCPU's thread that
+//! wakes nobody.
+//!
+//! [EPOLLONESHOT]: https://man7.org/linux/man-pages/man2/epoll_ctl.2.html
+//!
 //! SIGINT and SIGTERM are taken from a signalfd if asked for; they must then be blocked in every
 //! thread, which [`Pump::start`] does for the calling thread and those that it starts later.
 
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
@@ -40,11 +48,19 @@ struct Shared {
     stop: AtomicBool,
     timer: OwnedFd,
     deadline: OwnedFd,
+    devices: OwnedFd,
+    /// Devices whose descriptor has become readable, by number.
+    ready: AtomicU64,
 }
+
+/// Devices whose descriptors can be watched.
+pub const WATCHED: usize = 64;
 
 /// A running pump; it ends when this is dropped.
 pub struct Pump {
     shared: Arc<Shared>,
+    /// Copies of the descriptors that are watched, which live as long as the watch.
+    watched: [OnceLock<OwnedFd>; WATCHED],
     thread: Option<JoinHandle<()>>,
 }
 
@@ -53,24 +69,24 @@ fn timer() -> io::Result<OwnedFd> {
     Ok(timerfd_create(TimerfdClockId::Monotonic, flags)?)
 }
 
-/// Arms a timer to expire once after `delay`; `None` disarms it.
-fn arm(timer: &OwnedFd, delay: Option<Duration>) {
+/// Arms a timer to expire once, after or at `time` as `flags` say; `None` disarms it.
+fn arm(timer: &OwnedFd, time: Option<Duration>, flags: TimerfdTimerFlags) {
     let zero = Timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     // A zero it_value would disarm.
-    let delay = delay.map(|delay| delay.max(Duration::from_nanos(1)));
-    let value = delay.map_or(zero, |delay| Timespec {
-        tv_sec: i64::try_from(delay.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: delay.subsec_nanos().into(),
+    let time = time.map(|time| time.max(Duration::from_nanos(1)));
+    let value = time.map_or(zero, |time| Timespec {
+        tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: time.subsec_nanos().into(),
     });
     let spec = Itimerspec {
         it_interval: zero,
         it_value: value,
     };
     // The descriptor is a timerfd and the value is normalised: there is nothing left to fail.
-    let set = timerfd_settime(timer, TimerfdTimerFlags::empty(), &spec);
+    let set = timerfd_settime(timer, flags, &spec);
     debug_assert!(set.is_ok(), "timerfd_settime: {set:?}");
 }
 
@@ -92,6 +108,8 @@ impl Pump {
             stop: AtomicBool::new(false),
             timer: timer()?,
             deadline: timer()?,
+            devices: epoll::create(CreateFlags::CLOEXEC)?,
+            ready: AtomicU64::new(0),
         });
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -99,18 +117,53 @@ impl Pump {
             .spawn(move || theirs.pump(options.input, signals))?;
         Ok(Pump {
             shared,
+            watched: std::array::from_fn(|_| OnceLock::new()),
             thread: Some(thread),
         })
     }
 
-    /// Raises [`flag::TIMER`] after `delay`; `None` calls it off.
-    pub fn arm_timer(&self, delay: Option<Duration>) {
-        arm(&self.shared.timer, delay);
+    /// Raises [`flag::TIMER`] when CLOCK_MONOTONIC reaches `time`, in nanoseconds; `None` calls it
+    /// off.
+    pub fn arm_timer(&self, time: Option<u64>) {
+        let time = time.map(Duration::from_nanos);
+        arm(&self.shared.timer, time, TimerfdTimerFlags::ABSTIME);
     }
 
     /// Raises [`flag::DEADLINE`] after `delay`; `None` calls it off.
     pub fn arm_deadline(&self, delay: Option<Duration>) {
-        arm(&self.shared.deadline, delay);
+        arm(&self.shared.deadline, delay, TimerfdTimerFlags::empty());
+    }
+
+    /// Raises [`flag::DEVICES`] when `fd` becomes readable, once; [`rewatch`](Pump::rewatch) starts
+    /// over.
+    ///
+    /// # Errors
+    /// The host's, for a descriptor that can't be waited for.
+    ///
+    /// # Panics
+    /// If `device` is not below [`WATCHED`] or is watched already.
+    pub fn watch(&self, device: usize, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let copy = fd.try_clone_to_owned()?;
+        let data = EventData::new_u64(device as u64);
+        epoll::add(&self.shared.devices, &copy, data, WATCH)?;
+        let fresh = self.watched[device].set(copy).is_ok();
+        assert!(fresh, "device {device} is watched already");
+        Ok(())
+    }
+
+    /// Watches the descriptor of `device` again.
+    pub fn rewatch(&self, device: usize) {
+        if let Some(fd) = self.watched.get(device).and_then(OnceLock::get) {
+            let data = EventData::new_u64(device as u64);
+            // The descriptor was added and lives: there is nothing left to fail.
+            let modified = epoll::modify(&self.shared.devices, fd, data, WATCH);
+            debug_assert!(modified.is_ok(), "epoll_ctl: {modified:?}");
+        }
+    }
+
+    /// The devices, as bits, whose descriptors have become readable since the last call.
+    pub fn take_ready(&self) -> u64 {
+        self.shared.ready.swap(0, Ordering::Acquire)
     }
 
     /// Makes the pump look at the room in the input queue again.
@@ -118,6 +171,9 @@ impl Pump {
         let _ = rustix::io::write(&self.shared.control, &1u64.to_ne_bytes());
     }
 }
+
+/// Readable or broken, which a read then tells, and only once.
+const WATCH: EventFlags = EventFlags::IN.union(EventFlags::ONESHOT);
 
 impl Drop for Pump {
     fn drop(&mut self) {
@@ -145,6 +201,7 @@ impl Shared {
                 Some(&self.deadline),
                 signals.as_ref(),
                 source.as_ref().filter(|_| room > 0),
+                Some(&self.devices),
             ]
             .map(|fd| match fd {
                 Some(fd) => (fd, PollFlags::IN),
@@ -154,7 +211,7 @@ impl Shared {
             if rustix::event::poll(&mut fds, None).is_err() {
                 continue;
             }
-            let ready: [bool; 5] =
+            let ready: [bool; 6] =
                 std::array::from_fn(|at| !slots[at].1.is_empty() && !fds[at].revents().is_empty());
             if ready[0] {
                 drained(&self.control);
@@ -167,6 +224,9 @@ impl Shared {
             }
             if let Some(number) = signals.as_ref().filter(|_| ready[3]).and_then(next_signal) {
                 self.events.raise_signal(number);
+            }
+            if ready[5] {
+                self.devices_ready();
             }
             if ready[4] {
                 let wanted = room.min(buffer.len());
@@ -184,6 +244,28 @@ impl Shared {
                 }
                 self.events.raise(flag::INPUT);
             }
+        }
+    }
+}
+
+impl Shared {
+    /// Notes which devices' descriptors have become readable.
+    fn devices_ready(&self) {
+        let zero = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let mut events = Vec::with_capacity(WATCHED);
+        let spare = rustix::buffer::spare_capacity(&mut events);
+        if epoll::wait(&self.devices, spare, Some(&zero)).is_err() {
+            return;
+        }
+        let bits = events.iter().fold(0, |bits, event| {
+            bits | 1 << (event.data.u64() % WATCHED as u64)
+        });
+        if bits != 0 {
+            self.ready.fetch_or(bits, Ordering::Release);
+            self.events.raise(flag::DEVICES);
         }
     }
 }
@@ -217,4 +299,47 @@ fn next_signal(fd: &OwnedFd) -> Option<u32> {
     let count = rustix::io::read(fd, &mut record).ok()?;
     (count == record.len())
         .then(|| u32::from_ne_bytes([record[0], record[1], record[2], record[3]]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_readable_descriptor_is_told_once_until_it_is_watched_again() {
+        let events = Arc::new(Events::new().unwrap());
+        let input = Arc::new(Input::closed(b""));
+        let pump = Pump::start(Arc::clone(&events), input, PumpOptions::default()).unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        pump.watch(7, reader.as_fd()).unwrap();
+        let told = || {
+            let mut ready = 0;
+            for _ in 0..100 {
+                events.sleep(Some(Duration::from_millis(100)));
+                events.take(flag::DEVICES);
+                ready = pump.take_ready();
+                if ready != 0 {
+                    break;
+                }
+            }
+            ready
+        };
+        rustix::io::write(&writer, b"x").unwrap();
+        assert_eq!(told(), 1 << 7);
+        rustix::io::write(&writer, b"y").unwrap();
+        events.sleep(Some(Duration::from_millis(20)));
+        assert_eq!(events.take(flag::DEVICES), 0);
+        pump.rewatch(7);
+        assert_eq!(told(), 1 << 7);
+        // The other end gone is news too.
+        rustix::io::read(&reader, &mut [0; 8]).unwrap();
+        pump.rewatch(7);
+        drop(writer);
+        assert_eq!(told(), 1 << 7);
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        assert!(
+            pump.watch(8, file.as_fd()).is_err(),
+            "a file is always ready"
+        );
+    }
 }

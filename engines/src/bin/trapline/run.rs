@@ -159,6 +159,7 @@ fn run_mode(
         input: Source::Descriptor(std::io::stdin().as_fd().try_clone_to_owned()?),
         output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
         signals: true,
+        ..MachineOptions::default()
     })?;
     let mut vcpu = match boot(ram).and_then(|mut vcpu| {
         vcpu.set_state(&entry)?;
