@@ -1,11 +1,12 @@
-//! Who takes part in a comparison: modes, the native baseline and peers, and how each is started.
+//! Who takes part in a comparison: modes, the native baseline, peers and floors, and how each is
+//! started.
 //!
 //! Starts nothing itself. Invariant: all contenders run the same program logic and speak the same
 //! protocol; a name stands for one command line.
 
 use std::path::{Path, PathBuf};
 
-use reports_data::{ModeInfo, NATIVE, Role};
+use reports_data::{FLOOR, ModeInfo, NATIVE, Role};
 
 use crate::process::{CommandLine, STATS_FD};
 use crate::verdict::{Traits, software_backend};
@@ -16,6 +17,9 @@ pub const MEMORY_MIB: u32 = 256;
 
 /// The engine whose host side may be no processor's virtualization.
 const KVM: &str = "kvm";
+
+/// The engine that the floors are the floors of.
+const PV: &str = "pv";
 
 /// The emulator that peers are made of.
 pub const QEMU: &str = "qemu-system-x86_64";
@@ -144,6 +148,30 @@ impl Contender {
                 native: false,
             },
         })
+    }
+
+    /// The host's own operations, of which modes of that engine are made.
+    pub fn floors(parts: &Parts) -> Contender {
+        Contender {
+            name: FLOOR.to_owned(),
+            label: "floor".to_owned(),
+            engine: "host".to_owned(),
+            flavour: "host".to_owned(),
+            role: Role::Floor,
+            launch: Launch {
+                command: CommandLine {
+                    program: parts.trapline.display().to_string(),
+                    args: vec!["floor".to_owned()],
+                },
+                counts_windows: false,
+            },
+            traits: Traits::default(),
+        }
+    }
+
+    /// Whether the floors say something about it.
+    pub fn has_floors(&self) -> bool {
+        self.engine == PV
     }
 
     /// What the manifest says of it.

@@ -23,6 +23,7 @@ pub mod session;
 pub mod slot;
 pub mod stats;
 pub mod table;
+pub mod task;
 mod turn;
 pub mod verdict;
 pub mod vm;

@@ -7,7 +7,6 @@
 
 use std::time::{Duration, Instant};
 
-use programs::Workload;
 use reports_data::{BOOT, EMPTY, Error, Metric, Phase, Status};
 
 use crate::contender::Contender;
@@ -17,6 +16,7 @@ use crate::plan::{Budget, Plan};
 use crate::progress::Progress;
 use crate::record::Recorder;
 use crate::slot::{Empty, Slot};
+use crate::task::Task;
 use crate::verdict::Refusal;
 
 /// Least time in which a turn is worth starting.
@@ -37,7 +37,7 @@ pub enum Ending {
 /// A run in progress.
 pub struct Session<'a> {
     pub(crate) plan: &'a Plan,
-    pub(crate) workloads: &'a [&'static Workload],
+    pub(crate) tasks: &'a [Task],
     pub(crate) slots: Vec<Slot>,
     pub(crate) recorder: &'a mut Recorder,
     pub(crate) progress: &'a Progress,
@@ -48,20 +48,20 @@ pub struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// Prepares a run of `contenders` over `workloads`. Its budget starts now.
+    /// Prepares a run of `contenders` over `tasks`. Its budget starts now.
     pub fn new(
         plan: &'a Plan,
         contenders: Vec<Contender>,
-        workloads: &'a [&'static Workload],
+        tasks: &'a [Task],
         recorder: &'a mut Recorder,
         progress: &'a Progress,
     ) -> Session<'a> {
         Session {
             plan,
-            workloads,
+            tasks,
             slots: contenders
                 .into_iter()
-                .map(|contender| Slot::new(contender, workloads.len()))
+                .map(|contender| Slot::new(contender, tasks.len()))
                 .collect(),
             recorder,
             progress,
@@ -104,7 +104,11 @@ impl<'a> Session<'a> {
     }
 
     fn measure_round(&mut self) -> Result<(), Error> {
-        let turns = self.slots.len() * self.workloads.len();
+        let turns = self
+            .slots
+            .iter()
+            .map(|slot| self.tasks.iter().filter(|task| slot.has(**task)).count())
+            .sum();
         self.progress.round(self.round, self.plan.rounds, turns);
         for index in self.plan.turn_order(self.round, 0, self.slots.len()) {
             self.boot(index)?;
@@ -113,13 +117,18 @@ impl<'a> Session<'a> {
             }
         }
         self.measure_control()?;
-        for workload in self.plan.workload_order(self.round, self.workloads.len()) {
-            for index in self.plan.turn_order(self.round, workload, self.slots.len()) {
+        for workload in self.plan.workload_order(self.round, self.tasks.len()) {
+            let task = self.tasks[workload];
+            let takers: Vec<usize> = (0..self.slots.len())
+                .filter(|&index| self.slots[index].has(task))
+                .collect();
+            for place in self.plan.turn_order(self.round, workload, takers.len()) {
+                let index = takers[place];
                 if interrupt::requested() {
                     break;
                 }
-                let name = self.workloads[workload].name;
-                self.progress.turn(&self.slots[index].contender.name, name);
+                let contender = &self.slots[index].contender;
+                self.progress.turn(&contender.name, task.name());
                 if self.spent() {
                     self.skip(index, workload, &self.out_of_time())?;
                 } else {
@@ -167,7 +176,7 @@ impl<'a> Session<'a> {
 
     /// Measures what the marks themselves cost. Without it there are no figures in this round.
     pub(crate) fn measure_empty(&mut self, index: usize) -> Result<(), Error> {
-        let Some(empty) = programs::find(EMPTY) else {
+        let Some(empty) = Task::empty(self.slots[index].contender.role) else {
             return Ok(());
         };
         let mut windows = Vec::new();
@@ -259,7 +268,7 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         slot.pairs[workload].recorded = true;
-        let place = slot.place(self.workloads[workload].name, Phase::Warm, self.round);
+        let place = slot.place(self.tasks[workload].name(), Phase::Warm, self.round);
         self.recorder.refusal(place, refusal)
     }
 
@@ -270,8 +279,9 @@ impl<'a> Session<'a> {
             Ending::Interrupted => Refusal::new(Status::Skipped, "interrupted"),
         };
         for index in 0..self.slots.len() {
-            for workload in 0..self.workloads.len() {
-                if !self.slots[index].pairs[workload].recorded {
+            for workload in 0..self.tasks.len() {
+                let pending = !self.slots[index].pairs[workload].recorded;
+                if pending && self.slots[index].has(self.tasks[workload]) {
                     let out = self.slots[index].out.clone();
                     self.skip(index, workload, out.as_ref().unwrap_or(&refusal))?;
                 }

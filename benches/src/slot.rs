@@ -4,7 +4,6 @@
 
 use std::time::Duration;
 
-use programs::Workload;
 use reports_data::{Phase, Status};
 
 use crate::console::Done;
@@ -13,6 +12,7 @@ use crate::oracle::Oracle;
 use crate::priority::Delays;
 use crate::record::Place;
 use crate::stats::Count;
+use crate::task::Task;
 use crate::verdict::{Refusal, Traits, software_backend};
 use crate::vm::{Fault, Request, Vm};
 
@@ -33,7 +33,7 @@ pub struct Empty {
     pub cycles: u64,
 }
 
-/// What is known of a contender and one workload.
+/// What is known of a contender and one task.
 #[derive(Clone, Debug, Default)]
 pub struct Pair {
     /// Iterations of a warm window, once calibrated.
@@ -89,7 +89,7 @@ impl Failure {
 pub struct Slot {
     /// Who.
     pub contender: Contender,
-    /// One per workload of the run.
+    /// One per task of the run.
     pub pairs: Vec<Pair>,
     /// Last known empty window.
     pub empty: Option<Empty>,
@@ -103,17 +103,22 @@ pub struct Slot {
 
 impl Slot {
     /// A contender that is not started yet.
-    pub fn new(contender: Contender, workloads: usize) -> Slot {
+    pub fn new(contender: Contender, tasks: usize) -> Slot {
         Slot {
             traits: contender.traits.clone(),
             contender,
-            pairs: vec![Pair::default(); workloads],
+            pairs: vec![Pair::default(); tasks],
             empty: None,
             out: None,
             vm: None,
             failed_boots: 0,
             delays: Delays::open(),
         }
+    }
+
+    /// Whether a task is asked of this contender.
+    pub fn has(&self, task: Task) -> bool {
+        task.is_for(self.contender.role)
     }
 
     /// Where a row of this contender stands.
@@ -173,17 +178,18 @@ impl Slot {
         }
     }
 
-    /// Runs a workload once and holds its checksum against the oracle's.
+    /// Runs a task once and holds its checksum against the oracle's.
     ///
     /// # Errors
     /// No verified result. The virtual machine is gone unless it has said so itself.
     pub fn run(
         &mut self,
-        workload: &'static Workload,
+        task: impl Into<Task>,
         iterations: u64,
         limit: Duration,
         oracle: &mut Oracle,
     ) -> Result<Verified, Failure> {
+        let task = task.into();
         let Some(vm) = &mut self.vm else {
             return Err(Failure::lasting(Refusal::new(
                 Status::Failed,
@@ -191,7 +197,7 @@ impl Slot {
             )));
         };
         let request = Request {
-            workload: workload.name,
+            workload: task.name(),
             size: 0,
             iterations,
         };
@@ -206,7 +212,7 @@ impl Slot {
         })?;
         let (done, counts) = self.traits.answer(answer).map_err(Failure::lasting)?;
         let expected = oracle
-            .checksum(workload, 0, iterations)
+            .checksum(task, 0, iterations)
             .map_err(|error| Failure::lasting(Refusal::new(Status::Failed, error)))?;
         if done.checksum != expected {
             let refusal = self.traits.wrong_checksum(done.checksum, expected);

@@ -5,7 +5,8 @@
 
 use std::fmt::Write as _;
 
-use reports_data::{Manifest, Metric, NATIVE, Phase, Summary, SummaryRow};
+use reports_data::held_against::{self, FLOORS, standings};
+use reports_data::{FLOOR, Manifest, Metric, ModeInfo, NATIVE, Phase, Role, Summary, SummaryRow};
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -35,9 +36,7 @@ pub fn render(
 }
 
 fn table(manifest: &Manifest, summary: &Summary) -> String {
-    let modes: Vec<&str> = manifest
-        .modes
-        .iter()
+    let modes: Vec<&str> = columns_of(manifest)
         .map(|mode| mode.name.as_str())
         .collect();
     let mut workloads: Vec<&str> = Vec::new();
@@ -75,14 +74,65 @@ fn table(manifest: &Manifest, summary: &Summary) -> String {
     for (note, names) in notes {
         let _ = writeln!(text, "{note} [{}]", names.join(" "));
     }
+    text.push_str(&floors(manifest, summary));
+    text
+}
+
+/// What has a column: floors have lines of their own.
+fn columns_of(manifest: &Manifest) -> impl Iterator<Item = &ModeInfo> {
+    let modes = manifest.modes.iter();
+    modes.filter(|mode| mode.role != Role::Floor)
+}
+
+/// The host's own operations, and how the modes that are made of them stand to them. Empty in a run
+/// without floors.
+fn floors(manifest: &Manifest, summary: &Summary) -> String {
+    let rows: Vec<(&str, &SummaryRow)> = FLOORS
+        .iter()
+        .filter_map(|(name, about)| {
+            let row = summary.find(name, FLOOR, Phase::Warm, &Metric::TIME.name)?;
+            Some((*about, row))
+        })
+        .collect();
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut text = String::from("\nfloors of the host:");
+    for (index, (about, row)) in rows.iter().enumerate() {
+        let separator = if index == 0 { " " } else { ", " };
+        let figure = match row.value {
+            Some(value) => duration(value),
+            None => format!("{} ({})", row.status, row.reason),
+        };
+        let _ = write!(text, "{separator}{about} {figure}");
+    }
+    text.push('\n');
+    let engine = |mode: &&ModeInfo| mode.engine == held_against::ENGINE;
+    for mode in columns_of(manifest).filter(engine) {
+        for standing in standings(summary, &mode.name) {
+            let aim = standing.aim;
+            let (what, bound) = match aim.floor {
+                Some(floor) => (
+                    format!("{} of {floor}", times(standing.measure())),
+                    times(aim.most),
+                ),
+                None => (duration(standing.time), duration(aim.most)),
+            };
+            let verdict = if standing.is_met() { "met" } else { "missed" };
+            let _ = writeln!(
+                text,
+                "{} in {}: {what}, aim at most {bound}: {verdict}",
+                aim.workload, mode.name
+            );
+        }
+    }
     text
 }
 
 fn warm_times(summary: &Summary) -> impl Iterator<Item = &SummaryRow> {
-    summary
-        .rows
-        .iter()
-        .filter(|row| row.phase == Phase::Warm && row.metric == Metric::TIME.name)
+    summary.rows.iter().filter(|row| {
+        row.phase == Phase::Warm && row.metric == Metric::TIME.name && row.mode != FLOOR
+    })
 }
 
 fn catalogue_position(name: &str) -> usize {
@@ -94,7 +144,7 @@ fn catalogue_position(name: &str) -> usize {
 
 fn header(manifest: &Manifest) -> Vec<String> {
     std::iter::once("workload".to_owned())
-        .chain(manifest.modes.iter().map(|mode| mode.label.clone()))
+        .chain(columns_of(manifest).map(|mode| mode.label.clone()))
         .collect()
 }
 

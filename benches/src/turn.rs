@@ -1,4 +1,4 @@
-//! One contender's turn at one workload: cold run, calibration, warm windows.
+//! One contender's turn at one task: cold run, calibration, warm windows.
 //!
 //! Order of events: the cold run is the workload's first in this virtual machine, calibration
 //! happens once per run, and only then come the windows that count. Invariant: a value is
@@ -6,22 +6,19 @@
 
 use std::time::Duration;
 
-use programs::{Group, Workload};
 use reports_data::{Error, Metric, Phase, Status};
 
 use crate::calibrate::{MAX_TRIES, Step, first_try, step};
 use crate::interrupt;
 use crate::session::Session;
 use crate::slot::{Empty, Failure, Verified};
+use crate::task::Task;
 use crate::verdict::Refusal;
 
 /// How many empty windows a warm window must hold for its difference to mean something.
 const WARM_CLEARANCE: u32 = 5;
 /// The same for a cold run, whose length is what it is.
 const COLD_CLEARANCE: u32 = 2;
-/// Iterations of a nano operation's cold run: enough for two clocks to see it, few enough that a
-/// translator's or a hypervisor's first-time work still shows.
-const COLD_NANO_ITERATIONS: u64 = 1000;
 
 /// How often a window is measured until the harness was in time for it.
 const DISTURBED_TRIES: u32 = 4;
@@ -32,9 +29,9 @@ const VM_EXITS: &str = "vmm";
 type Attempt<T> = Result<T, Failure>;
 
 impl Session<'_> {
-    /// Gives contender `index` its turn at `workload`.
+    /// Gives contender `index` its turn at the task in place `workload`.
     pub(crate) fn turn(&mut self, index: usize, workload: usize) -> Result<(), Error> {
-        let program = self.workloads[workload];
+        let task = self.tasks[workload];
         let pair = &self.slots[index].pairs[workload];
         if pair.given_up {
             return Ok(());
@@ -57,7 +54,7 @@ impl Session<'_> {
             let refusal = Refusal::new(Status::Failed, "the virtual machine did not boot");
             return self.skip(index, workload, &refusal);
         };
-        match self.attempt(index, workload, program, empty)? {
+        match self.attempt(index, workload, task, empty)? {
             Ok(()) => {
                 self.slots[index].pairs[workload].recorded = true;
                 Ok(())
@@ -70,25 +67,24 @@ impl Session<'_> {
         &mut self,
         index: usize,
         workload: usize,
-        program: &'static Workload,
+        task: Task,
         empty: Empty,
     ) -> Result<Attempt<()>, Error> {
-        let cold_iterations = match program.group {
-            Group::Nano => COLD_NANO_ITERATIONS,
-            Group::Compute | Group::Micro | Group::Io | Group::Empty => 1,
-        };
-        let cold = match self.once(index, program, cold_iterations) {
+        let cold_iterations = task.cold_iterations();
+        let cold = match self.once(index, task, cold_iterations) {
             Ok(cold) => cold,
             Err(failure) => return Ok(Err(failure)),
         };
-        self.write_cold(index, workload, cold_iterations, &cold, empty)?;
+        if task.has_cold_phase() {
+            self.write_cold(index, workload, cold_iterations, &cold, empty)?;
+        }
 
         let known = self.slots[index].pairs[workload].iterations;
         let iterations = match known {
             Some(iterations) => iterations,
             None => {
                 let first = cold.done.window.saturating_sub(empty.window);
-                match self.calibrate(index, program, cold_iterations, first, empty) {
+                match self.calibrate(index, task, cold_iterations, first, empty) {
                     Ok(iterations) => iterations,
                     Err(failure) => return Ok(Err(failure)),
                 }
@@ -97,7 +93,7 @@ impl Session<'_> {
         if known.is_none() {
             let slot = &mut self.slots[index];
             slot.pairs[workload].iterations = Some(iterations);
-            let place = slot.place(program.name, Phase::Warm, self.round);
+            let place = slot.place(task.name(), Phase::Warm, self.round);
             let metric = &Metric::ITERATIONS;
             self.recorder
                 .value(place, metric, iterations as f64, None)?;
@@ -107,12 +103,12 @@ impl Session<'_> {
                 break;
             }
             for _ in 0..DISTURBED_TRIES {
-                let warm = match self.once(index, program, iterations) {
+                let warm = match self.once(index, task, iterations) {
                     Ok(warm) => warm,
                     Err(failure) => return Ok(Err(failure)),
                 };
                 if !warm.is_disturbed() {
-                    self.write_warm(index, program, iterations, &warm, empty, window)?;
+                    self.write_warm(index, task, iterations, &warm, empty, window)?;
                     break;
                 }
                 self.skip(index, workload, &disturbed(&warm))?;
@@ -121,14 +117,9 @@ impl Session<'_> {
         Ok(Ok(()))
     }
 
-    fn once(
-        &mut self,
-        index: usize,
-        program: &'static Workload,
-        iterations: u64,
-    ) -> Attempt<Verified> {
+    fn once(&mut self, index: usize, task: Task, iterations: u64) -> Attempt<Verified> {
         let limit = self.budget.clip(self.plan.command_limit);
-        let result = self.slots[index].run(program, iterations, limit, &mut self.oracle);
+        let result = self.slots[index].run(task, iterations, limit, &mut self.oracle);
         result.map_err(|failure| {
             if failure.timed_out && limit < self.plan.command_limit {
                 Failure {
@@ -144,7 +135,7 @@ impl Session<'_> {
     fn calibrate(
         &mut self,
         index: usize,
-        program: &'static Workload,
+        task: Task,
         cold_iterations: u64,
         cold_window: Duration,
         empty: Empty,
@@ -152,12 +143,12 @@ impl Session<'_> {
         let target = self.plan.target;
         let mut tried = first_try(cold_iterations, cold_window, target);
         for _ in 0..MAX_TRIES {
-            let mut run = self.once(index, program, tried)?;
+            let mut run = self.once(index, task, tried)?;
             for _ in 1..DISTURBED_TRIES {
                 if !run.is_disturbed() {
                     break;
                 }
-                run = self.once(index, program, tried)?;
+                run = self.once(index, task, tried)?;
             }
             let window = run.done.window.saturating_sub(empty.window);
             match step(tried, window, target) {
@@ -177,7 +168,7 @@ impl Session<'_> {
         empty: Empty,
     ) -> Result<(), Error> {
         let slot = &mut self.slots[index];
-        let name = self.workloads[workload].name;
+        let name = self.tasks[workload].name();
         let first_time = !std::mem::replace(&mut slot.pairs[workload].cold_recorded, true);
         let place = slot.place(name, Phase::Cold, self.round);
         if let Some(counts) = &run.counts {
@@ -204,13 +195,13 @@ impl Session<'_> {
     fn write_warm(
         &mut self,
         index: usize,
-        program: &Workload,
+        task: Task,
         iterations: u64,
         run: &Verified,
         empty: Empty,
         window: u32,
     ) -> Result<(), Error> {
-        let place = self.slots[index].place(program.name, Phase::Warm, self.round);
+        let place = self.slots[index].place(task.name(), Phase::Warm, self.round);
         let per_iteration = |value: f64| value / iterations as f64;
         let checksum = Some(run.done.checksum);
         match cleared(run, empty, WARM_CLEARANCE) {
@@ -244,7 +235,7 @@ impl Session<'_> {
     /// Writes why a pair has no figure. It is not tried again, unless only time was lacking.
     fn give_up(&mut self, index: usize, workload: usize, failure: Failure) -> Result<(), Error> {
         let Failure { refusal, .. } = failure;
-        let name = self.workloads[workload].name;
+        let name = self.tasks[workload].name();
         self.skip(index, workload, &refusal)?;
         match refusal.status {
             Status::Skipped => {}

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{assert_nothing_runs, script};
 use reports_data::{
-    BOOT, MANIFEST, Manifest, SAMPLES, SUMMARY, Sample, Status, Summary, read_table,
+    BOOT, FLOOR, MANIFEST, Manifest, SAMPLES, SUMMARY, Sample, Status, Summary, read_table,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -26,10 +26,15 @@ fn fake_trapline(dir: &Path, on_alu: &str) -> PathBuf {
 fn measure(dir: &Path, trapline: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_measure"));
     command
-        .args(["--quick", "--peers", "none", "--modes", "hardware", "--out"])
+        .args(["--quick", "--peers", "none", "--out"])
         .arg(dir.join("out"))
         .arg("--trapline")
         .arg(trapline)
+        .args(if more.contains(&"--modes") {
+            &[][..]
+        } else {
+            &["--modes", "hardware"]
+        })
         .args(more)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -87,6 +92,33 @@ fn a_run_leaves_valid_files_and_a_table() {
     assert_eq!(manifest.modes[0].name, "hardware");
     assert!(manifest.duration_s.is_some_and(|seconds| seconds > 0.0));
     assert_eq!(manifest.images.len(), 2);
+}
+
+#[test]
+fn floors_come_with_para_and_have_rows_of_their_own() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let trapline = fake_trapline(dir.path(), "echo unsupported by this fake");
+    let run = |modes: &str| {
+        let more = ["--workloads", "alu", "--rounds", "1", "--modes", modes];
+        let mut command = measure(dir.path(), &trapline, &more);
+        let output = finish(command.spawn().expect("built"));
+        // The fake does not know what a floor's empty window answers, so there is no figure.
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        samples(dir.path())
+    };
+    let rows = run("para,native");
+    let has = |workload: &str, mode: &str| {
+        let mut rows = rows.iter();
+        rows.any(|row| row.workload == workload && row.mode == mode)
+    };
+    for mode in ["para", "native"] {
+        assert!(has("alu", mode) && !has("notification", mode), "{mode}");
+    }
+    for floor in ["host_syscall", "notification", "map_page", "sigsegv"] {
+        assert!(has(floor, FLOOR), "{floor}");
+    }
+    assert!(!has("alu", FLOOR));
+    assert!(run("native").iter().all(|row| row.mode != FLOOR));
 }
 
 #[test]

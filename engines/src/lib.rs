@@ -3,6 +3,8 @@
 //! A mode is an engine running an image of one flavour; it is one row of [`MODES`] and nothing
 //! else knows the engines by name. `native` is the baseline and not a mode.
 
+pub mod floors;
+
 use std::sync::Arc;
 
 use engine_core::{Error, GuestRam, Unavailable, Vcpu};

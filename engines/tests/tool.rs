@@ -149,3 +149,58 @@ fn a_caller_that_does_not_read_its_statistics_does_not_hold_up_the_end() {
         assert!(ended.elapsed < Duration::from_secs(8), "{ended:?}");
     });
 }
+
+/// Sends `input` to `trapline floor`; what it says, if this host has floors.
+fn floor(input: &str) -> Option<(i32, String)> {
+    if let Err(unavailable) = pv::probe() {
+        eprintln!("skipped: {unavailable}");
+        return None;
+    }
+    let started = Instant::now();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_trapline"))
+        .arg("floor")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), input.as_bytes()).unwrap();
+    let ended = finish(child, started);
+    let text = String::from_utf8(ended.stdout).unwrap();
+    Some((ended.status.code().unwrap(), text))
+}
+
+#[test]
+fn floors_answer_with_what_was_done_in_the_words_of_the_protocol() {
+    for floor_known in engines::floors::FLOORS {
+        let name = floor_known.name;
+        let Some((code, text)) = floor(&format!("run {name} 0 1000\nrun {name} 0 7\nquit 0\n"))
+        else {
+            return;
+        };
+        let words: Vec<&str> = text.split_ascii_whitespace().collect();
+        let expected = ["begin", "end", "done"];
+        assert_eq!(words[..3], ["ready", "1", "host"], "{name}: {text}");
+        assert_eq!(words[3..6], expected, "{name}: {text}");
+        assert_eq!(words[6], "00000000000003e8", "{name}: {text}");
+        assert_eq!(words[8..11], expected, "{name}: {text}");
+        assert_eq!(words[11], "0000000000000007", "{name}: {text}");
+        assert_eq!(code, 0, "{name}");
+    }
+}
+
+#[test]
+fn bad_orders_to_the_floors_are_answered() {
+    let input = "\nrun alu 0 1\nrun map_page 0 -1\ndance\nlist\n";
+    let Some((code, text)) = floor(input) else {
+        return;
+    };
+    let mut lines = text.lines().skip(1);
+    assert_eq!(lines.next(), Some("unknown alu"));
+    assert_eq!(lines.next(), Some("failed ITERATIONS is a number"));
+    assert!(lines.next().unwrap().starts_with("failed no such command"));
+    assert_eq!(lines.next(), Some("workload host_syscall"));
+    assert_eq!(lines.last(), Some("listed"));
+    // The console's end is a good end.
+    assert_eq!(code, 0);
+}

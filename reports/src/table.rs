@@ -55,7 +55,9 @@ pub(crate) fn column_heads<'c, 'a: 'c>(columns: impl Iterator<Item = &'c Column<
 pub(crate) fn series(column: &Column<'_>) -> usize {
     match column.role {
         Role::Baseline => 0,
-        Role::Mode | Role::Peer => 1 + (column.series - 1) % (crate::palette::SERIES.len() - 1),
+        Role::Mode | Role::Peer | Role::Floor => {
+            1 + (column.series - 1) % (crate::palette::SERIES.len() - 1)
+        }
     }
 }
 

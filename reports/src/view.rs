@@ -3,7 +3,7 @@
 //! Invariant: figures leave here only from rows whose status is `ok`.
 
 use reports_data::statistics::geomean;
-use reports_data::{BOOT, Metric, NATIVE, Phase, Role, Run, Status, SummaryRow};
+use reports_data::{BOOT, FLOOR, Metric, NATIVE, Phase, Role, Run, Status, SummaryRow};
 
 use crate::workloads::{self, Group};
 
@@ -71,7 +71,7 @@ impl<'a> Cell<'a> {
 pub(crate) struct View<'a> {
     /// The files.
     pub(crate) run: &'a Run,
-    /// Columns: the manifest's order, then modes that only the rows know.
+    /// Columns: the manifest's order, then modes that only the rows know. Floors are none.
     pub(crate) columns: Vec<Column<'a>>,
     /// Workloads in the order to show them, boot left out.
     pub(crate) workloads: Vec<&'a str>,
@@ -82,9 +82,13 @@ impl<'a> View<'a> {
     pub(crate) fn new(run: &'a Run) -> View<'a> {
         let rows = &run.summary.rows;
         let seen = |name: &str| rows.iter().any(|row| row.mode == name);
+        let is_floor = |name: &str| {
+            let mut modes = run.manifest.modes.iter();
+            name == FLOOR || modes.any(|info| info.name == name && info.role == Role::Floor)
+        };
         let mut columns: Vec<Column<'a>> = Vec::new();
         for info in run.manifest.modes.iter() {
-            if columns.iter().all(|column| column.name != info.name) {
+            if !is_floor(&info.name) && columns.iter().all(|column| column.name != info.name) {
                 columns.push(Column {
                     name: &info.name,
                     label: &info.label,
@@ -95,7 +99,7 @@ impl<'a> View<'a> {
             }
         }
         for row in rows {
-            if columns.iter().all(|column| column.name != row.mode) {
+            if !is_floor(&row.mode) && columns.iter().all(|column| column.name != row.mode) {
                 let role = if row.mode == NATIVE {
                     Role::Baseline
                 } else {
@@ -116,7 +120,7 @@ impl<'a> View<'a> {
         columns.sort_by_key(|column| match column.role {
             Role::Baseline => 0,
             Role::Mode => 1,
-            Role::Peer => 2,
+            Role::Peer | Role::Floor => 2,
         });
         let mut next = 1;
         for column in &mut columns {
@@ -127,7 +131,8 @@ impl<'a> View<'a> {
         }
         let mut workloads: Vec<&str> = Vec::new();
         for row in rows {
-            if row.workload != BOOT && !workloads.contains(&row.workload.as_str()) {
+            let shown = row.workload != BOOT && !is_floor(&row.mode);
+            if shown && !workloads.contains(&row.workload.as_str()) {
                 workloads.push(&row.workload);
             }
         }
@@ -159,6 +164,11 @@ impl<'a> View<'a> {
     /// Warm time of one iteration.
     pub(crate) fn warm(&self, workload: &str, mode: &str) -> Option<Figure> {
         self.time(workload, mode, Phase::Warm).figure()
+    }
+
+    /// Time of one operation of the host itself.
+    pub(crate) fn floor(&self, name: &str) -> Cell<'a> {
+        self.time(name, FLOOR, Phase::Warm)
     }
 
     /// The workloads of a group.

@@ -401,6 +401,80 @@ fn callouts_are_not_among_the_exits() {
     assert!(translator.contains("tlb-miss") && !translator.contains("KVM_EXIT_IO"));
 }
 
+/// A run of native and para with floors, of which `lacking` left no sample.
+fn page_with_floors(lacking: &str) -> String {
+    const COLUMNS: &[&str] = &["native", "para"];
+    let dir = tempfile::tempdir().unwrap();
+    let (info, mut floors) = fixture::floors();
+    floors.retain(|sample| sample.workload != lacking);
+    let mut manifest = fixture::manifest(COLUMNS);
+    manifest.modes.push(info);
+    let samples = [fixture::samples(COLUMNS), floors].concat();
+    fixture::write_with(dir.path(), &manifest, &samples, &fixture::exits(COLUMNS));
+    let page = reports::render(dir.path()).unwrap();
+    check(&page);
+    page
+}
+
+#[test]
+fn floors_are_lines_and_ratios_and_no_column() {
+    let page = page_with_floors("");
+    let nano = section(&page, "nano");
+    for label in ["system call", "user notification round trip"] {
+        assert!(nano.contains(label), "{label}: {nano}");
+    }
+    assert!(page.contains("Reference lines: system call at 110"));
+    let para = section(&page, "para");
+    // 304 ns over 250 ns, 1.89 µs over 250 ns, and bounds without a floor.
+    for text in [
+        "1.21×",
+        "met",
+        "7.5",
+        "missed",
+        "at most 5.00",
+        "host_syscall",
+    ] {
+        assert!(para.contains(text), "{text}: {para}");
+    }
+    for id in ["verdict", "slowdown", "ring0", "boot", "warmup", "exits"] {
+        let text = section(&page, id);
+        assert!(!text.contains("notification"), "{id}: {text}");
+        assert!(!text.contains("floor"), "{id}: {text}");
+    }
+    assert!(!section(&page, "rows").contains("without any row"));
+}
+
+#[test]
+fn a_ratio_needs_its_floor() {
+    let para = section(&page_with_floors("notification"), "para");
+    assert!(para.contains("not run"), "{para}");
+    assert!(!para.contains("1.21×"), "{para}");
+    assert!(!page_with(fixture::EIGHT).contains("Reference lines"));
+    let para = section(&page_with(fixture::EIGHT), "para");
+    assert!(para.contains("This run measured no floor"), "{para}");
+    let none = section(&page_with(fixture::FOUR), "para");
+    assert!(
+        none.contains("No guest of this run knew its host"),
+        "{none}"
+    );
+}
+
+#[test]
+fn hypercalls_stand_by_tier_and_by_name() {
+    let para = section(&page_with_floors(""), "para");
+    for text in [
+        "exits of one iteration, warm, hypercalls by tier",
+        "hypercall counts per iteration, warm",
+        "update_va_mapping T2",
+        "upcall and fault counts per iteration, warm",
+        "doorbell",
+    ] {
+        assert!(para.contains(text), "{text}: {para}");
+    }
+    // Of ptemod: four calls of tier T2, no upcall, three shootdowns.
+    assert!(para.contains(" 0 0 4 0 0 3 "), "{para}");
+}
+
 #[test]
 fn the_csv_files_are_inside_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();

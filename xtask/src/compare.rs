@@ -26,7 +26,7 @@ pub(crate) struct Arguments {
     /// Short windows, fewer rounds, and an end within two minutes.
     #[arg(long)]
     pub(crate) quick: bool,
-    /// Modes, comma-separated: full, hardware, native; all by default.
+    /// Modes, comma-separated: full, hardware, para, native; all by default.
     #[arg(long)]
     pub(crate) modes: Option<String>,
     /// Peers, comma-separated: qemu-tcg, qemu-kvm; `none` for none.

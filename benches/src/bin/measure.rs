@@ -15,6 +15,7 @@ use benches::progress::Progress;
 use benches::record::Recorder;
 use benches::session::{Ending, Session};
 use benches::table::{Format, render};
+use benches::task::Task;
 use benches::{glob, interrupt};
 use clap::Parser;
 use programs::Workload;
@@ -88,7 +89,7 @@ struct Usage(String);
 
 fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
     interrupt::install();
-    let workloads = choose_workloads(&arguments.workloads)?;
+    let mut tasks = choose_workloads(&arguments.workloads)?;
     std::fs::create_dir_all(&arguments.out)
         .with_context(|| format!("create {}", arguments.out.display()))?;
     let images = Images::write()?;
@@ -111,7 +112,11 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
         unaware_image: images.path.clone(),
         kvm_backend: manifest.kvm.backend.clone(),
     };
-    let contenders = choose_contenders(arguments, &parts)?;
+    let mut contenders = choose_contenders(arguments, &parts)?;
+    if contenders.iter().any(Contender::has_floors) {
+        contenders.push(Contender::floors(&parts));
+        tasks.extend(Task::floors());
+    }
     manifest.modes = contenders.iter().map(Contender::info).collect();
     manifest.images = [("unaware", images::unaware()), ("native", images::native())]
         .map(|(name, bytes)| (name.to_owned(), sha256_hex(bytes)))
@@ -138,7 +143,7 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
         Priority::Nice | Priority::Ordinary => progress
             .line("no real-time priority (CAP_SYS_NICE): other programs disturb this run more"),
     }
-    let session = Session::new(&plan, contenders, &workloads, &mut recorder, &progress);
+    let session = Session::new(&plan, contenders, &tasks, &mut recorder, &progress);
     let ending = session.run()?;
     progress.finish();
 
@@ -152,7 +157,7 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
 
 /// The chosen workloads in catalogue order. `empty` is not among them: it is measured in any case,
 /// because everything else rests on it.
-fn choose_workloads(patterns: &str) -> anyhow::Result<Vec<&'static Workload>> {
+fn choose_workloads(patterns: &str) -> anyhow::Result<Vec<Task>> {
     let (empty, rest): (Vec<&Workload>, Vec<&Workload>) = programs::CATALOGUE
         .iter()
         .filter(|workload| glob::matches(patterns, workload.name))
@@ -164,7 +169,7 @@ fn choose_workloads(patterns: &str) -> anyhow::Result<Vec<&'static Workload>> {
             names.join(", ")
         )));
     }
-    Ok(rest)
+    Ok(rest.into_iter().map(Task::Workload).collect())
 }
 
 fn choose_contenders(arguments: &Arguments, parts: &Parts) -> anyhow::Result<Vec<Contender>> {

@@ -11,9 +11,9 @@ use benches::process::CommandLine;
 use benches::progress::Progress;
 use benches::record::Recorder;
 use benches::session::Session;
+use benches::task::Task;
 use benches::verdict::Traits;
 use benches::vm::Launch;
-use programs::Workload;
 use reports_data::{Role, SAMPLES, Sample, read_table};
 
 /// No session over fake guests may take longer: their limits add up to less.
@@ -79,14 +79,14 @@ pub fn measure(
     contenders: Vec<Contender>,
     workloads: &[&str],
 ) -> Vec<Sample> {
-    let workloads: Vec<&Workload> = workloads
+    let tasks: Vec<Task> = workloads
         .iter()
-        .map(|name| programs::find(name).expect("in the catalogue"))
+        .map(|name| programs::find(name).expect("in the catalogue").into())
         .collect();
     let mut recorder = Recorder::create(dir, "test").expect("directory is writable");
     let progress = Progress::silent();
     let started = Instant::now();
-    Session::new(plan, contenders, &workloads, &mut recorder, &progress)
+    Session::new(plan, contenders, &tasks, &mut recorder, &progress)
         .run()
         .expect("directory is writable");
     let elapsed = started.elapsed();

@@ -112,23 +112,27 @@ fn a_guest_that_sleeps_for_ever_is_given_up() {
 #[ignore = "prints costs; run it with --ignored --nocapture, in release"]
 fn costs() {
     use pv::floor;
-    let time = |name: &str, count: u64, work: &dyn Fn(u64)| {
+    let time = |name: &str, count: u64, work: &mut dyn FnMut(u64) -> u64| {
         work(count / 10);
         let start = std::time::Instant::now();
-        work(count);
+        assert_eq!(work(count), count, "{name}");
         println!(
             "floor: {name} {}",
             start.elapsed().as_nanos() as u64 / count
         );
     };
-    time("syscall", 1_000_000, &floor::syscalls);
-    let notifications = floor::Notifications::start(true).unwrap();
-    time("notification", 100_000, &|count| {
+    time("syscall", 1_000_000, &mut floor::syscalls);
+    let mut notifications = floor::Notifications::start(true).unwrap();
+    time("notification", 100_000, &mut |count| {
         notifications.round_trips(count).unwrap()
     });
     drop(notifications);
-    time("mmap", 100_000, &|count| floor::map(count).unwrap());
-    time("SIGSEGV", 100_000, &|count| floor::faults(count).unwrap());
+    let mut maps = floor::Maps::start().unwrap();
+    time("mmap", 100_000, &mut |count| maps.map(count));
+    let mut faults = floor::Faults::start().unwrap();
+    time("SIGSEGV", 100_000, &mut |count| {
+        faults.round_trips(count).unwrap()
+    });
     let run = run("cost");
     println!("{}", run.console);
     assert!(matches!(run.outcome, Outcome::Success), "{run:?}");

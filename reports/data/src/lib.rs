@@ -19,10 +19,13 @@
 //!   them, or cold and warm can't be set against each other.
 //! - What could not be measured is a sample with a status, a reason and no value, in phase `warm`
 //!   and metric [`Metric::TIME`], so that it stands where the figure would have stood.
+//! - The host's own operations stand as mode [`FLOOR`], each in column `workload`; there they have
+//!   warm times, and nothing derived.
 //! - Metrics that a mode does not have (counters of a foreign VMM) are simply not written.
 
 mod error;
 mod exit_row;
+pub mod held_against;
 mod host;
 mod json;
 pub mod manifest;
@@ -41,7 +44,7 @@ pub use manifest::{Circumstances, Manifest, ModeInfo, Role};
 pub use metric::Metric;
 pub use run::{EXITS, ExitWriter, MANIFEST, REPORT, Run, SAMPLES, SUMMARY, SampleWriter};
 pub use sample::Sample;
-pub use summary::{EMPTY, NATIVE, Summary, SummaryRow, summarise};
+pub use summary::{EMPTY, FLOOR, NATIVE, Summary, SummaryRow, summarise};
 pub use table::{Row, TableWriter, read_table};
 pub use words::{Class, Direction, Phase, Status, Unit};
 

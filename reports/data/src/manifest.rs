@@ -124,6 +124,8 @@ crate::words::words! {
         Mode = "mode",
         /// A VMM that others wrote.
         Peer = "peer",
+        /// The host's own operations: no column, but what columns are held against.
+        Floor = "floor",
     }
 }
 

@@ -24,6 +24,8 @@ use crate::{Metric, Phase, SCHEMA_VERSION, Sample, Status, Unit, json};
 
 /// Name of the baseline in column `mode`.
 pub const NATIVE: &str = "native";
+/// Name in column `mode` of the host's own operations; see [`crate::held_against`].
+pub const FLOOR: &str = "floor";
 /// The workload that does nothing: what its window takes is subtracted from all others.
 pub const EMPTY: &str = "empty";
 

@@ -1,10 +1,10 @@
 //! The dot plot: one row per operation, one marker per column, a logarithmic axis of time and a
-//! whisker for the interval.
+//! whisker for the interval. Reference lines run through all rows.
 
 use maud::Markup;
 use plotters::style::text_anchor::HPos;
 
-use super::{Ink, chart, legend, legend_height, line, marker, text, text_width};
+use super::{Ink, chart, dashes, legend, legend_height, line, marker, text, text_width};
 use crate::view::Figure;
 use crate::{Error, format};
 
@@ -24,16 +24,28 @@ pub(crate) struct Dot {
     pub(crate) figure: Figure,
 }
 
+/// A line through the plot at a time that is no operation's of the plot.
+pub(crate) struct Reference<'a> {
+    /// What stands at its upper end.
+    pub(crate) label: &'a str,
+    /// Where, in ns.
+    pub(crate) value: f64,
+}
+
 const WIDTH: i32 = 860;
+/// Height of a reference line's label.
+const LABEL: i32 = 15;
 const LANE: i32 = 12;
 
-/// Draws the plot. `columns` are label and series of every column. `None` if there is nothing to
+/// Draws the plot. `columns` are label and series of every column, `references` the lines from left
+/// to right. `None` if there is nothing to
 /// draw: a logarithmic axis has no place for values that are not positive.
 pub(crate) fn dot_plot(
     id: &str,
     title: &str,
     columns: &[(&str, usize)],
     rows: &[DotRow<'_>],
+    references: &[Reference<'_>],
 ) -> Result<Option<Markup>, Error> {
     let drawable = |figure: &Figure| figure.value > 0.0;
     let figures = || {
@@ -51,6 +63,10 @@ pub(crate) fn dot_plot(
     if drawn == 0 {
         return Ok(None);
     }
+    for reference in references {
+        low = low.min(reference.value);
+        high = high.max(reference.value);
+    }
     let first = low.log10().floor();
     let last = high.log10().ceil().max(first + 1.0);
     let left = rows
@@ -67,11 +83,20 @@ pub(crate) fn dot_plot(
     };
     let labels: Vec<&str> = columns.iter().map(|(label, _)| *label).collect();
     let row_height = (columns.len() as i32 * LANE + 10).max(28);
-    let top = legend_height(WIDTH - 8, &labels) + 12;
+    let above = legend_height(WIDTH - 8, &labels) + 12;
+    let top = above + references.len() as i32 * LABEL;
     let bottom = top + rows.len() as i32 * row_height;
+    let lines: Vec<String> = references
+        .iter()
+        .map(|reference| format!("{} at {}", reference.label, format::time(reference.value)))
+        .collect();
+    let lines = match lines.is_empty() {
+        true => String::new(),
+        false => format!(" Reference lines: {}.", format::list(&lines)),
+    };
     let description = format!(
         "Logarithmic axis from {} to {}; {} in {}, one marker per column, whiskers are 95 % \
-         bootstrap intervals of the median. The same figures stand in the table that follows.",
+         bootstrap intervals of the median.{lines} The same figures stand in the table that follows.",
         format::time(10_f64.powf(first)),
         format::time(10_f64.powf(last)),
         format::plural(drawn, "figure"),
@@ -98,6 +123,24 @@ pub(crate) fn dot_plot(
             }
         }
         line(area, (from, bottom), (to, bottom), Ink::Muted, 1)?;
+        // From the right: a label stands left of its line, above where the next line begins.
+        for (index, reference) in references.iter().rev().enumerate() {
+            let x = place(reference.value);
+            let y = above + index as i32 * LABEL;
+            dashes(area, (x, y), (x, bottom))?;
+            let (anchor, at) = match x - text_width(reference.label, 12) > 4 {
+                true => (HPos::Right, x - 5),
+                false => (HPos::Left, x + 5),
+            };
+            text(
+                area,
+                (at, y + LABEL / 2),
+                anchor,
+                Ink::Muted,
+                12,
+                reference.label,
+            )?;
+        }
         for (index, row) in rows.iter().enumerate() {
             let y = top + index as i32 * row_height;
             if index > 0 {

@@ -8,7 +8,7 @@
 mod dots;
 mod stack;
 
-pub(crate) use dots::{Dot, DotRow, dot_plot};
+pub(crate) use dots::{Dot, DotRow, Reference, dot_plot};
 pub(crate) use stack::{Bar, Panel, stacked_bars};
 
 use std::fmt::Write as _;
@@ -121,6 +121,14 @@ pub(crate) fn chart(
 fn line(area: &Area<'_>, from: (i32, i32), to: (i32, i32), ink: Ink, width: u32) -> Drawn {
     let style = ink.stand_in().stroke_width(width);
     area.draw(&PathElement::new(vec![from, to], style))
+}
+
+/// A vertical line of dashes.
+fn dashes(area: &Area<'_>, from: (i32, i32), to: (i32, i32)) -> Drawn {
+    for y in (from.1..to.1).step_by(7) {
+        line(area, (from.0, y), (to.0, (y + 4).min(to.1)), Ink::Muted, 1)?;
+    }
+    Ok(())
 }
 
 fn bar(area: &Area<'_>, from: (i32, i32), to: (i32, i32), ink: Ink) -> Drawn {

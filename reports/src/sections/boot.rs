@@ -32,7 +32,7 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
         label: "boot",
         dots,
     };
-    let plot = dot_plot("boot-plot", "Boot time, logarithmic", &columns, &[row])?;
+    let plot = dot_plot("boot-plot", "Boot time, logarithmic", &columns, &[row], &[])?;
     let body = html! {
         tbody {
             @for column in &view.columns {

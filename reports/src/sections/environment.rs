@@ -141,6 +141,7 @@ fn columns(view: &View<'_>) -> Markup {
         Role::Baseline => "baseline",
         Role::Mode => "mode",
         Role::Peer => "peer, a VMM that others wrote",
+        Role::Floor => "no guest: what modes are held against",
     };
     table(
         "columns",

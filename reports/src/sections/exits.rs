@@ -9,7 +9,7 @@ use reports_data::{Metric, Phase};
 
 use super::nothing;
 use super::tally::{
-    KVM_STATS, Series, TRANSLATOR, Tally, VMM, matrix, panels, tallies, tally_table,
+    KVM_STATS, Matrix, Series, TRANSLATOR, Tally, VMM, matrix, panels, tallies, tally_table,
 };
 use crate::Result;
 use crate::chart::stacked_bars;
@@ -62,7 +62,15 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
                 &vmm,
             ))
         }
-        @for column in &counting { (matrix(view, &others, column.name, KVM_STATS, Phase::Warm)) }
+        @for column in &counting {
+            (matrix(view, &others, &Matrix {
+                what: KVM_STATS,
+                prefix: "",
+                mode: column.name,
+                source: KVM_STATS,
+                phase: Phase::Warm,
+            }))
+        }
         @if !others.is_empty() {
             details {
                 summary { "Everything else that was counted: " (format::plural(others.len(), "row")) }

@@ -6,6 +6,7 @@ mod environment;
 mod exits;
 mod limits;
 mod nano;
+mod para;
 mod ring0;
 mod rows;
 mod slowdown;
@@ -70,6 +71,12 @@ pub(crate) fn all(view: &View<'_>, files: &[(&str, Vec<u8>)]) -> Result<Vec<Sect
             "Exits per operation",
             "Exits",
             exits::content(view)?,
+        ),
+        section(
+            "para",
+            "The paravirtual guest: floors, hypercalls, upcalls",
+            "Hypercalls",
+            para::content(view),
         ),
         section(
             "translator",

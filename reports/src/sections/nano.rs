@@ -2,10 +2,11 @@
 
 use maud::{Markup, html};
 use reports_data::Phase;
+use reports_data::held_against::FLOORS;
 
 use super::nothing;
 use crate::Result;
-use crate::chart::{Dot, DotRow, dot_plot};
+use crate::chart::{Dot, DotRow, Reference, dot_plot};
 use crate::format;
 use crate::table::{Tools, cell, column_heads, head, reasons, series, table};
 use crate::view::View;
@@ -33,7 +34,18 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
         })
         .collect();
     let title = "Time of one privileged operation, logarithmic";
-    let plot = dot_plot("nano-plot", title, &columns, &rows)?;
+    let mut references: Vec<Reference<'_>> = FLOORS
+        .iter()
+        .filter_map(|(name, about)| {
+            let value = view.floor(name).figure()?.value;
+            (value > 0.0).then_some(Reference {
+                label: about,
+                value,
+            })
+        })
+        .collect();
+    references.sort_by(|a, b| a.value.total_cmp(&b.value));
+    let plot = dot_plot("nano-plot", title, &columns, &rows, &references)?;
     let body = html! {
         tbody {
             @for workload in &operations {
@@ -63,6 +75,10 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
             "Markers are medians, whiskers 95 % bootstrap intervals. The axis is logarithmic: equal \
             distances are equal factors. A whisker that is not seen lies within its marker. Operations \
             without a marker have no figure; the reasons stand below the table."
+            @if !references.is_empty() {
+                " Dashed lines are operations of this host without any guest, measured in the same \
+                rounds: see " a href="#para" { "floors" } "."
+            }
         }
         @match plot {
             Some(plot) => (plot),

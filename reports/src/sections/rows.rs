@@ -1,7 +1,7 @@
 //! Every row of the summary, with status and reason; nothing is left out.
 
 use maud::{Markup, html};
-use reports_data::{SummaryRow, Unit};
+use reports_data::{Role, SummaryRow, Unit};
 
 use super::nothing;
 use crate::format;
@@ -14,7 +14,12 @@ pub(super) fn content(view: &View<'_>) -> Markup {
     let missing: Vec<String> = manifest
         .modes
         .iter()
-        .filter(|info| view.columns.iter().all(|c| c.name != info.name))
+        .filter(|info| match info.role {
+            Role::Baseline | Role::Mode | Role::Peer => {
+                view.columns.iter().all(|c| c.name != info.name)
+            }
+            Role::Floor => view.run.summary.rows.iter().all(|r| r.mode != info.name),
+        })
         .map(|info| info.label.clone())
         .collect();
     let lacking = html! {

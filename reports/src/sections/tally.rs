@@ -192,15 +192,30 @@ pub(super) fn panels<'a>(
         .collect()
 }
 
+/// Which counts a [`matrix`] shows.
+pub(super) struct Matrix<'a> {
+    /// What they are, for the caption.
+    pub(super) what: &'a str,
+    /// What all reasons begin with; left out of the column heads.
+    pub(super) prefix: &'a str,
+    /// Column of the comparison.
+    pub(super) mode: &'a str,
+    /// Source.
+    pub(super) source: &'a str,
+    /// Phase.
+    pub(super) phase: Phase,
+}
+
 /// Workloads down, reasons across, for one column, source and phase. Cold: the whole window,
 /// because what happens once is not shared out over iterations. Warm: per iteration.
-pub(super) fn matrix(
-    view: &View<'_>,
-    tallies: &[Tally<'_>],
-    mode: &str,
-    source: &str,
-    phase: Phase,
-) -> Markup {
+pub(super) fn matrix(view: &View<'_>, tallies: &[Tally<'_>], shown: &Matrix<'_>) -> Markup {
+    let &Matrix {
+        what,
+        prefix,
+        mode,
+        source,
+        phase,
+    } = shown;
     let here = || {
         let tallies = tallies.iter();
         tallies.filter(|t| t.mode == mode && t.phase == phase && t.source == source)
@@ -241,20 +256,24 @@ pub(super) fn matrix(
             }
         }
     };
-    let what = match phase {
+    let share = match phase {
         Phase::Cold | Phase::Boot => "in a whole first window",
         Phase::Warm => "per iteration",
     };
     // The place, not the name: two names may come to the same anchor.
     let place = view.columns.iter().position(|column| column.name == mode);
     table(
-        &format!("{source}-{}-{phase}", place.unwrap_or_default()),
         &format!(
-            "{}: {source} counts {what}, {phase}",
+            "{}-{}-{phase}",
+            what.replace(' ', "-"),
+            place.unwrap_or_default()
+        ),
+        &format!(
+            "{}: {what} counts {share}, {phase}",
             view.run.manifest.label(mode)
         ),
         Tools::Sort,
-        html! { tr { (head("Workload")) @for reason in &reasons { (number_head(reason)) } } },
+        html! { tr { (head("Workload")) @for reason in &reasons { (number_head(reason.strip_prefix(prefix).unwrap_or(reason))) } } },
         body,
     )
 }

@@ -6,7 +6,7 @@ use maud::{Markup, html};
 use reports_data::Phase;
 
 use super::nothing;
-use super::tally::{Series, TRANSLATOR, Tally, matrix, panels, tallies, tally_table};
+use super::tally::{Matrix, Series, TRANSLATOR, Tally, matrix, panels, tallies, tally_table};
 use crate::Result;
 use crate::chart::stacked_bars;
 use crate::format;
@@ -47,7 +47,13 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
         }
         @for column in columns() {
             @for phase in [Phase::Cold, Phase::Warm] {
-                (matrix(view, &tallies, column.name, TRANSLATOR, phase))
+                (matrix(view, &tallies, &Matrix {
+                    what: TRANSLATOR,
+                    prefix: "",
+                    mode: column.name,
+                    source: TRANSLATOR,
+                    phase,
+                }))
             }
         }
         details {

@@ -42,6 +42,11 @@ pub(crate) enum Command {
     Probe(Probe),
     /// List modes and workloads
     List,
+    /// Do the host's own operations on order: what mode para is made of, without a guest
+    ///
+    /// Stdin and stdout are the console, as in a run; `list` names the operations, `run NAME 0 COUNT`
+    /// does one COUNT times.
+    Floor,
 }
 
 #[derive(Args, Debug)]

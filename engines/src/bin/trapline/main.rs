@@ -4,6 +4,7 @@
 //! and the exit status says how the guest ended (see [`status`]).
 
 mod cli;
+mod floor;
 mod list;
 mod native;
 mod probe;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         cli::Command::Run(arguments) => run::run(&arguments),
         cli::Command::Probe(arguments) => probe::run(&arguments),
         cli::Command::List => list::run(),
+        cli::Command::Floor => floor::run(),
     };
     done.unwrap_or_else(|error| {
         if broken_pipe(&error) {
