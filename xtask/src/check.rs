@@ -12,10 +12,10 @@ use reports_data::{Metric, NATIVE, Phase, SUMMARY, Status, Summary};
 use crate::compare::{self, Format};
 use crate::spawn::{self, cargo};
 
-/// Modes of the short comparison; `para` is under construction and has its own tests.
-const SMOKE_MODES: &str = "full,hardware,native";
+/// Modes of the short comparison.
+const SMOKE_MODES: &str = "full,hardware,para,native";
 /// Workloads of the short comparison: one per way in which a guest leaves its code.
-const SMOKE_WORKLOADS: &str = "alu,fib,cpuid,out";
+const SMOKE_WORKLOADS: &str = "alu,fib,syscall,cpuid,out";
 /// Modes that run on every host, so that their rows must be there.
 const EVERYWHERE: &[&str] = &["full", NATIVE];
 
