@@ -209,11 +209,13 @@ fn verified_runs_of_the_native_image_are_ok_in_every_round() {
     let samples = measure(dir.path(), &plan, vec![native], &["alu", "fib", "cr8wr"]);
     for workload in ["alu", "fib"] {
         let rows = warm_rows(&samples, workload);
-        // A busy host keeps the harness from a window now and then; those are no figures.
+        // A busy host keeps the harness from a window now and then, or from the ends of the empty one,
+        // which then is too long to be subtracted; those are no figures.
         let (ok, late): (Vec<&Sample>, Vec<&Sample>) =
             rows.into_iter().partition(|row| row.status == Status::Ok);
+        let lateness = [Status::Skipped, Status::Invalid];
         assert!(
-            late.iter().all(|row| row.status == Status::Skipped),
+            late.iter().all(|row| lateness.contains(&row.status)),
             "{late:?}"
         );
         assert!(!ok.is_empty() && ok.len() as u32 <= plan.rounds * plan.windows);
