@@ -1,4 +1,4 @@
-//! The guest's CPU outside translated code: registers, memory, and exception delivery.
+//! The guest's CPU outside translated code: registers, memory, and what becomes of exceptions.
 //!
 //! [`Core`] is what `system/` and the run loop work on. Register values are read and written in
 //! the [`Context`], after the site's homes are settled.
@@ -11,14 +11,13 @@ use crate::{
     arena::Arena,
     context::{Context, NATIVE_FLAGS, flags_from_lazy},
     cpu::{
-        Bits, CR0_EM, CR0_MP, CR0_PE, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, FLAG_NT, FLAG_RF,
-        FLAG_TF, FLAG_VM, SYSTEM_FLAGS, Seg, canonical,
+        Bits, CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, SYSTEM_FLAGS, Seg,
+        canonical,
     },
     decode::{Fpu, Mode},
-    fault::{self, Fault},
+    fault::Fault,
     mmu::{Access, Mmu},
     site::Homes,
-    system::on_stack,
     tlb::Span,
 };
 
@@ -184,13 +183,23 @@ impl Core {
     fn current_mode(&self) -> Mode {
         let cpu = &self.cpu;
         let user = self.user();
+        let bits = cpu.bits();
+        let long = bits == Bits::Bits64;
+        let flat = long
+            || [Seg::ES, Seg::CS, Seg::SS, Seg::DS]
+                .iter()
+                .all(|&index| cpu.segments[index].base == 0);
         Mode {
-            bits: cpu.bits(),
+            bits,
             user,
-            flat: cpu.long() && cpu.bits() == Bits::Bits64
-                || [Seg::ES, Seg::CS, Seg::SS, Seg::DS]
-                    .iter()
-                    .all(|&index| cpu.segments[index].base == 0),
+            flat,
+            code_base: if flat {
+                0
+            } else {
+                cpu.segments[Seg::CS].base as u32
+            },
+            narrow_stack: !long && !cpu.segments[Seg::SS].db(),
+            limited: cpu.limited_segments(),
             fpu: Fpu {
                 emulated: cpu.cr0 & CR0_EM != 0,
                 switched: cpu.cr0 & CR0_TS != 0,
@@ -287,233 +296,5 @@ impl Core {
             }
             fault = fault.then(met).ok_or(Shutdown)?;
         }
-    }
-
-    /// Goes through the IDT.
-    ///
-    /// # Errors
-    /// The exception met on the way; nothing has changed then.
-    pub(crate) fn deliver(
-        &mut self,
-        vector: u8,
-        error: Option<u32>,
-        cause: Cause,
-    ) -> Result<(), Fault> {
-        if self.cpu.cr0 & CR0_PE == 0 {
-            // Real mode isn't entered by any image that boots here yet.
-            return Err(Fault {
-                vector: fault::DF,
-                error: Some(0),
-                address: None,
-            });
-        }
-        if self.cpu.long() {
-            self.deliver_long(vector, error, cause)
-        } else {
-            self.deliver_protected(vector, error, cause)
-        }
-    }
-
-    /// SDM 3A 6.14.
-    fn deliver_long(&mut self, vector: u8, error: Option<u32>, cause: Cause) -> Result<(), Fault> {
-        let idt_error = |vector: u8| (u16::from(vector) << 3) | 2;
-        let external = u16::from(cause == Cause::External);
-        let bad_gate = |kind| Fault {
-            vector: kind,
-            error: Some(u32::from(idt_error(vector) | external)),
-            address: None,
-        };
-        let offset = u64::from(vector) * 16;
-        if offset + 15 > u64::from(self.cpu.idtr.limit) {
-            return Err(bad_gate(fault::GP));
-        }
-        let at = self.cpu.idtr.base.wrapping_add(offset);
-        let low = self.mmu.read_int::<8>(&self.cpu, at, false)?;
-        let high = self
-            .mmu
-            .read_int::<8>(&self.cpu, at.wrapping_add(8), false)?;
-        let kind = low >> 40 & 0x1f;
-        if kind != 0xe && kind != 0xf {
-            return Err(bad_gate(fault::GP));
-        }
-        let gate_dpl = (low >> 45 & 3) as u8;
-        if cause == Cause::Software && gate_dpl < self.cpu.cpl() {
-            return Err(bad_gate(fault::GP));
-        }
-        if low >> 47 & 1 == 0 {
-            return Err(bad_gate(fault::NP));
-        }
-        let selector = (low >> 16) as u16;
-        let target = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32;
-        let ist = (low >> 32 & 7) as u16;
-        let code = self.code_descriptor(selector)?;
-        let cpl = self.cpu.cpl();
-        let conforming = code.attributes & 4 != 0;
-        if !code.long() || code.db() || code.dpl() > cpl {
-            return Err(Fault::selector(fault::GP, selector));
-        }
-        let new_cpl = if conforming { cpl } else { code.dpl() };
-        let mut rsp = if ist != 0 {
-            self.tss_qword(0x1c + 8 * u64::from(ist))?
-        } else if new_cpl < cpl {
-            self.tss_qword(4 + 8 * u64::from(new_cpl))?
-        } else {
-            self.gpr(4)
-        };
-        rsp &= !0xf;
-        let ss = self.cpu.segments[Seg::SS];
-        // RF is set in the image for faults, so that an instruction breakpoint doesn't repeat.
-        let mut flags = self.rflags();
-        if cause == Cause::Exception && vector != fault::DB {
-            flags |= FLAG_RF;
-        }
-        let mut frame = [0u8; 48];
-        let mut at = 0;
-        let mut put = |value: u64| {
-            frame[at..at + 8].copy_from_slice(&value.to_le_bytes());
-            at += 8;
-        };
-        if let Some(error) = error {
-            put(error.into());
-        }
-        for value in [
-            self.rip,
-            self.cpu.segments[Seg::CS].selector.into(),
-            flags,
-            self.gpr(4),
-            ss.selector.into(),
-        ] {
-            put(value);
-        }
-        let rsp = rsp.wrapping_sub(at as u64);
-        self.write(rsp, &frame[..at], new_cpl == 3).map_err(|met| {
-            // Words are pushed from the top: the highest one that can't be is what a fault names.
-            let words = (0..at).step_by(8).rev();
-            let highest = words
-                .map(|word| self.probe_write(rsp.wrapping_add(word as u64), 8, new_cpl == 3))
-                .find_map(Result::err);
-            on_stack(highest.unwrap_or(met))
-        })?;
-        if new_cpl < cpl {
-            // A null selector with the new privilege (SDM 3A 6.14.5).
-            let null = Segment {
-                selector: new_cpl.into(),
-                base: 0,
-                limit: u32::MAX,
-                attributes: 0xc093 | u16::from(new_cpl) << 5,
-            };
-            self.set_segment(Seg::SS, null);
-        }
-        let code = Segment {
-            selector: selector & !3 | u16::from(new_cpl),
-            ..code
-        };
-        self.set_segment(Seg::CS, code);
-        self.set_gpr(4, rsp);
-        self.rip = target;
-        if kind == 0xe {
-            self.set_interrupts(false);
-        }
-        self.cpu.flags &= !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
-        self.cpu.shadow = false;
-        Ok(())
-    }
-
-    /// 32-bit gates (SDM 3A 6.12).
-    fn deliver_protected(
-        &mut self,
-        vector: u8,
-        error: Option<u32>,
-        cause: Cause,
-    ) -> Result<(), Fault> {
-        let bad = |kind| Fault {
-            vector: kind,
-            error: Some(u32::from(vector) << 3 | 2 | u32::from(cause == Cause::External)),
-            address: None,
-        };
-        let offset = u64::from(vector) * 8;
-        if offset + 7 > u64::from(self.cpu.idtr.limit) {
-            return Err(bad(fault::GP));
-        }
-        let at = self.cpu.idtr.base.wrapping_add(offset) & 0xffff_ffff;
-        let gate = self.mmu.read_int::<8>(&self.cpu, at, false)?;
-        let kind = gate >> 40 & 0x1f;
-        if kind != 0xe && kind != 0xf {
-            return Err(bad(fault::GP));
-        }
-        if cause == Cause::Software && ((gate >> 45 & 3) as u8) < self.cpu.cpl() {
-            return Err(bad(fault::GP));
-        }
-        if gate >> 47 & 1 == 0 {
-            return Err(bad(fault::NP));
-        }
-        let selector = (gate >> 16) as u16;
-        let target = gate & 0xffff | gate >> 32 & 0xffff_0000;
-        let code = self.code_descriptor(selector)?;
-        let cpl = self.cpu.cpl();
-        if code.dpl() > cpl {
-            return Err(Fault::selector(fault::GP, selector));
-        }
-        let new_cpl = if code.attributes & 4 != 0 {
-            cpl
-        } else {
-            code.dpl()
-        };
-        let old_ss = self.cpu.segments[Seg::SS];
-        let old_esp = self.gpr(4) as u32;
-        let (ss, esp) = if new_cpl < cpl {
-            let slot = self.cpu.tr.base.wrapping_add(4 + 8 * u64::from(new_cpl));
-            let esp = self.mmu.read_int::<4>(&self.cpu, slot, false)? as u32;
-            let ss = self
-                .mmu
-                .read_int::<2>(&self.cpu, slot.wrapping_add(4), false)? as u16;
-            (self.descriptor(ss, fault::TS)?, esp)
-        } else {
-            (old_ss, old_esp)
-        };
-        let mut frame = Vec::with_capacity(24);
-        let mut put = |value: u32| frame.extend_from_slice(&value.to_le_bytes());
-        if let Some(error) = error {
-            put(error);
-        }
-        put(self.rip as u32);
-        put(self.cpu.segments[Seg::CS].selector.into());
-        put(self.rflags() as u32
-            | if cause == Cause::Exception {
-                FLAG_RF as u32
-            } else {
-                0
-            });
-        if new_cpl < cpl {
-            put(old_esp);
-            put(old_ss.selector.into());
-        }
-        let esp = esp.wrapping_sub(frame.len() as u32);
-        let at = ss.base.wrapping_add(esp.into()) & 0xffff_ffff;
-        self.write(at, &frame, new_cpl == 3)?;
-        self.set_segment(Seg::SS, ss);
-        self.set_segment(
-            Seg::CS,
-            Segment {
-                selector: selector & !3 | u16::from(new_cpl),
-                ..code
-            },
-        );
-        self.set_gpr(4, esp.into());
-        self.rip = target;
-        if kind == 0xe {
-            self.set_interrupts(false);
-        }
-        self.cpu.flags &= !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
-        self.cpu.shadow = false;
-        Ok(())
-    }
-
-    fn tss_qword(&self, offset: u64) -> Result<u64, Fault> {
-        if offset + 7 > u64::from(self.cpu.tr.limit) {
-            return Err(Fault::selector(fault::TS, self.cpu.tr.selector));
-        }
-        self.mmu
-            .read_int::<8>(&self.cpu, self.cpu.tr.base.wrapping_add(offset), false)
     }
 }

@@ -146,6 +146,32 @@ impl Cpu {
         }
     }
 
+    /// True in virtual-8086 mode.
+    pub(crate) fn virtual_8086(&self) -> bool {
+        self.flags & FLAG_VM != 0 && self.cr0 & CR0_PE != 0
+    }
+
+    /// True where selectors are addresses: real-address and virtual-8086 mode.
+    pub(crate) fn real_addressing(&self) -> bool {
+        self.cr0 & CR0_PE == 0 || self.flags & FLAG_VM != 0
+    }
+
+    /// Segments, one bit each, that hold less than all of memory or not for every access.
+    pub(crate) fn limited_segments(&self) -> u8 {
+        if self.bits() == Bits::Bits64 {
+            return 0;
+        }
+        let whole = |segment: &Segment| {
+            // Present, data, expand-up, writable.
+            segment.attributes & 0x9e == 0x92 && segment.limit == u32::MAX
+        };
+        self.segments
+            .iter()
+            .enumerate()
+            .filter(|(_, segment)| !whole(segment))
+            .fold(0, |mask, (index, _)| mask | 1 << index)
+    }
+
     /// True in IA-32e mode.
     pub(crate) fn long(&self) -> bool {
         self.efer & EFER_LMA != 0

@@ -71,6 +71,30 @@ pub(crate) struct Mode {
     pub interrupts: bool,
     /// One instruction only, for what an interrupt shadow or a store into this code demands.
     pub single: bool,
+    /// Base of CS where it isn't flat: the same bytes are other instructions' neighbours then.
+    pub code_base: u32,
+    /// SP is the stack pointer, not ESP.
+    pub narrow_stack: bool,
+    /// Segments, one bit each as instructions encode them, whose limit or kind has to be looked at
+    /// for every access.
+    pub limited: u8,
+}
+
+impl Mode {
+    /// What holds for flat code without an oddity.
+    #[cfg(test)]
+    pub(crate) const LONG: Mode = Mode {
+        bits: Bits::Bits64,
+        user: false,
+        flat: true,
+        fpu: Fpu::READY,
+        tsc: true,
+        interrupts: true,
+        single: false,
+        code_base: 0,
+        narrow_stack: false,
+        limited: 0,
+    };
 }
 
 /// How an instruction is lowered.
@@ -565,7 +589,7 @@ fn classify(instr: &Instruction, mode: Mode) -> Class {
     if let Some(fault) = fpu_fault(instr, mode.fpu) {
         return Class::Fault(fault);
     }
-    if mode.bits == Bits::Bits16 {
+    if odd_stack(instr, mode) {
         return Class::System;
     }
     let near = |class| {
@@ -586,6 +610,7 @@ fn classify(instr: &Instruction, mode: Mode) -> Class {
         FlowControl::UnconditionalBranch => near(Class::Jump),
         FlowControl::IndirectBranch => near(Class::JumpIndirect),
         FlowControl::ConditionalBranch => match instr.mnemonic() {
+            Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz if counts_cx(instr) => Class::System,
             Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => Class::Loop,
             _ => Class::Branch,
         },
@@ -596,6 +621,49 @@ fn classify(instr: &Instruction, mode: Mode) -> Class {
         FlowControl::Exception | FlowControl::XbeginXabortXend => Class::Fault(Fault::ud()),
         FlowControl::Next => classify_next(instr, mode),
     }
+}
+
+/// True if `instr` uses the stack, or branches through memory or a register, in a way that isn't
+/// worth code of its own: in 16-bit code, with a stack pointer of the other width, or with a
+/// 16-bit instruction pointer in 32-bit code.
+fn odd_stack(instr: &Instruction, mode: Mode) -> bool {
+    if mode.bits == Bits::Bits64 {
+        return false;
+    }
+    use Mnemonic::*;
+    let narrow = mode.bits == Bits::Bits16;
+    match instr.mnemonic() {
+        Push | Pop | Leave => narrow || mode.narrow_stack,
+        Call | Ret => {
+            narrow
+                || mode.narrow_stack
+                || matches!(
+                    instr.code(),
+                    Code::Call_rel16 | Code::Call_rm16 | Code::Retnw | Code::Retnw_imm16
+                )
+        }
+        Jmp => {
+            let indirect = matches!(instr.op0_kind(), OpKind::Register | OpKind::Memory);
+            indirect && (narrow || instr.code() == Code::Jmp_rm16)
+        }
+        _ => false,
+    }
+}
+
+/// True for loop and jcxz with CX as their count, which 64-bit code has no form of.
+fn counts_cx(instr: &Instruction) -> bool {
+    use Code::*;
+    matches!(
+        instr.code(),
+        Loop_rel8_16_CX
+            | Loop_rel8_32_CX
+            | Loope_rel8_16_CX
+            | Loope_rel8_32_CX
+            | Loopne_rel8_16_CX
+            | Loopne_rel8_32_CX
+            | Jcxz_rel8_16
+            | Jcxz_rel8_32
+    )
 }
 
 fn classify_next(instr: &Instruction, mode: Mode) -> Class {
@@ -610,10 +678,6 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         return Class::System;
     }
     let has_memory = (0..instr.op_count()).any(|operand| instr.op_kind(operand) == OpKind::Memory);
-    let half = |register: Register| register != Register::None && register.size() == 2;
-    if has_memory && (half(instr.memory_base()) || half(instr.memory_index())) {
-        return Class::System;
-    }
     match instr.mnemonic() {
         Cli if mode.interrupts => Class::Cli,
         Sti if mode.interrupts && !mode.single => Class::Sti,
@@ -640,15 +704,7 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
 mod tests {
     use super::*;
 
-    const MODE: Mode = Mode {
-        bits: Bits::Bits64,
-        user: false,
-        flat: true,
-        fpu: Fpu::READY,
-        tsc: true,
-        interrupts: true,
-        single: false,
-    };
+    const MODE: Mode = Mode::LONG;
 
     fn check(bytes: &[u8], classes: &[Class]) -> Decoded {
         let mut info = InstructionInfoFactory::new();

@@ -13,6 +13,7 @@ pub(crate) const DE: u8 = 0;
 pub(crate) const DB: u8 = 1;
 pub(crate) const BP: u8 = 3;
 pub(crate) const OF: u8 = 4;
+pub(crate) const BR: u8 = 5;
 pub(crate) const UD: u8 = 6;
 pub(crate) const NM: u8 = 7;
 pub(crate) const DF: u8 = 8;

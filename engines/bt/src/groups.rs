@@ -273,13 +273,9 @@ mod tests {
     use iced_x86::InstructionInfoFactory;
 
     const MODE: Mode = Mode {
-        bits: Bits::Bits64,
         user: true,
-        flat: true,
-        fpu: crate::decode::Fpu::READY,
-        tsc: true,
         interrupts: false,
-        single: false,
+        ..Mode::LONG
     };
 
     fn check(bytes: &[u8], expected: &[(usize, usize, i64, u32)]) {

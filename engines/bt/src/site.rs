@@ -69,6 +69,8 @@ pub(crate) struct Slow {
     pub after: Homes,
     /// The access is to the stack: #SS instead of #GP.
     pub stack: bool,
+    /// Segment whose limit and kind are looked at for this access.
+    pub segment: Option<u8>,
     /// The access has to be aligned to 16 bytes.
     pub aligned: bool,
     /// Guest instruction pointer after the body, None if more of the instruction is to come.

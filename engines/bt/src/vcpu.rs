@@ -22,7 +22,7 @@ use crate::{
     cache::{Cache, Key, Refusal, Source},
     context::HOST_FAULT,
     core::{Core, Flushed, Shutdown},
-    cpu::{Bits, canonical},
+    cpu::{Bits, Seg, canonical},
     decode::Mode,
     fault::Fault,
     kick::Doorbell,
@@ -294,6 +294,9 @@ impl BtVcpu {
 
     /// The block at `virt`, translated if need be.
     fn block(&mut self, mode: Mode, virt: u64) -> Result<u32, Trap> {
+        if mode.limited >> Seg::CS & 1 == 1 {
+            self.core.check_target(self.core.rip)?;
+        }
         let page = self
             .core
             .mmu

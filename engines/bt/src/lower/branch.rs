@@ -70,6 +70,10 @@ impl Lower<'_> {
             | Code::Loop_rel8_32_ECX
             | Code::Loope_rel8_32_ECX
             | Code::Loopne_rel8_32_ECX
+            | Code::Loop_rel8_16_ECX
+            | Code::Loope_rel8_16_ECX
+            | Code::Loopne_rel8_16_ECX
+            | Code::Jecxz_rel8_16
             | Code::Jecxz_rel8_32
             | Code::Jecxz_rel8_64 => true,
             _ => return Err("16-bit count".into()),
@@ -203,8 +207,7 @@ impl Lower<'_> {
     fn wrap(&self, target: u64) -> u64 {
         match self.mode.bits {
             Bits::Bits64 => target,
-            Bits::Bits32 => target & 0xffff_ffff,
-            Bits::Bits16 => target & 0xffff,
+            Bits::Bits32 | Bits::Bits16 => target & 0xffff_ffff,
         }
     }
 }

@@ -20,7 +20,7 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, OpKind, Register};
 use std::mem::offset_of;
 
-use super::{Cold, Lower, gpr64, memory_operand, needs_flags};
+use super::{Cold, Lower, gpr64, lasting, memory_operand, needs_flags};
 use crate::{
     context::Context,
     cpu::Bits,
@@ -58,6 +58,7 @@ pub(super) struct Open {
     write: bool,
     read: bool,
     stack: bool,
+    limited: Option<u8>,
     aligned: bool,
     disp: i32,
     retry: usize,
@@ -72,6 +73,7 @@ struct Lookup {
     register: u8,
     table: u8,
     stack: bool,
+    limited: Option<u8>,
     /// Where things were when it began.
     homes: Homes,
     retry: usize,
@@ -174,7 +176,7 @@ impl Lower<'_> {
         let (size, base) = match insn.instr.op0_kind() {
             OpKind::MemorySegRDI => (insn.instr.op1_register().size(), Register::RDI),
             OpKind::MemorySegEDI => (insn.instr.op1_register().size(), Register::EDI),
-            _ => return Err("16-bit address".into()),
+            _ => (insn.instr.op1_register().size(), Register::DI),
         };
         operand.set_memory_base(base);
         operand.set_memory_index(Register::None);
@@ -223,6 +225,7 @@ impl Lower<'_> {
                     Class::Push | Class::Pop | Class::Call | Class::CallIndirect
                 ) && insn.memory.is_some_and(|memory| memory.read),
             stack: lookup.stack,
+            limited: lookup.limited,
             aligned: insn.memory.is_some_and(|memory| memory.aligned),
             disp: self.tlb(write),
             retry: lookup.retry,
@@ -277,6 +280,7 @@ impl Lower<'_> {
             write: group.write,
             read: !group.write,
             stack: false,
+            limited: None,
             aligned: false,
             disp: 0,
             retry: 0,
@@ -305,7 +309,8 @@ impl Lower<'_> {
         self.busy = avoid | 1 << register;
         let homes = self.homes;
         let retry = self.position();
-        let stack = self.address_into(address, register, table, size)?;
+        let segment = self.address_into(address, register, table, size)?;
+        let limited = (self.mode.limited >> segment & 1 == 1).then_some(segment);
         let disp = self.tlb(write);
         dynasm!(self.asm
             ; .arch x64
@@ -315,15 +320,19 @@ impl Lower<'_> {
             ; sub Rq(register), [Rq(table) + disp]
             ; cmp Rq(register), 4096 - size as i32
         );
-        self.asm.push(0x0f);
-        self.asm.push(0x87);
+        match limited {
+            // Only the runtime knows whether this may be.
+            Some(_) => self.asm.push(0xe9),
+            None => self.asm.extend([0x0f, 0x87]),
+        }
         let miss = self.position();
         self.asm.push_i32(0);
         dynasm!(self.asm ; .arch x64 ; add Rq(register), [Rq(table) + disp + 8]);
         Ok(Lookup {
             register,
             table,
-            stack,
+            stack: segment == 2,
+            limited,
             homes,
             retry,
             miss,
@@ -400,6 +409,7 @@ impl Lower<'_> {
             after,
             read: open.read,
             stack: open.stack,
+            segment: open.limited,
             aligned: open.aligned,
             next_ip,
             rsp,
@@ -428,15 +438,15 @@ impl Lower<'_> {
         }
     }
 
-    /// Emits the guest-virtual address into `register`, with `scratch` at its disposal. Returns true
-    /// if it is in the stack segment.
+    /// Emits the guest-virtual address into `register`, with `scratch` at its disposal. Returns the
+    /// segment's number.
     fn address_into(
         &mut self,
         address: Address<'_>,
         register: u8,
         scratch: u8,
         size: u32,
-    ) -> Result<bool, String> {
+    ) -> Result<u8, String> {
         let narrow = self.mode.bits != Bits::Bits64;
         let (segment, truncate) = match address {
             Address::Stack(offset) => {
@@ -488,13 +498,16 @@ impl Lower<'_> {
                         ; lea Rq(register), [Rq(register) + 8 * Rq(scratch)]
                     ),
                 }
-                (
-                    data_segment(instr, self.mode.bits),
-                    address_bits(instr, self.mode.bits) == 32,
-                )
+                match address_bits(instr, self.mode.bits) {
+                    16 => {
+                        dynasm!(self.asm ; .arch x64 ; movzx Rd(register), Rw(register));
+                        (data_segment(instr, self.mode.bits), false)
+                    }
+                    bits => (data_segment(instr, self.mode.bits), bits == 32),
+                }
             }
         };
-        let index = match segment {
+        let index: u8 = match segment {
             Register::ES => 0,
             Register::CS => 1,
             Register::SS => 2,
@@ -506,13 +519,13 @@ impl Lower<'_> {
             dynasm!(self.asm ; .arch x64 ; mov Rd(register), Rd(register));
         }
         if index >= 4 || !self.mode.flat && narrow {
-            let base = self.layout.slot(offset_of!(Context, segment_base)) + 8 * index;
+            let base = self.layout.slot(offset_of!(Context, segment_base)) + 8 * i32::from(index);
             dynasm!(self.asm ; .arch x64 ; add Rq(register), [base]);
             if narrow {
                 dynasm!(self.asm ; .arch x64 ; mov Rd(register), Rd(register));
             }
         }
-        Ok(index == 2)
+        Ok(index)
     }
 
     /// Emits the offset part of a memory operand, cut to 32 bits if it has no more.
@@ -522,7 +535,8 @@ impl Lower<'_> {
         by: i64,
         register: u8,
     ) -> Result<(), String> {
-        let narrow = address_bits(instr, self.mode.bits) == 32;
+        let bits = address_bits(instr, self.mode.bits);
+        let narrow = bits <= 32;
         let no_register = instr.memory_base() == Register::None
             && instr.memory_index() == Register::None
             || instr.is_ip_rel_memory_operand();
@@ -548,11 +562,15 @@ impl Lower<'_> {
                 lea.set_memory_displ_size(1);
             }
         }
-        self.encode(&lea)
+        self.encode(&lea)?;
+        if bits == 16 {
+            dynasm!(self.asm ; .arch x64 ; movzx Rd(register), Rw(register));
+        }
+        Ok(())
     }
 }
 
-fn address_bits(instr: &Instruction, bits: Bits) -> u32 {
+pub(super) fn address_bits(instr: &Instruction, bits: Bits) -> u32 {
     let register = if instr.memory_base() != Register::None {
         instr.memory_base()
     } else {
@@ -564,8 +582,7 @@ fn address_bits(instr: &Instruction, bits: Bits) -> u32 {
         Register::None if instr.memory_displ_size() == 4 => 32,
         Register::None => 64,
         Register::EIP => 32,
-        register if register.size() == 4 => 32,
-        _ => 64,
+        register => register.size() as u32 * 8,
     }
 }
 
@@ -579,7 +596,7 @@ pub(super) fn plain_address(instr: &Instruction, code: Code, target: Register) -
             register.full_register()
         }
     };
-    let narrow = address_bits(instr, Bits::Bits64) == 32;
+    let narrow = address_bits(instr, Bits::Bits64) <= 32;
     let mut lea = Instruction::new();
     // A 32-bit address in a 64-bit destination is zero-extended: the narrow form does that.
     let code = if narrow && code == Code::Lea_r64_m {
@@ -627,7 +644,7 @@ fn with_operand(instr: &Instruction) -> Instruction {
         Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
         Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
         Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
-        code => code,
+        code => lasting(code).unwrap_or(code),
     });
     if let Some(operand) = memory_operand(instr) {
         body.set_op_kind(operand, OpKind::Memory);

@@ -332,21 +332,20 @@ impl Lower<'_> {
         self.flags_for(insn);
         self.need(insn.reads);
         self.mark(Ip::At(insn.instr.ip()));
-        match insn.instr.code() {
-            // One-byte inc and dec are REX prefixes in 64-bit code.
-            Code::Inc_r32 | Code::Dec_r32 | Code::Inc_r16 | Code::Dec_r16
-                if self.mode.bits != Bits::Bits64 =>
-            {
+        let code = insn.instr.code();
+        let lasting = match self.mode.bits {
+            Bits::Bits64 => None,
+            Bits::Bits32 => lasting(code),
+            // Operand-size prefixes are the other way round.
+            Bits::Bits16 => lasting(code).or(Some(code)),
+        };
+        match lasting {
+            Some(code) => {
                 let mut instr = insn.instr;
-                instr.set_code(match insn.instr.code() {
-                    Code::Inc_r32 => Code::Inc_rm32,
-                    Code::Dec_r32 => Code::Dec_rm32,
-                    Code::Inc_r16 => Code::Inc_rm16,
-                    _ => Code::Dec_rm16,
-                });
+                instr.set_code(code);
                 self.encode(&instr)?;
             }
-            _ => self.asm.extend(raw),
+            None => self.asm.extend(raw),
         }
         self.done(insn);
         Ok(())
@@ -366,8 +365,13 @@ impl Lower<'_> {
             let number = instr.op0_register().full_register().number() as u8;
             dynasm!(self.asm ; .arch x64 ; mov Rw(number), value as i16);
         } else {
-            let lea = memory::plain_address(instr, instr.code(), instr.op0_register());
+            let target = instr.op0_register();
+            let lea = memory::plain_address(instr, instr.code(), target);
             self.encode(&lea)?;
+            if memory::address_bits(instr, self.mode.bits) == 16 && target.size() > 2 {
+                let number = target.full_register().number() as u8;
+                dynasm!(self.asm ; .arch x64 ; movzx Rd(number), Rw(number));
+            }
         }
         self.done(insn);
         Ok(())
@@ -613,6 +617,28 @@ pub(crate) fn lend(context: &mut Context) -> bool {
         }
     }
     context.flags & 1 << 10 == 0
+}
+
+/// The form that 64-bit code has of an instruction whose encoding means something else there.
+fn lasting(code: Code) -> Option<Code> {
+    use Code::*;
+    Some(match code {
+        // One-byte inc and dec are REX prefixes in 64-bit code.
+        Inc_r16 => Inc_rm16,
+        Inc_r32 => Inc_rm32,
+        Dec_r16 => Dec_rm16,
+        Dec_r32 => Dec_rm32,
+        // Opcode 82 is 80's twin, and undefined in 64-bit code.
+        Add_rm8_imm8_82 => Add_rm8_imm8,
+        Or_rm8_imm8_82 => Or_rm8_imm8,
+        Adc_rm8_imm8_82 => Adc_rm8_imm8,
+        Sbb_rm8_imm8_82 => Sbb_rm8_imm8,
+        And_rm8_imm8_82 => And_rm8_imm8,
+        Sub_rm8_imm8_82 => Sub_rm8_imm8,
+        Xor_rm8_imm8_82 => Xor_rm8_imm8,
+        Cmp_rm8_imm8_82 => Cmp_rm8_imm8,
+        _ => return None,
+    })
 }
 
 /// True if the body of `insn` wants the host's flags to be the guest's.

@@ -7,8 +7,8 @@ use super::{Step, Trap};
 use crate::{
     core::{Cause, Core},
     cpu::{
-        Bits, EFER_SCE, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM,
-        Seg, canonical,
+        Bits, CR0_PE, EFER_SCE, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF,
+        FLAG_VM, Seg, canonical,
     },
     fault::{self, Fault},
 };
@@ -31,6 +31,9 @@ impl Core {
         match instr.mnemonic() {
             Int | Int3 | Int1 => {
                 // int1 counts as hardware's: the gate's DPL doesn't matter (SDM 2A, INT n).
+                if instr.mnemonic() == Int && self.cpu.virtual_8086() && self.cpu.iopl() < 3 {
+                    return Err(Fault::gp().into());
+                }
                 let (vector, cause) = match instr.mnemonic() {
                     Int => (instr.immediate8(), Cause::Software),
                     Int3 => (fault::BP, Cause::Software),
@@ -44,7 +47,9 @@ impl Core {
                 }
                 self.software_interrupt(fault::OF, Cause::Software, instr.next_ip())?;
             }
-            Iretd | Iretq => self.iret(instr)?,
+            Iret | Iretd | Iretq => self.iret(instr)?,
+            Sysenter => self.sysenter()?,
+            Sysexit | Sysexitq => self.sysexit(instr.mnemonic() == Sysexitq)?,
             Syscall => self.syscall(instr)?,
             Sysret | Sysretq => self.sysret(instr.mnemonic() == Sysretq)?,
             Jmp | Call => self.far_transfer(instr)?,
@@ -62,24 +67,26 @@ impl Core {
     }
 
     fn iret(&mut self, instr: &Instruction) -> Result<(), Trap> {
-        let size: u32 = if instr.mnemonic() == Mnemonic::Iretq {
-            8
-        } else {
-            4
+        let size: u32 = match instr.mnemonic() {
+            Mnemonic::Iretq => 8,
+            Mnemonic::Iretd => 4,
+            _ => 2,
         };
         let step = u64::from(size);
+        if self.cpu.real_addressing() {
+            return self.iret_real(size);
+        }
         if self.cpu.flags & FLAG_NT != 0 {
-            return Err(if self.cpu.long() {
-                Fault::gp().into()
-            } else {
-                Trap::Unsupported("task return".into())
-            });
+            if self.cpu.long() {
+                return Err(Fault::gp().into());
+            }
+            return Ok(self.return_from_task(instr.next_ip())?);
         }
         let rip = self.peek(0, size)?;
         let selector = self.peek(step, size)? as u16;
         let image = self.peek(2 * step, size)?;
-        if image & FLAG_VM != 0 && !self.cpu.long() {
-            return Err(Trap::Unsupported("virtual-8086 mode".into()));
+        if image & FLAG_VM != 0 && !self.cpu.long() && self.cpu.cpl() == 0 && size == 4 {
+            return self.iret_to_virtual_8086(rip, selector, image);
         }
         let cpl = self.cpu.cpl();
         let rpl = (selector & 3) as u8;
@@ -91,6 +98,10 @@ impl Core {
         if self.cpu.long() && code.long() && !canonical(rip) {
             return Err(Fault::gp().into());
         }
+        let long = self.cpu.long() && code.long();
+        if !long && rip > code.limit.into() {
+            return Err(Fault::gp().into());
+        }
         // 64-bit mode always takes SS:RSP from the frame (SDM 2A, IRET).
         let from_64 = self.cpu.bits() == Bits::Bits64;
         if from_64 || rpl > cpl {
@@ -98,7 +109,8 @@ impl Core {
             let ss = self.peek(4 * step, size)? as u16;
             let segment = self.return_stack(ss, rpl, &code)?;
             self.set_segment(Seg::SS, segment);
-            self.set_gpr(4, rsp);
+            let narrow = !long && !segment.db();
+            self.set_gpr_sized(4, rsp, if narrow { 2 } else { 8 });
         } else {
             self.pop_bytes(3 * step);
         }
@@ -111,12 +123,60 @@ impl Core {
         if cpl > self.cpu.iopl() {
             writable &= !FLAG_IF;
         }
+        if size == 2 {
+            writable &= 0xffff;
+        }
         let old = self.rflags();
         // RF takes effect for one instruction and no breakpoint is armed: it isn't kept.
         self.set_rflags((old & !writable | image & writable) & !FLAG_RF);
         if rpl > cpl {
             self.drop_data_segments(rpl);
         }
+        Ok(())
+    }
+
+    fn iret_real(&mut self, size: u32) -> Result<(), Trap> {
+        let virtual_8086 = self.cpu.virtual_8086();
+        if virtual_8086 && self.cpu.iopl() < 3 {
+            return Err(Fault::gp().into());
+        }
+        let step = u64::from(size);
+        let rip = self.peek(0, size)?;
+        let selector = self.peek(step, size)? as u16;
+        let image = self.peek(2 * step, size)?;
+        self.check_target(rip)?;
+        let mut writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS;
+        if virtual_8086 {
+            writable &= !FLAG_IOPL;
+        }
+        if size == 2 {
+            writable &= 0xffff;
+        }
+        self.pop_bytes(3 * step);
+        let old = self.rflags();
+        self.set_rflags((old & !writable | image & writable) & !FLAG_RF);
+        let code = self.real_segment(Seg::CS, selector);
+        self.set_segment(Seg::CS, code);
+        self.rip = rip;
+        Ok(())
+    }
+
+    /// SDM 3A 17.2.5.
+    fn iret_to_virtual_8086(&mut self, rip: u64, cs: u16, image: u64) -> Result<(), Trap> {
+        let mut values = [0; 6];
+        for (slot, value) in values.iter_mut().enumerate() {
+            *value = self.peek(12 + 4 * slot as u64, 4)?;
+        }
+        let [esp, ss, es, ds, fs, gs] = values;
+        let writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS | FLAG_VM;
+        self.set_rflags(image & writable & !FLAG_RF);
+        let selectors = [es, cs.into(), ss, ds, fs, gs];
+        for (index, selector) in selectors.into_iter().enumerate() {
+            let segment = self.real_segment(index, selector as u16);
+            self.set_segment(index, segment);
+        }
+        self.set_gpr(4, esp);
+        self.rip = rip & 0xffff;
         Ok(())
     }
 
@@ -155,8 +215,9 @@ impl Core {
         if self.cpu.efer & EFER_SCE == 0 || !self.cpu.long() {
             return Err(Fault::ud().into());
         }
+        // The processor that CPUID describes knows it in 64-bit mode alone (SDM 2B).
         if self.cpu.bits() != Bits::Bits64 {
-            return Err(Trap::Unsupported("syscall from compatibility mode".into()));
+            return Err(Fault::ud().into());
         }
         let flags = self.rflags();
         self.set_gpr(1, instr.next_ip());
@@ -171,8 +232,11 @@ impl Core {
 
     /// SDM 2B, SYSRET.
     fn sysret(&mut self, wide: bool) -> Result<(), Trap> {
-        if self.cpu.efer & EFER_SCE == 0 {
+        if self.cpu.efer & EFER_SCE == 0 || self.cpu.bits() != Bits::Bits64 {
             return Err(Fault::ud().into());
+        }
+        if self.cpu.cpl() != 0 {
+            return Err(Fault::gp().into());
         }
         let target = self.gpr(1);
         if wide && !canonical(target) {
@@ -192,13 +256,55 @@ impl Core {
         Ok(())
     }
 
+    /// SDM 2B, SYSENTER.
+    fn sysenter(&mut self) -> Result<(), Trap> {
+        let [selector, esp, eip] = self.cpu.sysenter;
+        let selector = selector as u16 & !3;
+        if self.cpu.cr0 & CR0_PE == 0 || selector == 0 {
+            return Err(Fault::gp().into());
+        }
+        let long = self.cpu.long();
+        self.cpu.flags &= !FLAG_VM;
+        self.set_interrupts(false);
+        let code = if long { 0xa09b } else { 0xc09b };
+        self.set_segment(Seg::CS, flat(selector, code));
+        self.set_segment(Seg::SS, flat(selector.wrapping_add(8), 0xc093));
+        let mask = if long { u64::MAX } else { 0xffff_ffff };
+        self.set_gpr(4, esp & mask);
+        self.rip = eip & mask;
+        Ok(())
+    }
+
+    /// SDM 2B, SYSEXIT.
+    fn sysexit(&mut self, wide: bool) -> Result<(), Trap> {
+        let selector = self.cpu.sysenter[0] as u16 & !3;
+        if self.cpu.cr0 & CR0_PE == 0 || self.cpu.cpl() != 0 || selector == 0 {
+            return Err(Fault::gp().into());
+        }
+        let (rip, rsp) = (self.gpr(2), self.gpr(1));
+        let (code, by, mask) = if wide {
+            if !canonical(rip) || !canonical(rsp) {
+                return Err(Fault::gp().into());
+            }
+            (0xa0fb, 32, u64::MAX)
+        } else {
+            (0xc0fb, 16, 0xffff_ffff)
+        };
+        self.set_segment(Seg::CS, flat(selector.wrapping_add(by) | 3, code));
+        let stack = selector.wrapping_add(by + 8) | 3;
+        self.set_segment(Seg::SS, flat(stack, 0xc0f3));
+        self.set_gpr(4, rsp & mask);
+        self.rip = rip & mask;
+        Ok(())
+    }
+
     fn far_pointer(&self, instr: &Instruction) -> Result<(u16, u64), Fault> {
         Ok(match instr.op0_kind() {
             OpKind::FarBranch32 => (instr.far_branch_selector(), instr.far_branch32().into()),
             OpKind::FarBranch16 => (instr.far_branch_selector(), instr.far_branch16().into()),
             _ => {
                 let size = instr.memory_size().size() as u32 - 2;
-                let address = self.operand_address(instr);
+                let address = self.operand(instr, size + 2, false)?;
                 let offset = self.load(address, size)?;
                 (
                     self.load(address.wrapping_add(size.into()), 2)? as u16,
@@ -208,17 +314,36 @@ impl Core {
         })
     }
 
-    /// Far jump or call to a code segment of the same privilege. Gates and tasks aren't there yet.
+    /// Bytes of one slot of a far call's frame.
+    fn far_size(instr: &Instruction) -> u32 {
+        match instr.op0_kind() {
+            OpKind::FarBranch32 => 4,
+            OpKind::FarBranch16 => 2,
+            _ => instr.memory_size().size() as u32 - 2,
+        }
+    }
+
+    /// Far jump or call.
     fn far_transfer(&mut self, instr: &Instruction) -> Result<(), Trap> {
         let (selector, offset) = self.far_pointer(instr)?;
+        let calls = instr.mnemonic() == Mnemonic::Call;
+        let size = Self::far_size(instr);
+        if self.cpu.real_addressing() {
+            self.check_target(offset)?;
+            if calls {
+                self.push_far_return(instr.next_ip(), size)?;
+            }
+            let code = self.real_segment(Seg::CS, selector);
+            self.set_segment(Seg::CS, code);
+            self.rip = offset;
+            return Ok(());
+        }
         if selector & !3 == 0 {
             return Err(Fault::gp().into());
         }
         let segment = self.descriptor(selector, fault::GP)?;
         if segment.attributes & 0x10 == 0 {
-            return Err(Trap::Unsupported(
-                "far transfer through a system descriptor".into(),
-            ));
+            return self.through_system_descriptor(instr, selector, &segment);
         }
         let code = self.code_descriptor(selector)?;
         let cpl = self.cpu.cpl();
@@ -227,29 +352,33 @@ impl Core {
         if conforming && code.dpl() > cpl || !conforming && (code.dpl() != cpl || rpl > cpl) {
             return Err(Fault::selector(fault::GP, selector).into());
         }
-        if code.long() && self.cpu.long() && !canonical(offset) {
-            return Err(Fault::gp().into());
-        }
-        if instr.mnemonic() == Mnemonic::Call {
-            let size = match instr.memory_size().size() {
-                10 => 8,
-                4 => 2,
-                _ => 4,
-            };
-            let user = self.user();
-            let old = self.cpu.segments[Seg::CS].selector;
-            let mut frame = [0; 16];
-            let step = size as usize;
-            frame[..step].copy_from_slice(&instr.next_ip().to_le_bytes()[..step]);
-            frame[step..step + 2].copy_from_slice(&old.to_le_bytes());
-            let down = 0u64.wrapping_sub(2 * size);
-            self.write(self.stack_address(down), &frame[..2 * step], user)?;
-            self.pop_bytes(down);
+        self.check_code_target(&code, offset)?;
+        if calls {
+            self.push_far_return(instr.next_ip(), size)?;
         }
         let selector = selector & !3 | u16::from(cpl);
         self.set_segment(Seg::CS, Segment { selector, ..code });
         self.rip = offset;
         Ok(())
+    }
+
+    /// Pushes CS and the return address, both or neither.
+    fn push_far_return(&mut self, next_ip: u64, size: u32) -> Result<(), Fault> {
+        let cs = self.cpu.segments[Seg::CS].selector;
+        let before = self.gpr(4);
+        self.push(cs.into(), size)?;
+        self.push(next_ip, size)
+            .inspect_err(|_| self.set_gpr(4, before))
+    }
+
+    /// A target within the segment, or canonical in a 64-bit one.
+    pub(super) fn check_code_target(&self, code: &Segment, target: u64) -> Result<(), Fault> {
+        let good = if code.long() && self.cpu.long() {
+            canonical(target)
+        } else {
+            target <= code.limit.into()
+        };
+        if good { Ok(()) } else { Err(Fault::gp()) }
     }
 
     fn far_return(&mut self, instr: &Instruction) -> Result<(), Trap> {
@@ -267,6 +396,14 @@ impl Core {
         let step = u64::from(size);
         let rip = self.peek(0, size)?;
         let selector = self.peek(step, size)? as u16;
+        if self.cpu.real_addressing() {
+            self.check_target(rip)?;
+            self.pop_bytes(2 * step + u64::from(extra));
+            let code = self.real_segment(Seg::CS, selector);
+            self.set_segment(Seg::CS, code);
+            self.rip = rip;
+            return Ok(());
+        }
         let rpl = (selector & 3) as u8;
         let cpl = self.cpu.cpl();
         let code = self.code_descriptor(selector)?;
@@ -274,16 +411,16 @@ impl Core {
         if rpl < cpl || !conforming && code.dpl() != rpl || conforming && code.dpl() > rpl {
             return Err(Fault::selector(fault::GP, selector).into());
         }
-        if code.long() && self.cpu.long() && !canonical(rip) {
-            return Err(Fault::gp().into());
-        }
+        self.check_code_target(&code, rip)?;
         let past = 2 * step + u64::from(extra);
         if rpl > cpl {
             let rsp = self.peek(past, size)?;
             let ss = self.peek(past + step, size)? as u16;
             let segment = self.return_stack(ss, rpl, &code)?;
             self.set_segment(Seg::SS, segment);
-            self.set_gpr(4, rsp.wrapping_add(extra.into()));
+            let narrow = !code.long() && !segment.db();
+            let rsp = rsp.wrapping_add(extra.into());
+            self.set_gpr_sized(4, rsp, if narrow { 2 } else { 8 });
             self.drop_data_segments(rpl);
         } else {
             self.pop_bytes(past);

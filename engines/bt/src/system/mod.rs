@@ -1,25 +1,41 @@
 //! Instructions that the runtime executes: privileged ones, segment loads, far transfers, strings.
 //!
 //! One call executes one instruction with the registers settled in the [`Context`]; faults leave
-//! everything as it was. Files: `flow` (far transfers, interrupts, syscall), `control` (control
-//! registers, MSRs), `segment`, `string`.
+//! everything as it was.
+//!
+//! | file | what |
+//! |---|---|
+//! | `control` | control registers, MSRs |
+//! | `deliver` | interrupts and exceptions through IDT and IVT |
+//! | `flow` | far transfers, iret, syscall and sysenter |
+//! | `gate` | call gates, task gates, TSSs as branch targets |
+//! | `legacy` | decimal arithmetic, bound, arpl |
+//! | `operand` | memory operands: addresses, limits, loads and stores |
+//! | `segment` | segment registers and descriptors |
+//! | `stack` | pushes and pops, near branches of 16-bit code |
+//! | `string` | string instructions |
+//! | `task` | hardware task switches |
 //!
 //! [`Context`]: crate::context::Context
 
 mod control;
+mod deliver;
 mod flow;
+mod gate;
+mod legacy;
+mod operand;
 mod segment;
+mod stack;
 mod string;
+mod task;
 
 use engine_core::ExitReason;
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use crate::{
     core::{Core, Flushed, Shutdown},
-    cpu::{Bits, CR4_TSD, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, Seg},
-    decode::data_segment,
+    cpu::{Bits, CR4_TSD, Seg, canonical},
     fault::{self, Fault},
-    mmu::Access,
 };
 
 const FLAG_ZF: u64 = 1 << 6;
@@ -113,9 +129,6 @@ impl Core {
     /// See [`Trap`].
     pub(crate) fn execute(&mut self, instr: &Instruction) -> Result<Step, Trap> {
         use Mnemonic::*;
-        if self.cpu.bits() == Bits::Bits16 {
-            return Err(Trap::Unsupported("16-bit code".into()));
-        }
         let system = (0..instr.op_count()).any(|operand| {
             let register = instr.op_register(operand);
             register.is_cr() || register.is_dr()
@@ -191,22 +204,15 @@ impl Core {
                 });
             }
             Mov => return self.mov_system(instr),
-            Push => {
-                let selector = self.segment_of(instr.op0_register()).selector;
-                let size = -instr.stack_pointer_increment();
-                self.push(selector.into(), size as u32)?;
-            }
-            Pop => {
-                let size = instr.stack_pointer_increment() as u32;
-                let selector = self.peek(0, size)? as u16;
-                let index = segment_index(instr.op0_register());
-                self.load_segment(index, selector)?;
-                self.pop_bytes(size.into());
-                self.cpu.shadow = index == Seg::SS;
-            }
+            Push | Pop | Pusha | Pushad | Popa | Popad | Enter | Leave => self.stack(instr)?,
+            Ret => return self.near_return(instr),
+            Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => return Ok(self.count_down(instr)),
+            Daa | Das | Aaa | Aas | Aam | Aad | Salc => self.decimal(instr)?,
+            Bound => self.bound(instr)?,
+            Arpl => self.arpl(instr)?,
             Lss | Lfs | Lgs | Lds | Les => {
                 let size = instr.op0_register().size();
-                let address = self.operand_address(instr);
+                let address = self.operand(instr, size as u32 + 2, false)?;
                 let offset = self.load(address, size as u32)?;
                 let selector = self.load(address.wrapping_add(size as u64), 2)? as u16;
                 let index = match mnemonic {
@@ -221,10 +227,17 @@ impl Core {
                 self.set_gpr_sized(register, offset, size as u32);
             }
             Lgdt | Lidt => {
-                let address = self.operand_address(instr);
-                let limit = self.load(address, 2)? as u16;
                 let wide = self.cpu.bits() == Bits::Bits64;
-                let base = self.load(address.wrapping_add(2), if wide { 8 } else { 4 })?;
+                let bytes = if wide { 8 } else { 4 };
+                let address = self.operand(instr, 2 + bytes, false)?;
+                let limit = self.load(address, 2)? as u16;
+                let mut base = self.load(address.wrapping_add(2), bytes)?;
+                if matches!(instr.code(), Code::Lgdt_m1632_16 | Code::Lidt_m1632_16) {
+                    base &= 0xff_ffff;
+                }
+                if wide && !canonical(base) {
+                    return Err(Fault::gp().into());
+                }
                 let table = engine_core::DescriptorTable { base, limit };
                 if mnemonic == Lgdt {
                     self.cpu.gdtr = table;
@@ -238,13 +251,14 @@ impl Core {
                 } else {
                     self.cpu.idtr
                 };
-                let address = self.operand_address(instr);
                 let wide = self.cpu.bits() == Bits::Bits64;
+                let bytes = if wide { 10 } else { 6 };
+                let address = self.operand(instr, bytes, true)?;
                 let mut image = [0u8; 10];
                 image[..2].copy_from_slice(&table.limit.to_le_bytes());
                 image[2..].copy_from_slice(&table.base.to_le_bytes());
                 let user = self.user();
-                self.write(address, &image[..if wide { 10 } else { 6 }], user)?;
+                self.write(address, &image[..bytes as usize], user)?;
             }
             Lldt => {
                 let selector = self.value(instr, 0)? as u16;
@@ -316,16 +330,18 @@ impl Core {
             Xlatb => {
                 let index = self.gpr(0) & 0xff;
                 let base = self.gpr(3).wrapping_add(index);
-                let narrow = instr.memory_base() == Register::EBX;
-                let base = if narrow { base & 0xffff_ffff } else { base };
-                let address = self.linear(base, instr.memory_segment());
+                let base = match instr.memory_base() {
+                    Register::BX => base & 0xffff,
+                    Register::EBX => base & 0xffff_ffff,
+                    _ => base,
+                };
+                let address = self.data(base, instr.memory_segment(), 1, false)?;
                 let value = self.load(address, 1)?;
                 self.set_gpr_sized(0, value, 1);
             }
-            Iretd | Iretq | Syscall | Sysret | Sysretq | Int | Int3 | Int1 | Into | Jmp | Call
-            | Retf | Sysenter | Sysexit | Sysexitq => return self.flow(instr),
-            Enter => self.enter(instr)?,
-            Leave => self.leave_narrow()?,
+            Jmp | Call if !far(instr) => return self.near_branch(instr),
+            Iret | Iretd | Iretq | Syscall | Sysret | Sysretq | Int | Int3 | Int1 | Into | Jmp
+            | Call | Retf | Sysenter | Sysexit | Sysexitq => return self.flow(instr),
             Lar | Lsl => {
                 let selector = self.value(instr, 1)? as u16;
                 let found = self.rights_or_limit(selector, mnemonic == Lsl)?;
@@ -354,87 +370,6 @@ impl Core {
             self.cpu.shadow = !self.interrupts_enabled();
         }
         self.set_interrupts(set);
-        Ok(())
-    }
-
-    fn pushf(&mut self, instr: &Instruction) -> Result<(), Fault> {
-        let size = -instr.stack_pointer_increment() as u32;
-        self.push(self.rflags() & !(FLAG_RF | crate::cpu::FLAG_VM), size)
-    }
-
-    fn popf(&mut self, instr: &Instruction) -> Result<(), Fault> {
-        let size = instr.stack_pointer_increment() as u32;
-        let value = self.peek(0, size)?;
-        let cpl = self.cpu.cpl();
-        let mut writable = crate::context::NATIVE_FLAGS | FLAG_NT | FLAG_AC | FLAG_ID;
-        writable |= crate::cpu::FLAG_TF;
-        if cpl == 0 {
-            writable |= FLAG_IOPL;
-        }
-        if cpl <= self.cpu.iopl() {
-            writable |= FLAG_IF;
-        }
-        if size == 2 {
-            writable &= 0xffff;
-        }
-        let old = self.rflags();
-        self.pop_bytes(size.into());
-        self.set_rflags(old & !writable & !FLAG_RF | value & writable);
-        Ok(())
-    }
-
-    /// SDM 2A, ENTER. RSP and RBP change at the end alone, so a fault leaves them.
-    fn enter(&mut self, instr: &Instruction) -> Result<(), Trap> {
-        let level = instr.immediate8_2nd() & 31;
-        let wide = self.cpu.bits() == Bits::Bits64;
-        let size: u32 = match instr.code() {
-            iced_x86::Code::Enterw_imm16_imm8 => 2,
-            _ if wide => 8,
-            _ => 4,
-        };
-        let step = u64::from(size);
-        let user = self.user();
-        let mut down = 0u64;
-        let mut push = |core: &mut Core, value: u64| {
-            down = down.wrapping_sub(step);
-            let address = core.stack_address(down);
-            core.write(address, &value.to_le_bytes()[..size as usize], user)
-                .map_err(on_stack)?;
-            Ok::<u64, Fault>(down)
-        };
-        let frame = push(self, self.gpr(5))?;
-        let frame = self.gpr(4).wrapping_add(frame);
-        let mut outer = self.gpr(5);
-        for _ in 1..level {
-            outer = outer.wrapping_sub(step);
-            let at = if wide { outer } else { outer & 0xffff_ffff };
-            let value = self
-                .load(self.linear(at, Register::SS), size)
-                .map_err(on_stack)?;
-            push(self, value)?;
-        }
-        if level > 0 {
-            push(self, frame)?;
-        }
-        let down = down.wrapping_sub(instr.immediate16().into());
-        // The new top of the stack has to be writable, whether anything goes there or not.
-        self.probe_write(self.stack_address(down), size, user)
-            .map_err(on_stack)?;
-        self.set_gpr_sized(5, frame, size);
-        self.pop_bytes(down);
-        Ok(())
-    }
-
-    /// leave with a 16-bit operand: the rest of RBP stays.
-    fn leave_narrow(&mut self) -> Result<(), Fault> {
-        let wide = self.cpu.bits() == Bits::Bits64;
-        let frame = self.gpr(5);
-        let at = if wide { frame } else { frame & 0xffff_ffff };
-        let value = self
-            .load(self.linear(at, Register::SS), 2)
-            .map_err(on_stack)?;
-        self.set_gpr_sized(4, frame.wrapping_add(2), if wide { 8 } else { 4 });
-        self.set_gpr_sized(5, value, 2);
         Ok(())
     }
 
@@ -469,140 +404,6 @@ impl Core {
             Ok(())
         }
     }
-
-    fn segment_of(&self, register: Register) -> engine_core::Segment {
-        self.cpu.segments[segment_index(register)]
-    }
-
-    /// Adds the segment's base, as the current mode does.
-    fn linear(&self, offset: u64, segment: Register) -> u64 {
-        let base = self.segment_of(segment).base;
-        match self.cpu.bits() {
-            Bits::Bits64 if matches!(segment, Register::FS | Register::GS) => {
-                offset.wrapping_add(base)
-            }
-            Bits::Bits64 => offset,
-            Bits::Bits32 | Bits::Bits16 => offset.wrapping_add(base) & 0xffff_ffff,
-        }
-    }
-
-    /// Linear address of the memory operand.
-    fn operand_address(&self, instr: &Instruction) -> u64 {
-        let value = |register: Register| match register {
-            Register::None => 0,
-            register => {
-                let value = self.gpr(register.full_register().number());
-                match register.size() {
-                    2 => value & 0xffff,
-                    4 => value & 0xffff_ffff,
-                    _ => value,
-                }
-            }
-        };
-        if instr.is_ip_rel_memory_operand() {
-            return self.linear(instr.ip_rel_memory_address(), instr.memory_segment());
-        }
-        let (base, index) = (instr.memory_base(), instr.memory_index());
-        let offset = value(base)
-            .wrapping_add(value(index).wrapping_mul(instr.memory_index_scale().into()))
-            .wrapping_add(instr.memory_displacement64());
-        let width = if base != Register::None {
-            base.size()
-        } else {
-            index.size()
-        };
-        let offset = match width {
-            2 => offset & 0xffff,
-            4 => offset & 0xffff_ffff,
-            _ if self.cpu.bits() != Bits::Bits64 => offset & 0xffff_ffff,
-            _ => offset,
-        };
-        self.linear(offset, instr.memory_segment())
-    }
-
-    fn load(&self, address: u64, size: u32) -> Result<u64, Fault> {
-        let mut bytes = [0; 8];
-        self.mmu
-            .read(&self.cpu, address, &mut bytes[..size as usize], self.user())?;
-        Ok(u64::from_le_bytes(bytes))
-    }
-
-    /// Reads a general register or memory operand.
-    fn value(&self, instr: &Instruction, operand: u32) -> Result<u64, Fault> {
-        if instr.op_kind(operand) == OpKind::Register {
-            Ok(self.gpr(instr.op_register(operand).full_register().number()))
-        } else {
-            let size = instr.memory_size().size().min(8) as u32;
-            self.load(self.operand_address(instr), size)
-                .map_err(|fault| self.on_operand(instr, fault))
-        }
-    }
-
-    /// Writes operand 0: a register in its size, memory as 16 bits (sldt, str, smsw).
-    fn store(&mut self, instr: &Instruction, value: u64) -> Result<(), Fault> {
-        if instr.op0_kind() == OpKind::Register {
-            let register = instr.op0_register();
-            let number = register.full_register().number();
-            self.set_gpr_sized(number, value, register.size() as u32);
-            Ok(())
-        } else {
-            let address = self.operand_address(instr);
-            let user = self.user();
-            self.write(address, &(value as u16).to_le_bytes(), user)
-                .map_err(|fault| self.on_operand(instr, fault))
-        }
-    }
-
-    /// What a fault becomes in the segment of the memory operand.
-    fn on_operand(&self, instr: &Instruction, fault: Fault) -> Fault {
-        if data_segment(instr, self.cpu.bits()) == Register::SS {
-            on_stack(fault)
-        } else {
-            fault
-        }
-    }
-
-    fn stack_address(&self, offset: u64) -> u64 {
-        let wide = self.cpu.bits() == Bits::Bits64;
-        let rsp = self.gpr(4).wrapping_add(offset);
-        self.linear(if wide { rsp } else { rsp & 0xffff_ffff }, Register::SS)
-    }
-
-    /// Reads the stack at RSP plus `offset`.
-    fn peek(&self, offset: u64, size: u32) -> Result<u64, Fault> {
-        self.load(self.stack_address(offset), size)
-            .map_err(on_stack)
-    }
-
-    fn pop_bytes(&mut self, bytes: u64) {
-        let rsp = self.gpr(4).wrapping_add(bytes);
-        let size = if self.cpu.bits() == Bits::Bits64 {
-            8
-        } else {
-            4
-        };
-        self.set_gpr_sized(4, rsp, size);
-    }
-
-    fn push(&mut self, value: u64, size: u32) -> Result<(), Fault> {
-        let address = self.stack_address(0u64.wrapping_sub(size.into()));
-        let user = self.user();
-        self.write(address, &value.to_le_bytes()[..size as usize], user)
-            .map_err(on_stack)?;
-        self.pop_bytes(0u64.wrapping_sub(size.into()));
-        Ok(())
-    }
-
-    /// Checks that `size` bytes at `address` could be written.
-    pub(crate) fn probe_write(&self, address: u64, size: u32, user: bool) -> Result<(), Fault> {
-        self.mmu.walk(&self.cpu, address, Access::Write, user)?;
-        let last = address.wrapping_add(u64::from(size) - 1);
-        if last & !0xfff != address & !0xfff {
-            self.mmu
-                .walk(&self.cpu, last & !0xfff, Access::Write, user)?;
-        }
-        Ok(())
-    }
 }
 
 /// What a fault becomes where the stack segment is used: #SS for addresses that aren't canonical.
@@ -624,4 +425,14 @@ fn segment_index(register: Register) -> usize {
         Register::GS => Seg::GS,
         _ => Seg::DS,
     }
+}
+
+/// True if `instr` names a segment to branch to.
+fn far(instr: &Instruction) -> bool {
+    use Code::*;
+    matches!(instr.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32)
+        || matches!(
+            instr.code(),
+            Jmp_m1616 | Jmp_m1632 | Jmp_m1664 | Call_m1616 | Call_m1632 | Call_m1664
+        )
 }

@@ -55,6 +55,11 @@ impl Core {
     /// # Errors
     /// #GP, #NP or #SS with the selector.
     pub(crate) fn load_segment(&mut self, index: usize, selector: u16) -> Result<(), Fault> {
+        if self.cpu.real_addressing() {
+            let segment = self.real_segment(index, selector);
+            self.set_segment(index, segment);
+            return Ok(());
+        }
         let cpl = self.cpu.cpl();
         let rpl = (selector & 3) as u8;
         if selector & !3 == 0 {
@@ -103,6 +108,28 @@ impl Core {
         }
         self.set_segment(index, segment);
         Ok(())
+    }
+
+    /// What a selector means where it is an address. In real-address mode limit and size stay what
+    /// protected mode left there; virtual-8086 mode starts afresh (SDM 3A 17.1, 17.2.1).
+    pub(crate) fn real_segment(&self, index: usize, selector: u16) -> Segment {
+        let base = u64::from(selector) << 4;
+        if self.cpu.virtual_8086() {
+            return Segment {
+                selector,
+                base,
+                limit: 0xffff,
+                attributes: 0xf3,
+            };
+        }
+        let old = self.cpu.segments[index];
+        let kind = if index == Seg::CS { 0x9b } else { 0x93 };
+        Segment {
+            selector,
+            base,
+            limit: old.limit,
+            attributes: old.attributes & 0xf000 | kind,
+        }
     }
 
     /// The descriptor that lar, lsl, verr and verw look at: None if it may not be seen (SDM 2A, LAR

@@ -6,8 +6,8 @@
 
 use iced_x86::{Instruction, Mnemonic, Register};
 
-use super::{Step, Trap};
-use crate::{core::Core, fault::Fault, mmu::Access};
+use super::{Step, Trap, segment_index};
+use crate::{core::Core, cpu::Seg, fault::Fault, mmu::Access};
 
 /// Elements done before the instruction is handed back.
 const BATCH: u64 = 64 * 1024;
@@ -47,11 +47,11 @@ impl Core {
         match instr.mnemonic() {
             Movsb | Movsw | Movsd | Movsq => self.copy(&form),
             Stosb | Stosw | Stosd | Stosq => self.fill(&form),
-            Lodsb | Lodsw | Lodsd | Lodsq if self.device(&form, self.source(&form))?.is_some() => {
+            Lodsb | Lodsw | Lodsd | Lodsq if self.device(&form, self.source(&form)?)?.is_some() => {
                 self.read_device(&form)
             }
             Lodsb | Lodsw | Lodsd | Lodsq => self.each(&form, |core, form| {
-                let value = core.load(core.source(form), form.size)?;
+                let value = core.load(core.source(form)?, form.size)?;
                 core.set_gpr_sized(0, value, form.size);
                 core.advance(form, true, false, 1);
                 Ok(true)
@@ -59,7 +59,7 @@ impl Core {
             Scasb | Scasw | Scasd | Scasq => {
                 let while_equal = instr.has_repe_prefix();
                 self.each(&form, |core, form| {
-                    let right = core.load(core.destination(form), form.size)?;
+                    let right = core.load(core.destination(form, false)?, form.size)?;
                     let left = core.gpr(0);
                     core.advance(form, false, true, 1);
                     Ok(core.compare(left, right, form.size) == while_equal)
@@ -69,14 +69,14 @@ impl Core {
                 let while_equal = instr.has_repe_prefix();
                 self.each(&form, |core, form| {
                     // In this order, as shows when both operands fault.
-                    let right = core.load(core.destination(form), form.size)?;
-                    let left = core.load(core.source(form), form.size)?;
+                    let right = core.load(core.destination(form, false)?, form.size)?;
+                    let left = core.load(core.source(form)?, form.size)?;
                     core.advance(form, true, true, 1);
                     Ok(core.compare(left, right, form.size) == while_equal)
                 })
             }
             Insb | Insw | Insd => {
-                let address = self.destination(&form);
+                let address = self.destination(&form, true)?;
                 let user = self.user();
                 self.probe_write(address, form.size, user)?;
                 Ok(Step::InString {
@@ -87,7 +87,7 @@ impl Core {
                 })
             }
             Outsb | Outsw | Outsd => {
-                let address = self.source(&form);
+                let address = self.source(&form)?;
                 self.load(address, form.size)?;
                 Ok(Step::OutString {
                     port,
@@ -103,7 +103,7 @@ impl Core {
     /// Elements of ins or outs that leave for the port together: those up to the end of the page,
     /// so that what was checked for the first holds for all. `index` is RSI or RDI.
     fn port_run(&self, form: &Form, address: u64, index: usize) -> u64 {
-        if form.step != u64::from(form.size) {
+        if form.step != u64::from(form.size) || self.elementwise(form) {
             return 1;
         }
         Self::run_length(form, address, self.gpr(index), self.count(form)).max(1)
@@ -130,15 +130,20 @@ impl Core {
             _ => 8,
         };
         use iced_x86::OpKind::*;
-        let narrow = instr
-            .op_kinds()
-            .any(|kind| matches!(kind, MemorySegEDI | MemorySegESI | MemoryESEDI));
-        let mask = if narrow { 0xffff_ffff } else { u64::MAX };
+        let has =
+            |wanted: [iced_x86::OpKind; 3]| instr.op_kinds().any(|kind| wanted.contains(&kind));
+        let (mask, address_bytes) = if has([MemorySegDI, MemorySegSI, MemoryESDI]) {
+            (0xffff, 2)
+        } else if has([MemorySegEDI, MemorySegESI, MemoryESEDI]) {
+            (0xffff_ffff, 4)
+        } else {
+            (u64::MAX, 8)
+        };
         let down = self.rflags() & 1 << 10 != 0;
         Form {
             size,
             mask,
-            address_bytes: if narrow { 4 } else { 8 },
+            address_bytes,
             step: if down {
                 0u64.wrapping_sub(size.into())
             } else {
@@ -149,12 +154,18 @@ impl Core {
         }
     }
 
-    fn source(&self, form: &Form) -> u64 {
-        self.linear(self.gpr(6) & form.mask, form.source)
+    fn source(&self, form: &Form) -> Result<u64, Fault> {
+        self.data(self.gpr(6) & form.mask, form.source, form.size, false)
     }
 
-    fn destination(&self, form: &Form) -> u64 {
-        self.linear(self.gpr(7) & form.mask, Register::ES)
+    fn destination(&self, form: &Form, write: bool) -> Result<u64, Fault> {
+        self.data(self.gpr(7) & form.mask, Register::ES, form.size, write)
+    }
+
+    /// True if every element has to be held against its segment by itself.
+    fn elementwise(&self, form: &Form) -> bool {
+        let limited = self.cpu.limited_segments();
+        limited >> Seg::ES & 1 == 1 || limited >> segment_index(form.source) & 1 == 1
     }
 
     fn advance(&mut self, form: &Form, source: bool, destination: bool, count: u64) {
@@ -224,10 +235,12 @@ impl Core {
     fn fill(&mut self, form: &Form) -> Result<Step, Trap> {
         let size = form.size as usize;
         let value = self.gpr(0).to_le_bytes();
+        let elementwise = self.elementwise(form);
         let mut done = 0;
         while done < BATCH {
-            let address = self.destination(form);
-            let run = Self::run_length(form, address, self.gpr(7), self.count(form));
+            let address = self.destination(form, true)?;
+            let most = if elementwise { 1 } else { self.count(form) };
+            let run = Self::run_length(form, address, self.gpr(7), most);
             if run == 0 {
                 let user = self.user();
                 self.write(address, &value[..size], user)?;
@@ -262,10 +275,12 @@ impl Core {
 
     fn copy(&mut self, form: &Form) -> Result<Step, Trap> {
         let size = form.size as usize;
+        let elementwise = self.elementwise(form);
         let mut done = 0;
         while done < BATCH {
-            let (from, to) = (self.source(form), self.destination(form));
-            let run = Self::run_length(form, to, self.gpr(7), self.count(form));
+            let (from, to) = (self.source(form)?, self.destination(form, true)?);
+            let most = if elementwise { 1 } else { self.count(form) };
+            let run = Self::run_length(form, to, self.gpr(7), most);
             let run = Self::run_length(form, from, self.gpr(6), run);
             let hosts = if run == 0 {
                 None
@@ -339,7 +354,7 @@ impl Core {
     }
 
     fn read_device(&self, form: &Form) -> Result<Step, Trap> {
-        let address = self.source(form);
+        let address = self.source(form)?;
         let page = self
             .mmu
             .walk(&self.cpu, address, Access::Read, self.user())?;
@@ -381,7 +396,7 @@ impl Core {
             self.advance(&form, true, false, 1);
             return Ok(Step::Next);
         }
-        let to = self.destination(&form);
+        let to = self.destination(&form, true)?;
         if self.device(&form, to)?.is_some() {
             return self.write_device(&form, to, value, true);
         }

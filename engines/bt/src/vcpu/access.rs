@@ -70,6 +70,16 @@ impl BtVcpu {
     /// An access missed the software TLB.
     pub(super) fn slow(&mut self, site: Site, slow: Slow) -> Result<(), Stop> {
         let ea = self.core.context().ea;
+        if let Some(segment) = slow.segment {
+            let index = usize::from(segment);
+            let offset = ea.wrapping_sub(self.core.cpu.segments[index].base);
+            let size = slow.size.into();
+            let checked = self.core.check_segment(index, offset, size, slow.write);
+            if let Err(fault) = checked {
+                self.settle(site.homes, site.ip);
+                return self.raise(fault);
+            }
+        }
         let (page, crosses) = match self.pages(ea, &slow) {
             Ok(found) => found,
             Err(fault) => {
@@ -83,7 +93,8 @@ impl BtVcpu {
             Access::Read
         };
         let user = self.core.user();
-        if !crosses && self.core.mmu.fill(ea, page, access, user) {
+        // The check of a limited segment has to be done again next time.
+        if !crosses && slow.segment.is_none() && self.core.mmu.fill(ea, page, access, user) {
             self.counts.add(ExitReason::TlbMiss);
             self.resume = Resume::Host(slow.retry);
             return Ok(());

@@ -11,6 +11,7 @@
 //! | `interrupts` | timer, windows and shadows, task priority, kicks |
 //! | `state` | what the engine shows of itself, and takes back |
 //! | `protected` | 32-bit code |
+//! | `real` | 16-bit code, gates, tasks, decimal arithmetic |
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
 
 mod code;
@@ -22,5 +23,6 @@ mod memory;
 mod paging;
 mod privilege;
 mod protected;
+mod real;
 mod run;
 mod state;

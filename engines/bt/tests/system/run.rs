@@ -90,7 +90,7 @@ pub(crate) fn report_as_qemu(kernel: Kernel, body: impl FnOnce(&mut Asm) -> Buil
 }
 
 /// The guest's console under QEMU's own translator; None where QEMU isn't installed.
-fn qemu(guest: &Guest) -> Option<String> {
+pub(crate) fn qemu(guest: &Guest) -> Option<String> {
     let file = std::env::temp_dir().join(format!(
         "trapline-system-{}-{:?}.elf",
         std::process::id(),
