@@ -59,7 +59,7 @@ impl WriteLog {
     }
 
     #[inline]
-    fn mark(&self, address: u64, length: usize) {
+    pub(crate) fn mark(&self, address: u64, length: usize) {
         if length == 0 {
             return;
         }

@@ -13,6 +13,7 @@ pub mod lapic;
 mod mark;
 pub mod pic;
 pub mod serial;
+pub mod virtio;
 
 use std::os::fd::BorrowedFd;
 

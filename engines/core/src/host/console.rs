@@ -75,6 +75,16 @@ impl Output {
         Ok(())
     }
 
+    /// Takes many bytes and writes them out at once. False if they could not be, since the sink is
+    /// broken or the run ends.
+    pub fn put_all(&mut self, bytes: &[u8]) -> bool {
+        if let Some(&last) = bytes.last() {
+            self.line_start = last == b'\n';
+        }
+        self.buffer.extend_from_slice(bytes);
+        self.flush_now().is_ok() && self.buffer.is_empty()
+    }
+
     /// Writes out what is buffered. Leaves it buffered if the run ends first.
     ///
     /// # Errors

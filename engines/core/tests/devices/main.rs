@@ -1,0 +1,14 @@
+//! Disk and network devices, driven through their registers as a guest's driver does it.
+//!
+//! | module | what |
+//! |---|---|
+//! | `backing` | disks in memory with faults to order, networks in memory |
+//! | `virtio` | a small virtio driver over MMIO |
+//! | `block`, `net`, `console`, `transport` | what virtio devices promise |
+
+mod backing;
+mod block;
+mod console;
+mod net;
+mod transport;
+mod virtio;
