@@ -1,11 +1,9 @@
-//! Attacks, from user mode and from the kernel. Each tells on the console what it got: `safe` if it was
+//! Attacks from user mode. Each tells on the console what it got: `safe` if it was
 //! refused, `stolen` or `reached` if it went through. Nothing here is a defence; what the attacker
 //! can't do by itself (choosing its registers) the kernel does for it.
 
-use core::arch::asm;
-
 use crate::h::layout::{DIRECT_MAP, PAGE};
-use crate::h::{Call, MmuUpdate, Registers, cause, console_io, evtchn, iret, mmuext, vcpu_op};
+use crate::h::{Call, Registers, cause, evtchn, iret, mmuext, vcpu_op};
 use crate::kernel::*;
 use crate::user::*;
 
@@ -20,34 +18,20 @@ pub(crate) const ALL: &[(&str, fn())] = &[
     ("attack-getppid", || one_host_call(110)),
     ("attack-steal", || steal(GATE_SIGNAL)),
     ("attack-steal-idle", || steal(0x5fff)),
+    ("attack-find-key", find_key),
     ("attack-gate-bytes", gate_bytes),
     ("attack-nested", nested),
+    ("attack-trapping", trapping),
     ("attack-altstack", altstack),
     ("attack-blocked", blocked),
     ("attack-forged-done", forged_done),
     ("attack-preempt", unpreemptible),
-    ("attack-kernel-calls", kernel_calls),
-    ("attack-kernel-getppid", || {
-        verdict_of_call(unsafe { host(110, [0; 6]) })
-    }),
-    ("attack-kernel-answer", kernel_answer),
-    ("attack-kernel-vmm", kernel_vmm),
-    ("attack-kernel-kill", kernel_kill),
-    ("attack-kernel-table", kernel_table),
-    ("attack-kernel-pointer", kernel_pointer),
-    ("attack-kernel-ring", || unsafe {
-        let ring = &*(info().console as *const crate::h::ConsoleRing);
-        ring.output_producer
-            .store(u32::MAX, core::sync::atomic::Ordering::SeqCst);
-        hc(Call::ConsoleIo, [console_io::FLUSH, 0, 0, 0, 0]);
-    }),
-    ("attack-kernel-ledger", kernel_ledger),
-    ("attack-kernel-stack", || unsafe {
-        asm!("mov rsp, 8", "push rax", "hlt", options(noreturn));
-    }),
+    ("attack-return", forged_return),
+    ("attack-revoked-blocked", revoked_blocked),
+    ("attack-revoked-nested", revoked_nested),
 ];
 
-const VA: u64 = 0x4000_0000;
+pub(crate) const VA: u64 = 0x4000_0000;
 const VA2: u64 = VA + 32 * PAGE;
 const VA3: u64 = VA + 64 * PAGE;
 const GATE: u64 = 0x7000_0000_0000;
@@ -58,7 +42,7 @@ const GATE_SIGNAL: u64 = 0x5f00;
 const FORGED: u64 = SIGNAL_STACK + 0x2000;
 /// uretprobe and uprobe: the host's kernel lets them through every filter (Linux 6.14, seccomp:
 /// passthrough uretprobe), and fails them unless its own trampoline makes them.
-const PROBES: [u64; 2] = [335, 336];
+pub(crate) const PROBES: [u64; 2] = [335, 336];
 const SECRET: u64 = 0x5ec4_e75e_c4e7;
 
 /// A space whose tables map a page at `VA` and one at `VA3`, and a frame with a secret that they don't.
@@ -80,11 +64,11 @@ fn start(registers: &Registers) -> Result<Stopped, i64> {
     try_enter(iret::START, registers as *const _ as u64)
 }
 
-fn verdict(went_through: bool) {
+pub(crate) fn verdict(went_through: bool) {
     say(if went_through { "reached\n" } else { "safe\n" });
 }
 
-fn verdict_of_call(result: i64) {
+pub(crate) fn verdict_of_call(result: i64) {
     verdict(result != -38);
 }
 
@@ -211,23 +195,24 @@ fn forge(rip: u64, rdi: u64, stack: u64, mask: u64) {
 
 /// Where the attacker keeps what the gate is to believe: the page below its stack.
 const OWN: u64 = USER_STACK - 2 * PAGE;
+/// The gate's first instruction after it has loaded the address of the command page.
+const GATE_OWN: u64 = GATE + 0x4f;
+/// The gate's `mov rsp, [r15 + 8]`, and rt_sigreturn after it.
+const GATE_RETURN: u64 = GATE + 0x100;
 
 /// Fills the attacker's page by way of its frame.
 fn own_page(root: u64, secret: u64) {
     let page = unsafe { *word(table(root, OWN), OWN / PAGE % 512) } / PAGE & 0xff_ffff;
     let words = [
-        // The pretended command page: no commands, enter, the forged frame.
-        (0, 1 << 32),
+        // The pretended command page: one command, enter, the forged frame.
+        (0, 96 | 1 << 32),
         (1, FORGED + 8),
         (2, 0),
-        // A command: map the secret.
-        (16, VA2),
-        (17, PAGE),
-        (18, 3),
-        (19, secret * PAGE),
-        // A message with room for a descriptor.
-        (36, OWN + 512),
-        (37, 24),
+        // The command: map the secret.
+        (8, VA2),
+        (9, PAGE),
+        (10, 3 | 0x11 << 32),
+        (11, secret * PAGE),
     ];
     for (index, value) in words {
         unsafe { *word(page, index) = value };
@@ -236,43 +221,91 @@ fn own_page(root: u64, secret: u64) {
     start_user(user_read, OWN).call(nr::REPORT);
 }
 
-/// Makes system call `number` as a bait, then maps a frame that no table names through the gate's own
-/// code, and reads it.
-fn steal(number: u64) {
-    let root = info().first_free_frame;
-    let secret = space();
-    own_page(root, secret);
-    // A fault that the monitor answers: the gate has held the descriptor once.
-    start_user(user_read, VA).call(nr::REPORT);
-    forge(user_read as *const () as u64, VA2, SIGNAL_STACK, 0);
-    let mut registers = registers(user_steal as *const () as u64, 11);
-    registers.gpr[0] = number;
-    registers.gpr[6] = FORGED;
-    registers.gpr[3] = OWN + 128;
-    registers.gpr[12] = OWN + 256;
-    registers.gpr[14] = 1;
-    registers.gpr[15] = OWN;
-    match start(&registers) {
+/// What became of an attempt to read the secret.
+fn stolen(result: Result<Stopped, i64>) -> bool {
+    match result {
         Ok(stopped) if stopped.frame.cause == cause::SYSCALL => {
             let [value, ..] = stopped.frame.arguments;
-            say(if value == SECRET { "stolen\n" } else { "odd\n" });
+            if value != SECRET {
+                tell("odd", value as i64);
+            }
+            true
         }
+        Ok(stopped) if stopped.frame.vector == 8 => false,
         Ok(stopped) => {
             expect("address", stopped.exception(14).address as i64, VA2 as i64);
-            verdict(false);
+            false
         }
-        Err(error) => tell("start", error),
+        Err(error) => {
+            tell("start", error);
+            false
+        }
     }
 }
 
-fn arm(ns: u64) {
+fn verdict_of_theft(won: bool) {
+    say(if won { "stolen\n" } else { "safe\n" });
+}
+
+/// A forged frame that reads the secret, a command page that maps it; the secret's frame.
+fn prepare_theft() {
+    let root = info().first_free_frame;
+    let secret = space();
+    own_page(root, secret);
+    // A fault that the monitor answers: the gate has held the key once.
+    start_user(user_read, VA).call(nr::REPORT);
+    forge(user_read as *const () as u64, VA2, SIGNAL_STACK, 0);
+}
+
+/// Makes system call `number` as a bait, then has the gate's own code map a frame that no table names,
+/// with what the bait has answered as key, and reads it.
+fn steal(number: u64) {
+    prepare_theft();
+    let mut registers = registers(user_steal as *const () as u64, 11);
+    registers.gpr[0] = number;
+    registers.gpr[6] = FORGED;
+    registers.gpr[15] = OWN;
+    verdict_of_theft(stolen(start(&registers)));
+}
+
+/// The same with a key that was found somewhere.
+fn steal_with(key: u64) -> bool {
+    let mut registers = registers(user_leap as *const () as u64, 0);
+    registers.gpr[1] = GATE_OWN;
+    registers.gpr[0] = key;
+    registers.gpr[15] = OWN;
+    stolen(start(&registers))
+}
+
+/// Tries every word of what is mapped beside the guest's own memory as key.
+fn find_key() {
+    prepare_theft();
+    let mut tried = 0;
+    for at in (COMMANDS..COMMANDS + 8 * PAGE).step_by(8) {
+        let [word, ..] = start_user(user_read, at).call(nr::REPORT);
+        if word == 0 {
+            continue;
+        }
+        tried += 1;
+        if steal_with(word) {
+            return verdict_of_theft(true);
+        }
+        // The process is another one now.
+        forge(user_read as *const () as u64, VA2, SIGNAL_STACK, 0);
+        start_user(user_read, OWN).call(nr::REPORT);
+    }
+    tell("tried", tried);
+    verdict_of_theft(tried == 0);
+}
+
+pub(crate) fn arm(ns: u64) {
     hc(
         Call::VcpuOp,
         [vcpu_op::SET_SINGLESHOT_TIMER, 0, now() + ns, 0, 0],
     );
 }
 
-fn watchdog() {
+pub(crate) fn watchdog() {
     let port = hc(
         Call::EventChannelOp,
         [evtchn::BIND_VIRQ, evtchn::VIRQ_TIMER, 0, 0, 0],
@@ -297,14 +330,13 @@ fn gate_bytes() {
     // rax, rdi, rsi, rdx, r10, r8, r9
     let sets = [
         [9, VA2, PAGE, 3, 0x11, 0, secret * PAGE],
-        [47, 3, OWN + 256, 0x40, 0, 0, 0],
         [GATE_SIGNAL, 11, FORGED, 0, 0, 0, 0],
         [GATE_SIGNAL + 1, 0, 0, 0, 0, 0, 0],
         [15, 0, 0, 0, 0, 0, 0],
     ];
     let mut outcomes = [0i64; 4];
     for set in sets {
-        for byte in 0..0x1b0 {
+        for byte in 0..0x1a0 {
             let mut registers = registers(user_leap as *const () as u64, set[1]);
             registers.gpr[1] = GATE + byte;
             registers.gpr[0] = set[0];
@@ -313,8 +345,7 @@ fn gate_bytes() {
             registers.gpr[10] = set[4];
             registers.gpr[8] = set[5];
             registers.gpr[9] = set[6];
-            registers.gpr[3] = OWN + 128;
-            registers.gpr[14] = 1;
+            registers.gpr[3] = OWN + 64;
             registers.gpr[15] = OWN;
             arm(2_000_000);
             match start(&registers) {
@@ -363,72 +394,172 @@ fn iret_error(form: u64) -> i64 {
     }
 }
 
-/// A gate that carries out commands is interrupted: by the trap flag, signals not being blocked.
-fn nested() {
-    space();
-    forge(user_read as *const () as u64, VA, SIGNAL_STACK, 0);
+/// Registers that jump to the gate's notification, and say there that the forged frame is a fault.
+fn leap_to_notify() -> Registers {
     let mut registers = registers(user_leap as *const () as u64, 11);
     registers.gpr[1] = GATE + 0x40;
     registers.gpr[0] = GATE_SIGNAL;
     registers.gpr[6] = FORGED;
-    let plain = registers;
-    // Without the flag the forged fault is answered, and the forged frame returned into.
-    match start(&plain) {
-        Ok(stopped) => _ = stopped.call(nr::REPORT),
-        Err(error) => tell("start", error),
-    }
-    ext(mmuext::TLB_FLUSH_LOCAL, 0);
-    registers.rflags |= 1 << 8;
-    // The jump itself traps first: go on with the flag set.
-    let mut stopped = start(&registers);
-    for _ in 0..2 {
-        match &stopped {
-            Ok(one) if one.frame.vector == 1 && one.frame.cause == cause::EXCEPTION => {
-                if (GATE..GATE + PAGE).contains(&one.frame.registers.rip) {
-                    // The gate's address is the user's own rip here; it can't be entered by iret.
-                    let error = iret_error(iret::RESUME_FRAME);
-                    tell("into the gate", error);
-                    return verdict(false);
-                }
-                stopped = try_enter(iret::RESUME_FRAME, 0);
-            }
-            _ => break,
-        }
-    }
-    expect_failsafe(stopped);
+    registers
 }
 
-/// A forged return moves the signal stack; the next fault's frame lies where the attacker wants.
+/// Whether it was stopped right behind the notification, where rax is the key.
+fn in_gate_with_key(stopped: &Stopped) -> bool {
+    stopped.frame.registers.rip == GATE + 0x42
+}
+
+/// Jumps to the gate with a fault that is the kernel's to answer; has it answered after `meanwhile`,
+/// and the gate interrupted by a preemption as soon as it has the key, signals not being blocked.
+fn interrupt_gate(rip: u64, rdi: u64, meanwhile: impl FnOnce()) -> Result<Stopped, i64> {
+    use core::sync::atomic::Ordering::SeqCst;
+    forge(rip, rdi, SIGNAL_STACK, 0);
+    poke(FORGED + 224, VA2);
+    let stopped = start(&leap_to_notify())?;
+    expect("address", stopped.exception(14).address as i64, VA2 as i64);
+    meanwhile();
+    shared().upcall_pending.store(1, SeqCst);
+    let result = try_enter(iret::RESUME_FRAME, 0);
+    shared().upcall_pending.store(0, SeqCst);
+    result
+}
+
+/// A gate that has the key is interrupted, so that the key is in a frame.
+fn nested() {
+    prepare_theft();
+    match interrupt_gate(user_read as *const () as u64, VA2, || {}) {
+        Ok(stopped) if in_gate_with_key(&stopped) => {
+            forge(user_read as *const () as u64, VA2, SIGNAL_STACK, 0);
+            verdict_of_theft(steal_with(stopped.frame.registers.gpr[0]));
+        }
+        stopped => expect_failsafe(stopped),
+    }
+}
+
+/// Jumps to the gate with the trap flag set.
+fn trapping() {
+    space();
+    forge(user_read as *const () as u64, VA, SIGNAL_STACK, 0);
+    let mut registers = leap_to_notify();
+    registers.rflags |= 1 << 8;
+    expect_failsafe(start(&registers));
+}
+
+/// Has K return into a frame that moves the signal stack; the next fault's frame would lie where the
+/// attacker wants.
 fn altstack() {
     space();
     forge(user_read as *const () as u64, VA2, OWN - 0x6000, 0);
-    leap_to_return();
+    faults_in_order();
 }
 
-fn leap_to_return() {
-    let mut registers = registers(user_leap as *const () as u64, 0);
-    // The gate's `mov rsp, [r15 + 8]` and what follows, with the attacker's r15.
-    registers.gpr[1] = GATE + 0x137;
-    registers.gpr[15] = OWN;
-    own_page(info().first_free_frame, 0);
-    let result = start(&registers);
-    expect_failsafe(result);
-}
-
-/// A forged return blocks every signal; then the process faults: the host ends it.
+/// Has K return into a frame that blocks every signal; then the process faults, for which the host would
+/// end it.
 fn blocked() {
     space();
     forge(user_read as *const () as u64, VA2, SIGNAL_STACK, u64::MAX);
-    leap_to_return();
+    faults_in_order();
 }
 
-/// A forged return blocks every signal; then the process spins.
+fn faults_in_order() {
+    let stopped = start(&leap_to_notify());
+    match stopped {
+        Ok(stopped) if stopped.frame.vector == 14 => {
+            expect("address", stopped.exception(14).address as i64, VA2 as i64);
+            verdict(false);
+        }
+        Ok(stopped) => stopped.tell(),
+        Err(error) => tell("start", error),
+    }
+}
+
+/// Has K return into a frame that blocks every signal; then the process spins.
 fn unpreemptible() {
     watchdog();
     space();
     forge(user_spin as *const () as u64, 0, SIGNAL_STACK, u64::MAX);
     arm(5_000_000);
-    leap_to_return();
+    match start(&leap_to_notify()) {
+        Ok(stopped) => {
+            expect("cause", stopped.frame.cause as i64, cause::EVENT as i64);
+            verdict(false);
+        }
+        Err(error) => tell("start", error),
+    }
+}
+
+/// Returns into a forged frame without K, by the gate's own last steps.
+fn forged_return() {
+    space();
+    own_page(info().first_free_frame, 0);
+    forge(user_null as *const () as u64, 0, SIGNAL_STACK, u64::MAX);
+    let mut registers = registers(user_leap as *const () as u64, 0);
+    registers.gpr[1] = GATE_RETURN;
+    registers.gpr[15] = OWN;
+    match start(&registers) {
+        Ok(stopped) if stopped.frame.cause == cause::SYSCALL => verdict(true),
+        stopped => expect_failsafe(stopped),
+    }
+}
+
+/// The frame behind `VA`, revoked; nothing but the kernel may write to it from here on.
+fn revoke() -> u64 {
+    let table = table(info().first_free_frame, VA);
+    let frame = unsafe { *word(table, VA / PAGE % 512) } / PAGE & 0xff_ffff;
+    expect("unmap", hc(Call::UpdateVaMapping, [VA, 0, 0, 1, 0]), 0);
+    unsafe { *word(frame, 0) = SECRET };
+    frame
+}
+
+fn verdict_of_revocation(frame: u64) {
+    verdict(unsafe { word(frame, 0).read_volatile() } != SECRET);
+}
+
+/// Blocks every signal, so that nothing brings it to the gate, and waits in a system call while a page
+/// is taken from it; then writes there.
+fn revoked_blocked() {
+    space();
+    start_user(user_write, VA).call(nr::REPORT);
+    forge(user_rewrite as *const () as u64, VA, SIGNAL_STACK, u64::MAX);
+    let stopped = start(&leap_to_notify());
+    match stopped {
+        Ok(stopped) => _ = stopped.call(nr::REPORT),
+        Err(error) => tell("start", error),
+    }
+    let frame = revoke();
+    let after = try_enter(iret::RESUME, VA);
+    match after {
+        Ok(stopped) if stopped.frame.vector == 14 => _ = stopped.exception(14),
+        Ok(stopped) => _ = stopped.exception(8),
+        Err(error) => tell("resume", error),
+    }
+    verdict_of_revocation(frame);
+}
+
+/// Waits in the gate while a page is taken from it, and is interrupted there before it carries out
+/// anything; then writes there.
+fn revoked_nested() {
+    space();
+    start_user(user_write, VA).call(nr::REPORT);
+    let mut frame = 0;
+    let stopped = interrupt_gate(user_write as *const () as u64, VA, || frame = revoke());
+    match stopped {
+        Ok(one) if in_gate_with_key(&one) => {
+            // The monitor takes the interrupted gate for user code. Out of it, with what was to go.
+            let mut registers = one.frame.registers;
+            registers.rip = user_write as *const () as u64;
+            registers.gpr[7] = VA;
+            match try_enter(iret::RESUME_FRAME, &raw const registers as u64) {
+                Ok(stopped) => _ = stopped.call(nr::REPORT),
+                Err(error) => tell("resume", error),
+            }
+        }
+        Ok(stopped) => {
+            stopped.exception(8);
+            start_user(user_write, VA).exception(14);
+        }
+        Err(error) => tell("resume", error),
+    }
+    verdict_of_revocation(frame);
 }
 
 /// Says that commands were carried out which nobody has ordered.
@@ -438,125 +569,4 @@ fn forged_done() {
     registers.gpr[1] = GATE + 0x40;
     registers.gpr[0] = GATE_SIGNAL + 1;
     expect_failsafe(start(&registers));
-}
-
-unsafe fn host(number: u64, arguments: [u64; 6]) -> i64 {
-    let result: i64;
-    let [a, b, c, d, e, f] = arguments;
-    unsafe {
-        asm!("syscall", inlateout("rax") number => result, in("rdi") a, in("rsi") b, in("rdx") c,
-            in("r10") d, in("r8") e, in("r9") f, lateout("rcx") _, lateout("r11") _);
-    }
-    result
-}
-
-fn kernel_calls() {
-    for number in 0..=600 {
-        // sched_yield and rt_sigreturn are allowed as they are; the latter would be the end of it.
-        if number == 15 || number == 24 || PROBES.contains(&number) {
-            continue;
-        }
-        for argument in [0, 3, 4, u64::MAX] {
-            let arguments = [argument, 1, argument, argument, argument, argument];
-            let result = unsafe { host(number, arguments) };
-            if result != -38 {
-                tell("reached", number as i64);
-                return;
-            }
-        }
-    }
-    verdict(false);
-}
-
-/// Answers notifications that do not exist.
-fn kernel_answer() {
-    for id in [0, 1, 2, 77, u64::MAX] {
-        let answer = [id, 0, 0];
-        let at = &raw const answer as u64;
-        expect(
-            "answer",
-            unsafe { host(16, [6, 0xc018_2101, at, 0, 0, 0]) },
-            -2,
-        );
-    }
-    // Let the system call run after all, as a hostile kernel would (the CONTINUE flag).
-    new_space();
-    start_user(user_null, 0);
-    verdict(false);
-}
-
-/// Calls V with arguments that make no sense.
-fn kernel_vmm() {
-    for slot in [64, 1000, u64::MAX] {
-        expect(
-            "create",
-            unsafe { host(0x6000, [slot, 0, 0, 0, 0, 0]) },
-            -22,
-        );
-        expect("destroy", unsafe { host(0x6001, [slot, 0, 0, 0, 0, 0]) }, 0);
-    }
-    expect(
-        "create",
-        unsafe { host(0x6000, [63, 0, 0, 0, 0, 0]) }.signum(),
-        1,
-    );
-    expect("again", unsafe { host(0x6000, [63, 0, 0, 0, 0, 0]) }, -16);
-    expect("destroy", unsafe { host(0x6001, [63, 0, 0, 0, 0, 0]) }, 0);
-    expect("mark", unsafe { host(0x6002, [99, 0, 0, 0, 0, 0]) }, 0);
-    expect("beyond", unsafe { host(0x6007, [0; 6]) }, -38);
-    verdict(false);
-}
-
-/// Signals whatever it has a descriptor of, and whoever it guesses.
-fn kernel_kill() {
-    new_space();
-    for fd in 0..64 {
-        expect("pidfd", unsafe { host(424, [fd, 10, 0, 0, 0, 0]) }, -38);
-    }
-    expect(
-        "kill by pidfd",
-        unsafe { host(424, [64, 9, 0, 0, 0, 0]) },
-        -38,
-    );
-    expect("kill", unsafe { host(62, [1, 9, 0, 0, 0, 0]) }, -38);
-    expect("tgkill", unsafe { host(234, [1, 1, 9, 0, 0, 0]) }, -38);
-    verdict(false);
-}
-
-/// Maps a page table writable into user mode.
-fn kernel_table() {
-    let root = new_root();
-    let leaf = table(root, VA);
-    expect("pin", ext(mmuext::PIN_L4_TABLE, root), 0);
-    let request = MmuUpdate {
-        entry: leaf * PAGE,
-        value: leaf * PAGE | P | W | U,
-    };
-    verdict(hc(Call::MmuUpdate, [&raw const request as u64, 1, 0, 0, 0]) == 0);
-}
-
-/// Has the monitor read its own memory out on the console.
-fn kernel_pointer() {
-    let result = hc(
-        Call::ConsoleIo,
-        [console_io::WRITE, 8, 0x6800_0000_1000, 0, 0],
-    );
-    verdict(result >= 0);
-}
-
-/// Writes nonsense over what V reads, and has V use it.
-fn kernel_ledger() {
-    for index in 0..512 {
-        unsafe {
-            (0x6000_0000_3000 as *mut u64)
-                .add(index)
-                .write_volatile(!0 - index as u64 * 0x101)
-        };
-    }
-    watchdog();
-    arm(1_000_000);
-    hc(Call::Mark, [1, 0, 0, 0, 0]);
-    hc(Call::Mark, [2, 0, 0, 0, 0]);
-    hc(Call::SchedOp, [crate::h::sched::BLOCK, 0, 0, 0, 0]);
-    verdict(false);
 }

@@ -9,6 +9,7 @@ use core::panic::PanicInfo;
 use h::StartInfo;
 
 mod attacks;
+mod attacks_kernel;
 mod cost;
 mod errors;
 mod kernel;
@@ -39,6 +40,7 @@ extern "C" fn start(info: &'static StartInfo) -> ! {
         .chain(errors::ALL)
         .chain(cost::ALL)
         .chain(attacks::ALL)
+        .chain(attacks_kernel::ALL)
     {
         if *known == name {
             scene();

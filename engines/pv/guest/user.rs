@@ -53,6 +53,12 @@ global_asm!(
     "syscall",
     "mov rdi, rax",
     "jmp 1b",
+    // Writes rdi to the word at rdi and reports it, for ever.
+    "user_rewrite:",
+    "1: mov [rdi], rdi",
+    "mov eax, 0x5000",
+    "syscall",
+    "jmp 1b",
     // Jumps to rdi; code there reports.
     "user_jump:",
     "jmp rdi",
@@ -104,15 +110,11 @@ global_asm!(
     "mov eax, 0x5000",
     "syscall",
     "hlt",
-    // Makes the call in rax, whatever it is, then receives a descriptor in the gate's code, which goes
-    // on with rbx, r14 and r15 as the attacker has set them; r12 is the message.
+    // Makes the call in rax, whatever it is, then jumps into the gate behind its first address, with the
+    // answer as key and the attacker's r15.
     "user_steal:",
     "syscall",
-    "mov eax, 47",
-    "mov edi, 3",
-    "mov rsi, r12",
-    "mov edx, 0x40",
-    "movabs rcx, 0x70000000009a",
+    "movabs rcx, 0x70000000004f",
     "jmp rcx",
     ".popsection",
 );
@@ -122,6 +124,7 @@ unsafe extern "C" {
     pub(crate) fn user_null(argument: u64) -> !;
     pub(crate) fn user_read(argument: u64) -> !;
     pub(crate) fn user_write(argument: u64) -> !;
+    pub(crate) fn user_rewrite(argument: u64) -> !;
     pub(crate) fn user_jump(argument: u64) -> !;
     pub(crate) fn user_divide(argument: u64) -> !;
     pub(crate) fn user_spin(argument: u64) -> !;

@@ -42,9 +42,7 @@ extern "C" fn dispatch(a: u64, b: u64, c: u64, d: u64, e: u64, number: u64) -> i
     let Some(call) = Call::from_number(number) else {
         return -ENOSYS;
     };
-    let result = state.call(call, [a, b, c, d, e]);
-    state.flush();
-    result
+    state.call(call, [a, b, c, d, e])
 }
 
 impl State {
@@ -98,12 +96,7 @@ impl State {
             result.put(match Call::from_number(entry.call) {
                 None => -ENOSYS,
                 Some(Call::Iret | Call::Multicall | Call::SchedOp) => -EPERM,
-                Some(call) => {
-                    self.batching = true;
-                    let result = self.call(call, [a, b, c, d, e]);
-                    self.batching = false;
-                    result
-                }
+                Some(call) => self.call(call, [a, b, c, d, e]),
             });
         }
         Ok(0)

@@ -7,7 +7,7 @@
 //! guest exact errors, and the host's page tables their rights.
 //!
 //! Modules: `hypercall` (entry and dispatch), `user` (the notification transport to user
-//! processes), `tables` (guest page tables), `walk` (faults), `shootdown` (unmapping), `upcall`
+//! processes), `frame` (their registers), `tables` (guest page tables), `walk` (faults), `shootdown` (unmapping), `upcall`
 //! (entering the kernel), `trap` (exceptions of the kernel), `events` (ports, time, console),
 //! `memory` (pointers), `vmm` (calls to V).
 //!
@@ -22,6 +22,7 @@ use core::panic::PanicInfo;
 use abi::hypercall;
 
 mod events;
+mod frame;
 mod hypercalls;
 mod memory;
 mod mmu;
@@ -69,11 +70,8 @@ pub(crate) struct State {
     pub(crate) spaces: [spaces::Space; MAX_SPACES],
     /// Slot of the current space.
     pub(crate) current: Option<usize>,
-    pub(crate) shootdown: shootdown::Queue,
     pub(crate) kernel: upcall::Kernel,
     pub(crate) events: events::Ports,
-    /// Inside a multicall.
-    pub(crate) batching: bool,
     /// Frames of guest memory.
     pub(crate) frames: u64,
     pub(crate) relax: u64,
@@ -82,10 +80,8 @@ pub(crate) struct State {
 static mut STATE: State = State {
     spaces: [const { spaces::Space::FREE }; MAX_SPACES],
     current: None,
-    shootdown: shootdown::Queue::EMPTY,
     kernel: upcall::Kernel::NONE,
     events: events::Ports::NONE,
-    batching: false,
     frames: 0,
     relax: 0,
 };

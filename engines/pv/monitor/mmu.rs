@@ -206,7 +206,6 @@ impl State {
     fn unpin(&mut self, root: u64) -> Result<(), Errno> {
         let slot = self.slot_of(root)?;
         self.destroy_process(slot);
-        self.drop_queue(slot);
         self.drop_table(root, 4);
         self.spaces[slot].root = u64::MAX;
         if self.current == Some(slot) {

@@ -1,32 +1,35 @@
-//! Unmapping in user processes: gathered during a hypercall or a multicall, done before it returns.
+//! Unmapping in user processes: queued by hypercalls, carried out before a user process runs again.
 //!
+//! What a hypercall revokes must be gone when it returns, in every process. A process that holds it is
+//! stopped then, like all of them: only K's answer lets one go on, in the gate, and the gate carries
+//! out what is queued before it returns to user code. That no user instruction comes in between is
+//! what makes a queue as good as an unmapping at once:
+//!
+//! - a process stopped in the gate goes on with the gate's own instructions, which U cannot write and
+//!   which trust no register. They return into a frame only if every command went well; otherwise
+//!   they notify, and K has the process unmap everything;
+//! - a process stopped in a system call is brought to the gate by a signal, which the host delivers
+//!   before the first user instruction. No user process can block it, since it returns into a frame
+//!   by way of K alone, which clears the frame's mask (`frame`);
+//! - a signal in the gate makes it notify again, and K ends the process, with all it had mapped.
+//!
+//! The queue is the slot's command page itself: the commands stand there until the process is let go.
 //! Neighbouring ranges are merged, so a run of pages costs one munmap. When the queue is full the
 //! whole space is unmapped instead: it fills again by faults.
-//!
-//! A change could as well be done when the process next runs, since nothing of the guest runs before,
-//! and that would save a round trip. It is done at once because the ABI says so: what a call has
-//! revoked is gone when it returns, in every process, whatever else the host does meanwhile.
 
 use crate::hypercall::layout::{USER_END, USER_START};
-use crate::wire::{Command, event};
+use crate::user::commands;
+use crate::wire::{Command, Commands, event};
 use crate::{State, ledger, vmm};
 
-/// Ranges that are gathered.
+/// Ranges that are gathered; the page has room for two more commands.
 const MOST: usize = 64;
-
-/// What waits to be unmapped, in one space.
-#[derive(Clone, Copy)]
-pub(crate) struct Queue {
-    slot: usize,
-    count: usize,
-    ranges: [Command; MOST],
-}
 
 const NOTHING: Command = Command {
     address: 0,
     length: 0,
     rights: 0,
-    unmap: 1,
+    flags: 0,
     offset: 0,
 };
 const EVERYTHING: Command = Command {
@@ -35,27 +38,21 @@ const EVERYTHING: Command = Command {
     ..NOTHING
 };
 
-impl Queue {
-    pub(crate) const EMPTY: Queue = Queue {
-        slot: 0,
-        count: 0,
-        ranges: [NOTHING; MOST],
-    };
-}
-
 impl State {
-    /// Queues a range of a space.
+    fn push(&mut self, slot: usize, command: Command) {
+        let queued = &mut self.spaces[slot].queued;
+        commands(slot).entries[*queued] = command;
+        *queued += 1;
+    }
+
+    /// Queues the unmapping of a range.
     pub(crate) fn queue_unmap(&mut self, slot: usize, address: u64, length: u64) {
         if !self.spaces[slot].mapped {
             return;
         }
-        if self.shootdown.count > 0 && self.shootdown.slot != slot {
-            self.flush_queue();
-        }
-        let queue = &mut self.shootdown;
-        queue.slot = slot;
-        if let Some(last) = queue.count.checked_sub(1) {
-            let last = &mut queue.ranges[last];
+        let count = self.spaces[slot].queued;
+        if let Some(last) = count.checked_sub(1) {
+            let last = &mut commands(slot).entries[last];
             if last.address + last.length == address {
                 last.length += length;
                 return;
@@ -66,69 +63,76 @@ impl State {
                 return;
             }
         }
-        if queue.count == MOST {
+        if count >= MOST {
             self.queue_everything(slot);
             return;
         }
-        queue.ranges[queue.count] = Command {
-            address,
-            length,
-            ..NOTHING
-        };
-        queue.count += 1;
+        self.push(
+            slot,
+            Command {
+                address,
+                length,
+                ..NOTHING
+            },
+        );
     }
 
-    /// Queues all that a space has mapped.
+    /// Queues the unmapping of all that a space has mapped.
     pub(crate) fn queue_everything(&mut self, slot: usize) {
         if !self.spaces[slot].mapped {
             return;
         }
-        if self.shootdown.count > 0 && self.shootdown.slot != slot {
-            self.flush_queue();
-        }
-        let everything = self.forget_all(slot);
-        self.shootdown.slot = slot;
-        self.shootdown.count = 1;
-        self.shootdown.ranges[0] = everything;
+        let space = &mut self.spaces[slot];
+        space.epoch += 1;
+        space.mapped = false;
+        space.queued = 0;
+        self.push(slot, EVERYTHING);
     }
 
-    /// Notes that a space has nothing mapped; the command that makes it so.
-    pub(crate) fn forget_all(&mut self, slot: usize) -> Command {
-        self.spaces[slot].epoch += 1;
-        self.spaces[slot].mapped = false;
-        EVERYTHING
+    /// Queues it whatever the books say: a command has failed, or a page that they have as mapped
+    /// faulted. (Unmapping the middle of an area needs one more of them, as mapping does, and there
+    /// may be none left: vm.max_map_count.)
+    pub(crate) fn evict(&mut self, slot: usize) {
+        vmm::count(&ledger().events[event::EVICTION]);
+        self.spaces[slot].mapped = true;
+        self.queue_everything(slot);
     }
 
-    /// Drops what is queued for a space that ends.
-    pub(crate) fn drop_queue(&mut self, slot: usize) {
-        if self.shootdown.slot == slot {
-            self.shootdown.count = 0;
+    /// Queues a mapping, the last command before the process runs.
+    pub(crate) fn queue_map(&mut self, slot: usize, map: Command) {
+        // It takes the place of what was there.
+        let last = self.spaces[slot].queued;
+        if let Some(last) = last.checked_sub(1) {
+            let unmap = commands(slot).entries[last];
+            let end = unmap.address + unmap.length;
+            if map.address <= unmap.address && end <= map.address + map.length {
+                self.spaces[slot].queued = last;
+            }
         }
+        self.push(slot, map);
     }
 
-    /// Does what is queued, unless a multicall goes on.
-    pub(crate) fn flush(&mut self) {
-        if !self.batching {
-            self.flush_queue();
+    /// Makes what is queued the command page's content.
+    pub(crate) fn post(&mut self, slot: usize, then: u32) -> &'static mut Commands {
+        let page = commands(slot);
+        let queued = self.spaces[slot].queued;
+        if page.entries[..queued]
+            .iter()
+            .any(|command| command.flags == 0)
+        {
+            vmm::count(&ledger().events[event::SHOOTDOWN]);
         }
+        page.end =
+            (core::mem::offset_of!(Commands, entries) + queued * size_of::<Command>()) as u32;
+        page.then = then;
+        page
     }
 
-    fn flush_queue(&mut self) {
-        let Queue {
-            slot,
-            count,
-            ranges,
-        } = self.shootdown;
-        if count == 0 {
-            return;
-        }
-        self.shootdown.count = 0;
-        vmm::count(&ledger().events[event::SHOOTDOWN]);
-        if self.carry_out(slot, &ranges[..count]) != 0 {
-            // Unmapping the middle of an area needs one more of them, and there may be none left.
-            vmm::count(&ledger().events[event::EVICTION]);
-            let everything = self.forget_all(slot);
-            self.carry_out(slot, &[everything]);
-        }
+    /// Notes that the gate has seen it.
+    pub(crate) fn taken(&mut self, slot: usize) {
+        let page = commands(slot);
+        page.end = 0;
+        page.then = 0;
+        self.spaces[slot].queued = 0;
     }
 }

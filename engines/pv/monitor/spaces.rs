@@ -32,6 +32,8 @@ pub(crate) struct Space {
     pub(crate) pid: u32,
     /// The notification that waits for an answer.
     pub(crate) id: u64,
+    /// What the gate needs to map and to return.
+    pub(crate) key: u64,
     pub(crate) stop: Stop,
     /// It has lost its registers: only a fresh register file continues it.
     pub(crate) broken: bool,
@@ -43,6 +45,8 @@ pub(crate) struct Space {
     pub(crate) epoch: u32,
     /// Something may be mapped in the process.
     pub(crate) mapped: bool,
+    /// Commands that wait on its page.
+    pub(crate) queued: usize,
     /// Bases that the next entry sets: bit 0 FS, bit 1 GS.
     pub(crate) bases: u32,
     pub(crate) fs: u64,
@@ -54,12 +58,14 @@ impl Space {
         root: u64::MAX,
         pid: 0,
         id: 0,
+        key: 0,
         stop: Stop::Fresh,
         broken: false,
         result: 0,
         faulted: None,
         epoch: 1,
         mapped: false,
+        queued: 0,
         bases: 0,
         fs: 0,
         gs: 0,
@@ -92,7 +98,7 @@ impl State {
                     return Err(-EINVAL);
                 }
                 self.to_gate(slot);
-                self.fresh_frame(slot, &registers);
+                self.start_afresh(slot, &registers);
                 self.spaces[slot].faulted = None;
                 self.spaces[slot].broken = false;
                 0
@@ -110,7 +116,9 @@ impl State {
             (iret::CONTINUE, Stop::Call | Stop::Signal { .. }) => self.spaces[slot].result,
             _ => return Err(-EINVAL),
         };
-        self.flush();
+        if self.spaces[slot].queued != 0 {
+            self.to_gate(slot);
+        }
         if self.spaces[slot].broken {
             self.upcall_failsafe();
         }

@@ -15,7 +15,6 @@ pub(crate) mod nr {
     pub(crate) const IOCTL: u64 = 16;
     pub(crate) const YIELD: u64 = 24;
     pub(crate) const SENDMSG: u64 = 46;
-    pub(crate) const RECVMSG: u64 = 47;
     pub(crate) const DUP2: u64 = 33;
     pub(crate) const CLONE: u64 = 56;
     pub(crate) const CAPSET: u64 = 126;
@@ -25,6 +24,7 @@ pub(crate) mod nr {
     pub(crate) const EXIT_GROUP: u64 = 231;
     pub(crate) const TIMERFD_SETTIME: u64 = 286;
     pub(crate) const SECCOMP: u64 = 317;
+    pub(crate) const GETRANDOM: u64 = 318;
     pub(crate) const PIDFD_SEND_SIGNAL: u64 = 424;
     pub(crate) const CLOSE_RANGE: u64 = 436;
 }
@@ -37,6 +37,7 @@ pub(crate) const MAP_PRIVATE: u64 = 2;
 pub(crate) const MAP_FIXED: u64 = 0x10;
 pub(crate) const MAP_ANONYMOUS: u64 = 0x20;
 pub(crate) const MAP_NORESERVE: u64 = 0x4000;
+pub(crate) const MAP_POPULATE: u64 = 0x8000;
 
 /// Makes a system call.
 ///
@@ -185,36 +186,6 @@ pub(crate) fn send_descriptor(socket: i32, fd: i32, bytes: u64) -> bool {
         )
     };
     sent == bytes as i64
-}
-
-/// Receives a number and a descriptor over `socket`.
-pub(crate) fn receive_order(socket: i32) -> Option<(u32, i32)> {
-    let mut control = Control {
-        length: 0,
-        level: 0,
-        kind: 0,
-        fd: -1,
-        padding: 0,
-    };
-    let mut number = 0u32;
-    let vector = [&raw mut number as u64, 4];
-    let mut message: [u64; 7] = [
-        0,
-        0,
-        &raw const vector as u64,
-        1,
-        &raw mut control as u64,
-        size_of::<Control>() as u64,
-        0,
-    ];
-    // SAFETY: all of it is writable for the duration of the call.
-    let received = unsafe {
-        call(
-            nr::RECVMSG,
-            [socket as u64, &raw mut message as u64, 0, 0, 0, 0],
-        )
-    };
-    (received == 4 && control.kind == 1).then_some((number, control.fd))
 }
 
 /// Handles `signal` by `handler`, on the alternate stack, every signal blocked meanwhile.

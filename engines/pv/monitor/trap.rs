@@ -6,11 +6,11 @@
 use core::arch::{asm, global_asm};
 use core::sync::atomic::Ordering::Relaxed;
 
+use crate::frame::Context;
 use crate::hypercall::errno::EINVAL;
 use crate::hypercall::layout::{KERNEL_CS, KERNEL_SS};
 use crate::hypercall::{Registers, UpcallFrame, cause};
 use crate::memory::Errno;
-use crate::user::Context;
 use crate::wire::{crash, k};
 use crate::{State, events, ledger, state, sys, vmm};
 
@@ -120,7 +120,6 @@ impl State {
         if !self.executable(registers.rip) {
             return Err(-EINVAL);
         }
-        self.flush();
         let masked = registers.rflags & INTERRUPT_FLAG == 0;
         events::shared().upcall_mask.store(masked.into(), Relaxed);
         resume(&registers)

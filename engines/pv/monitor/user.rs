@@ -19,32 +19,36 @@
 //!
 //! What K changes in a U happens on this one path, because nobody but U can change its mappings. A U
 //! that waits in a system call is brought to the gate first: K sends it the preemption signal and
-//! answers the call; the signal is taken before the first user instruction, and the frame holds
-//! the state after the call. So the value of that call is written to the frame's `rax`.
+//! answers the call; the signal is taken before the first user instruction, since no user process
+//! can block it, and the frame holds the state after the call. So the value of that call is written to
+//! the frame's `rax`.
 //!
-//! # The memory descriptor
+//! # The key
 //!
-//! A gate that is to map needs guest memory's descriptor, and user code must never have it. K sends
-//! it over a socket of this one process just before it answers, and the gate receives it, maps, and
-//! closes it before it returns. (SECCOMP_IOCTL_NOTIF_ADDFD would do without a socket, but the
-//! target has to be woken to install the descriptor, and K to learn that it did, neither of them
-//! synchronously.) K sends it only to a notification whose instruction pointer is the gate's.
-//! User code can jump there and make that same notification; what it gains is that K's commands are
-//! carried out and its own frame is returned into: from the notification on the gate uses nothing but
-//! the command page.
+//! A user process has guest memory's descriptor open, and its jail allows mmap of it and rt_sigreturn
+//! to who passes the process's key (`filter`). The key is drawn by the new process itself, lies in
+//! the code of its jail, and is told to K with the first notification; no memory of U holds it. K
+//! answers notifications of the gate's own instruction with it and no others. The gate maps what
+//! the command page says and returns into the frame that it says, with the key in registers that
+//! rt_sigreturn then replaces. User code can jump to the gate's instruction and make that same
+//! notification; what it gains is that K's commands are carried out and its own frame is returned
+//! into, since from the notification on the gate trusts no register but the one with the key.
 //!
-//! User code that forged its way in can have signals unblocked, and arrange that one comes while the
-//! descriptor waits or is open (the trap flag, a preemption). Then the gate is entered again, by a
-//! signal whose frame the host has just written and which points into the gate, or lies elsewhere than
+//! User code that jumped there can have arranged that a signal comes while the gate has the key (the
+//! trap flag, a preemption, signals not being blocked then). The gate is entered again, by a frame
+//! that the host has just written, key and all, and which points into the gate or lies elsewhere than
 //! on the signal stack. K sees that before any user code runs, and ends the process: a new one takes
-//! its place, with nothing mapped and no descriptor (`replace`).
+//! its place, with nothing mapped and another key (`replace`).
+//!
+//! The descriptor could be handed over each time instead, by a socket or by ADDFD, and closed after
+//! use. That costs a page fault 4 us; and with the key rt_sigreturn can be kept from user code too.
 //!
 //! # What is not believed
 //!
-//! The frame page is U's to write whenever user code runs. K takes registers from it as the user's
-//! own, masks vectors and flags, checks that the frame lies on the signal stack, and treats
-//! anything else (a notification nobody asked for, a signal inside the gate) as a broken signal state:
-//! the process is replaced and the kernel gets the failsafe upcall.
+//! The frame page is U's to write whenever user code runs: see `frame`. K checks that the frame lies
+//! on the signal stack, and treats anything else (a notification nobody asked for, a signal inside
+//! the gate) as a broken signal state: the process is replaced and the kernel gets the failsafe
+//! upcall.
 //!
 //! # Preemption
 //!
@@ -56,11 +60,10 @@ use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::fence;
 
 use crate::hypercall::Registers;
-use crate::hypercall::layout::{USER_CS, USER_END, USER_SS};
+use crate::hypercall::layout::{SYSCALL_LAST, USER_END};
 use crate::spaces::Stop;
-use crate::trap::user_flags;
-use crate::wire::{self, Command, Commands, SLOT_SIZE, event, gate, k, k_fd, relax, u};
-use crate::{State, events, ledger, sys, vmm};
+use crate::wire::{self, Commands, SLOT_SIZE, event, gate, k, k_fd, relax, u};
+use crate::{State, events, frame, ledger, sys, vmm};
 
 /// SECCOMP_IOCTL_NOTIF_RECV, _SEND (linux/seccomp.h).
 const NOTIF_RECV: u64 = 0xc050_2100;
@@ -69,7 +72,6 @@ const NOTIF_SEND: u64 = 0xc018_2101;
 const EINTR: i64 = 4;
 const ENOENT: i64 = 2;
 const ENOSYS: i32 = 38;
-const SIGILL: u64 = 4;
 pub(crate) const SIGUSR1: u64 = 10;
 
 /// `struct seccomp_notif`.
@@ -135,135 +137,10 @@ fn answer(id: u64, value: i64, error: i32) {
     }
 }
 
-/// Sends guest memory's descriptor to the gate of a process that waits for an answer.
-fn send_memory(slot: usize) {
-    if !sys::send_descriptor(k_fd::DOOR + slot as i32, k_fd::RAM, 0) {
-        vmm::failed(sys::nr::SENDMSG, 0);
-    }
-}
-
 /// The command page of a slot.
 pub(crate) fn commands(slot: usize) -> &'static mut Commands {
     // SAFETY: the slots are mapped, U only reads this page, and nobody keeps the reference.
     unsafe { &mut *((k::SLOTS + slot as u64 * SLOT_SIZE) as *mut Commands) }
-}
-
-/// `struct sigcontext_64`, and the way to it.
-#[repr(C)]
-pub(crate) struct Context {
-    r8_to_r15: [u64; 8],
-    rdi: u64,
-    rsi: u64,
-    rbp: u64,
-    rbx: u64,
-    rdx: u64,
-    rax: u64,
-    rcx: u64,
-    rsp: u64,
-    rip: u64,
-    rflags: u64,
-    cs: u16,
-    gs: u16,
-    fs: u16,
-    ss: u16,
-    error: u64,
-    vector: u64,
-    mask: u64,
-    address: u64,
-    fpstate: u64,
-    reserved: [u64; 8],
-}
-
-/// Offset of ucontext in the signal frame, of the sigcontext in ucontext, of the signal mask there.
-const UCONTEXT: u64 = 8;
-const SIGCONTEXT: u64 = 40;
-const SIGMASK: u64 = 296;
-/// Bytes of a signal frame without FPU state: return address, ucontext, siginfo.
-const FRAME_SIZE: u64 = 8 + 304 + 128;
-/// Where K puts together the frame of a fresh register file: the host's frames lie at the other end.
-const FRESH_FRAME: u64 = u::SIGNAL_STACK;
-/// UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
-const UC_FLAGS: u64 = 6;
-const SS_AUTODISARM: u64 = 1 << 31;
-
-impl Context {
-    /// The sigcontext in a ucontext.
-    pub(crate) fn in_ucontext(ucontext: *mut u8) -> *mut Context {
-        ucontext.wrapping_add(SIGCONTEXT as usize).cast()
-    }
-
-    /// Vector, error code and address of the exception that raised the signal.
-    pub(crate) fn exception(&self, signal: u64) -> (u64, u64, u64) {
-        if signal == SIGILL {
-            // Some come without an exception, and leave the vector of an earlier one.
-            return (6, 0, 0);
-        }
-        let address = if self.vector == 14 { self.address } else { 0 };
-        (self.vector & 31, self.error, address)
-    }
-
-    pub(crate) fn registers(&self) -> Registers {
-        let mut gpr = [0; 16];
-        let first = [
-            self.rax, self.rcx, self.rdx, self.rbx, self.rsp, self.rbp, self.rsi, self.rdi,
-        ];
-        gpr[..8].copy_from_slice(&first);
-        gpr[8..].copy_from_slice(&self.r8_to_r15);
-        Registers {
-            gpr,
-            rip: self.rip,
-            rflags: self.rflags,
-            cs: USER_CS.into(),
-            ss: USER_SS.into(),
-        }
-    }
-
-    fn set_registers(&mut self, registers: &Registers) {
-        let Registers {
-            gpr,
-            rip,
-            rflags,
-            cs: _,
-            ss: _,
-        } = *registers;
-        [
-            self.rax, self.rcx, self.rdx, self.rbx, self.rsp, self.rbp, self.rsi, self.rdi,
-        ] = [
-            gpr[0], gpr[1], gpr[2], gpr[3], gpr[4], gpr[5], gpr[6], gpr[7],
-        ];
-        self.r8_to_r15.copy_from_slice(&gpr[8..]);
-        self.rip = rip;
-        self.rflags = user_flags(rflags);
-        self.cs = USER_CS;
-        self.ss = USER_SS;
-    }
-
-    /// Continues elsewhere.
-    pub(crate) fn redirect(&mut self, rip: u64, rsp: u64, rdi: u64) {
-        self.rip = rip;
-        self.rsp = rsp;
-        self.rdi = rdi;
-        self.rflags &= !(1 << 8 | 1 << 10);
-    }
-}
-
-/// K's view of an address on U's signal stack.
-fn signal_stack(slot: usize, address: u64) -> *mut u8 {
-    (k::SLOTS + slot as u64 * SLOT_SIZE + (address - u::COMMANDS)) as *mut u8
-}
-
-/// Whether a signal frame can lie at `address`.
-fn frame_fits(address: u64) -> bool {
-    address.is_multiple_of(8)
-        && (u::SIGNAL_STACK..=u::SIGNAL_STACK + u::SIGNAL_STACK_SIZE - FRAME_SIZE)
-            .contains(&address)
-}
-
-/// The registers in the frame of a stopped process. The reference must not outlive the stop.
-fn context(slot: usize, frame: u64) -> &'static mut Context {
-    let ucontext = signal_stack(slot, frame + UCONTEXT);
-    // SAFETY: `frame_fits` held for the frame; U, the only other one that writes there, is stopped.
-    unsafe { &mut *Context::in_ucontext(ucontext) }
 }
 
 impl State {
@@ -280,7 +157,7 @@ impl State {
     /// The registers of a process that is stopped in the gate.
     pub(crate) fn registers(&self, slot: usize) -> Option<Registers> {
         match self.spaces[slot].stop {
-            Stop::Signal { frame, .. } => Some(context(slot, frame).registers()),
+            Stop::Signal { frame, .. } => Some(frame::context(slot, frame).registers()),
             Stop::Fresh | Stop::Call | Stop::Running => None,
         }
     }
@@ -288,30 +165,17 @@ impl State {
     /// Replaces the registers of a process that is stopped in the gate.
     pub(crate) fn set_registers(&mut self, slot: usize, registers: &Registers) {
         if let Stop::Signal { frame, .. } = self.spaces[slot].stop {
-            context(slot, frame).set_registers(registers);
+            frame::context(slot, frame).set_registers(registers);
         }
     }
 
-    /// Puts together a frame whose return starts user mode anew.
-    pub(crate) fn fresh_frame(&mut self, slot: usize, registers: &Registers) {
-        let words = signal_stack(slot, FRESH_FRAME).cast::<u64>();
-        // SAFETY: the frame lies at the start of the signal stack; U is stopped.
-        unsafe {
-            for index in 0..(FRAME_SIZE / 8) as usize {
-                words.add(index).write(0);
-            }
-            words.add(1).write(UC_FLAGS);
-            words.add(3).write(u::SIGNAL_STACK);
-            words.add(4).write(SS_AUTODISARM);
-            words.add(5).write(u::SIGNAL_STACK_SIZE);
-            words.add(((UCONTEXT + SIGMASK) / 8) as usize).write(0);
-        }
+    /// Has a process that is stopped in the gate continue by a fresh register file.
+    pub(crate) fn start_afresh(&mut self, slot: usize, registers: &Registers) {
+        frame::fresh(slot, registers);
         self.spaces[slot].stop = Stop::Signal {
-            frame: FRESH_FRAME,
+            frame: frame::FRESH,
             call: false,
         };
-        // Without FPU state in the frame the host gives a fresh one.
-        context(slot, FRESH_FRAME).set_registers(registers);
     }
 
     /// Sends the preemption signal.
@@ -325,68 +189,41 @@ impl State {
         }
     }
 
-    /// Answers the gate of a stopped process, which carries out what its command page says.
-    fn open_gate(&mut self, slot: usize, batch: &[Command], enter: bool) {
-        let kept = self.kept();
+    /// Answers the gate of a stopped process, which carries out what is queued for it and returns into
+    /// the frame.
+    fn open_gate(&mut self, slot: usize, frame: u64) {
+        if self.relax & relax::RAW_FRAMES == 0 {
+            frame::clean(slot, frame);
+        }
+        let page = self.post(slot, 1);
         let space = &mut self.spaces[slot];
-        let page = commands(slot);
-        page.entries[..batch.len()].copy_from_slice(batch);
-        page.count = batch.len() as u32;
-        page.then = enter.into();
-        let maps = batch.iter().any(|command| command.unmap == 0);
-        page.memory = u32::from(maps) | kept;
-        if enter {
-            if let Stop::Signal { frame, .. } = space.stop {
-                page.frame = frame + 8;
-            }
-            page.bases = core::mem::take(&mut space.bases);
-            page.fs = space.fs;
-            page.gs = space.gs;
-        }
+        page.frame = frame + 8;
+        page.bases = core::mem::take(&mut space.bases);
+        page.fs = space.fs;
+        page.gs = space.gs;
         space.stop = Stop::Running;
-        if maps {
-            send_memory(slot);
-        }
-        answer(space.id, 0, 0);
+        answer(space.id, space.key as i64, 0);
     }
 
-    /// Whether the gate leaves the memory descriptor open: a control of the attack tests.
-    fn kept(&self) -> u32 {
-        u32::from(self.relax & relax::KEEP_RAM != 0) << 1
-    }
-
-    /// Brings a process that waits in a system call to the gate.
+    /// Brings a process that waits in a system call to the gate, which carries out what is queued for
+    /// it on its way.
     pub(crate) fn to_gate(&mut self, slot: usize) {
-        if self.spaces[slot].stop == Stop::Call {
-            self.to_gate_with(slot, &[]);
+        if self.spaces[slot].stop != Stop::Call {
+            return;
         }
-    }
-
-    /// Brings it there with commands (not to map) that the gate carries out on its way; answers with
-    /// the number that failed.
-    fn to_gate_with(&mut self, slot: usize, batch: &[Command]) -> u64 {
-        let page = commands(slot);
-        page.entries[..batch.len()].copy_from_slice(batch);
-        page.count = batch.len() as u32;
-        page.memory = self.kept();
-        page.then = 2;
+        self.post(slot, 2);
         self.preempt(slot);
         self.spaces[slot].stop = Stop::Running;
         answer(self.spaces[slot].id, 0, 0);
         let notification = self.notification(slot);
-        let page = commands(slot);
-        page.count = 0;
-        page.then = 0;
-        // A process that has blocked the signal runs on: it is replaced.
-        if self.stopped_by_signal(slot, &notification, true) {
-            notification.arguments[2]
-        } else {
-            0
+        self.taken(slot);
+        if self.stopped_by_signal(slot, &notification, true) && notification.arguments[2] != 0 {
+            self.evict(slot);
         }
     }
 
     /// Puts a new process in the place of one that has broken its signal state, or whose gate was
-    /// interrupted: it may hold the memory descriptor, and it can't be commanded any more.
+    /// interrupted: it may have seen its key, and it can't be commanded any more.
     fn replace(&mut self, slot: usize) {
         self.destroy_process(slot);
         if self.create_process(slot).is_err() {
@@ -395,31 +232,19 @@ impl State {
         self.spaces[slot].broken = true;
     }
 
-    /// Has a stopped process carry out commands, none of which maps; answers with the number that failed.
-    pub(crate) fn carry_out(&mut self, slot: usize, batch: &[Command]) -> u64 {
-        if self.spaces[slot].stop == Stop::Call {
-            return self.to_gate_with(slot, batch);
-        }
-        let stop = self.spaces[slot].stop;
-        self.open_gate(slot, batch, false);
-        let notification = self.notification(slot);
-        if !self.from_gate(&notification) || notification.number as u64 != gate::DONE {
-            // A new process has nothing mapped, which is more than any command could ask for.
-            self.replace(slot);
-            return 0;
-        }
-        commands(slot).count = 0;
-        self.spaces[slot].stop = stop;
-        notification.arguments[1]
-    }
-
     /// Waits for a new process's first notification.
     pub(crate) fn await_birth(&mut self, slot: usize) {
         let notification = self.notification(slot);
         if !self.from_gate(&notification) {
             vmm::crashed(wire::crash::SIGNAL_STATE, [slot as i64, 2, 0, 0]);
         }
-        self.spaces[slot].stop = Stop::Fresh;
+        let space = &mut self.spaces[slot];
+        space.key = notification.arguments[2];
+        space.stop = Stop::Fresh;
+        if self.relax & relax::SHOW_KEY != 0 {
+            commands(slot).key = self.spaces[slot].key;
+        }
+        self.taken(slot);
     }
 
     /// The next notification, which must be this process's: all others wait.
@@ -441,8 +266,8 @@ impl State {
         let frame = notification.arguments[1];
         let well = self.from_gate(notification)
             && notification.number as u64 == gate::SIGNAL
-            && frame_fits(frame)
-            && !in_gate(context(slot, frame).rip);
+            && frame::fits(frame)
+            && !in_gate(frame::context(slot, frame).rip);
         if well || self.trusting() {
             self.spaces[slot].stop = Stop::Signal { frame, call };
         } else {
@@ -453,20 +278,12 @@ impl State {
 
     /// Runs user mode in the current space until the kernel is needed. `value` answers a system call.
     pub(crate) fn run(&mut self, slot: usize, value: i64) -> ! {
-        let mut batch = [Command {
-            address: 0,
-            length: 0,
-            rights: 0,
-            unmap: 0,
-            offset: 0,
-        }; 2];
-        let mut length = 0;
         events::shared().upcall_mask.store(0, Relaxed);
-        if let Some(address) = self.spaces[slot].faulted.take()
+        if let Some((address, error)) = self.spaces[slot].faulted.take()
             && matches!(self.spaces[slot].stop, Stop::Signal { .. })
         {
             // What the kernel has just made accessible need not fault again.
-            length = self.map_in(slot, address.0, address.1, &mut batch);
+            self.map_in(slot, address, error);
         }
         loop {
             ledger().running.store(slot as u32 + 1, Relaxed);
@@ -474,37 +291,39 @@ impl State {
             if events::shared().upcall_pending.load(Relaxed) != 0 {
                 self.preempt(slot);
             }
-            match self.spaces[slot].stop {
+            let stop = self.spaces[slot].stop;
+            match stop {
                 Stop::Call => {
                     self.spaces[slot].stop = Stop::Running;
                     answer(self.spaces[slot].id, value, 0);
                 }
-                Stop::Signal { .. } => self.open_gate(slot, &batch[..length], true),
+                Stop::Signal { frame, .. } => self.open_gate(slot, frame),
                 Stop::Fresh | Stop::Running => {
                     vmm::crashed(wire::crash::SIGNAL_STATE, [slot as i64, 4, 0, 0])
                 }
             }
             let mut notification = self.notification(slot);
-            while !self.from_gate(&notification)
-                && notification.number as u64 > crate::hypercall::layout::SYSCALL_LAST
-            {
+            while !self.from_gate(&notification) && notification.number as u64 > SYSCALL_LAST {
                 // The gate's numbers mean nothing from elsewhere.
                 answer(notification.id, 0, -ENOSYS);
                 notification = self.notification(slot);
             }
             ledger().running.store(0, Relaxed);
-            commands(slot).count = 0;
-            length = self.stopped(slot, &notification, &mut batch);
+            self.taken(slot);
+            let done = notification.number as u64 == gate::DONE
+                && notification.arguments[2] == self.spaces[slot].key;
+            if done && stop != Stop::Call && self.from_gate(&notification) {
+                // Commands failed, so the gate has not returned into the frame.
+                self.evict(slot);
+                self.spaces[slot].stop = stop;
+                continue;
+            }
+            self.stopped(slot, &notification);
         }
     }
 
-    /// Finds out why a process has stopped. Returns to let it go on, with that many commands.
-    fn stopped(
-        &mut self,
-        slot: usize,
-        notification: &Notification,
-        batch: &mut [Command; 2],
-    ) -> usize {
+    /// Finds out why a process has stopped. Returns to let it go on.
+    fn stopped(&mut self, slot: usize, notification: &Notification) {
         if !self.from_gate(notification) {
             self.spaces[slot].stop = Stop::Call;
             self.spaces[slot].result = 0;
@@ -522,26 +341,21 @@ impl State {
         let Stop::Signal { frame, .. } = self.spaces[slot].stop else {
             self.upcall_failsafe();
         };
-        let context = context(slot, frame);
+        let context = frame::context(slot, frame);
         if notification.arguments[0] == SIGUSR1 {
             vmm::count(&ledger().events[event::PREEMPT]);
             if events::shared().upcall_pending.load(SeqCst) != 0 {
                 self.upcall_event(context.registers());
             }
-            return 0;
+            return;
         }
         let (vector, error, address) = context.exception(notification.arguments[0]);
         if vector != 14 {
             self.upcall_exception(vector, error, address, context.registers());
         }
-        let length = if address < USER_END {
-            self.map_in(slot, address, error, batch)
-        } else {
-            0
-        };
-        if length != 0 {
+        if address < USER_END && self.map_in(slot, address, error) {
             vmm::count(&ledger().events[event::SHADOW_FAULT]);
-            return length;
+            return;
         }
         self.spaces[slot].faulted = Some((address, error));
         let error = self.fault_code(slot, address, error);

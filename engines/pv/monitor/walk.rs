@@ -6,8 +6,8 @@
 
 use crate::hypercall::layout::USER_START;
 use crate::tables::{Found, LARGE_SIZE, bit, is_leaf, span, target};
-use crate::wire::{Command, PAGE, event};
-use crate::{State, ledger, sys, vmm};
+use crate::wire::{Command, PAGE};
+use crate::{State, sys};
 
 /// Pages that one fault maps at most.
 const AHEAD: u64 = 16;
@@ -54,30 +54,20 @@ impl Found {
 }
 
 impl State {
-    /// The commands that make an access possible, if the guest's tables allow it: their number, or 0.
-    pub(crate) fn map_in(
-        &mut self,
-        slot: usize,
-        address: u64,
-        error: u64,
-        batch: &mut [Command; 2],
-    ) -> usize {
+    /// Queues the commands that make an access possible, if the guest's tables allow it.
+    pub(crate) fn map_in(&mut self, slot: usize, address: u64, error: u64) -> bool {
         let found = self.find(slot, address);
         let rights = found.leaf_rights(found.entry);
         let pages = span(found.level) / PAGE;
         let inside =
             found.is_leaf() && target(found.entry) + pages <= self.frames && address >= USER_START;
         if !inside || !allows(rights, error) {
-            return 0;
+            return false;
         }
-        let mut length = 0;
         if self.is_mapped(found.table, found.index) {
-            // It should not have faulted. The host refuses mappings beyond its limit of areas
-            // (vm.max_map_count): start again from none. One that the process removed itself, by a
-            // jump into the gate, comes here too.
-            vmm::count(&ledger().events[event::EVICTION]);
-            batch[length] = self.forget_all(slot);
-            length += 1;
+            // It should not have faulted: the host refused the mapping, or the process removed it
+            // itself, by a jump into the gate. Start again from none.
+            self.evict(slot);
         }
         let first = address & !(span(found.level) - 1);
         let mut count = 1;
@@ -98,19 +88,23 @@ impl State {
                 count += 1;
             }
         }
-        let bytes = if found.level == 1 {
-            count * PAGE
+        // A small range is made present at once, which saves the host's own fault.
+        let (length, ahead) = if found.level == 1 {
+            (count * PAGE, sys::MAP_POPULATE)
         } else {
-            LARGE_SIZE
+            (LARGE_SIZE, 0)
         };
-        batch[length] = Command {
-            address: first,
-            length: bytes,
-            rights: protection(rights),
-            unmap: 0,
-            offset: target(found.entry) * PAGE,
-        };
-        length + 1
+        self.queue_map(
+            slot,
+            Command {
+                address: first,
+                length,
+                rights: protection(rights),
+                flags: (sys::MAP_SHARED | sys::MAP_FIXED | ahead) as u32,
+                offset: target(found.entry) * PAGE,
+            },
+        );
+        true
     }
 
     /// Marks a leaf accessed, dirty too if it can be written to, and mapped.

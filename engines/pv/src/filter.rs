@@ -5,16 +5,18 @@
 //! listener; the second is the jail. They are apart because the listener has to be handed over in
 //! between.
 //!
-//! K's jail, 8 host calls: `ioctl` (two notification requests, one descriptor), `sendmsg` (to the
-//! guest's own user processes), `read` (wake descriptor), `write` (bell), `timerfd_settime` (timer),
-//! `pidfd_send_signal` (SIGUSR1 to the guest's own user processes), `sched_yield`, `rt_sigreturn`.
-//! U's jail, 5 host calls, all from the gate's page only: `recvmsg` (its one socket), `mmap` (shared,
-//! fixed, below 2^46, the one descriptor), `munmap` (below 2^46), `close` (that descriptor),
-//! `rt_sigreturn`.
+//! K's jail, 7 host calls: `ioctl` (two notification requests, one descriptor), `read` (wake
+//! descriptor), `write` (bell), `timerfd_settime` (timer), `pidfd_send_signal` (SIGUSR1 to the
+//! guest's own user processes), `sched_yield`, `rt_sigreturn`.
+//! U's jail, 3 host calls, all from the gate's page only: `munmap` (below 2^46), and with the
+//! process's key `mmap` (shared, fixed, below 2^46, the one descriptor) and `rt_sigreturn`.
 //! Everything else is ENOSYS, and so is everything from another architecture's entry.
 //!
 //! An argument that the kernel takes as an int is compared in its low half, which is what the kernel
-//! looks at.
+//! looks at. The other half, in the fourth and fifth argument of U's calls, is where the key stands:
+//! 62 random bits that the jail of each user process has in its code and the gate gets from K (see
+//! stub/gate.s). Both halves of the key are compared before either decides, so that the time of a
+//! refusal tells nothing about one of them.
 
 use abi::hypercall::layout::{MAX_SPACES, USER_END};
 
@@ -100,6 +102,27 @@ impl Program {
         self.answer(DENY);
     }
 
+    fn compute(&mut self, operation: u32, source: u32, operand: u32) {
+        self.push(libc::BPF_ALU | operation | source, 0, 0, operand);
+    }
+
+    /// Denies unless the high halves of the fourth and fifth argument are the key; answers with the
+    /// places of the key's halves.
+    fn require_key(&mut self) -> [u64; 2] {
+        let mut places = [0; 2];
+        self.load(at::argument(3) + 4);
+        places[0] = self.0.len() as u64;
+        self.compute(libc::BPF_XOR, libc::BPF_K, 0);
+        self.push(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0);
+        self.load(at::argument(4) + 4);
+        places[1] = self.0.len() as u64;
+        self.compute(libc::BPF_XOR, libc::BPF_K, 0);
+        self.compute(libc::BPF_OR, libc::BPF_X, 0);
+        self.jump(libc::BPF_JEQ, 1, 0, 0);
+        self.answer(DENY);
+        places
+    }
+
     /// The start of every filter: the accumulator holds the call's number afterwards.
     fn start() -> Self {
         let mut program = Program::default();
@@ -157,9 +180,6 @@ pub(crate) fn kernel_jail() -> Filter {
         libc::SYS_ioctl,
         &[fd(k_fd::LISTENER), (at::argument(1), BeOneOf(REQUESTS))],
     );
-    let doors = k_fd::DOOR as u32;
-    let door = LieIn(doors, doors + MAX_SPACES as u32);
-    program.allow(libc::SYS_sendmsg, &[(at::argument(0), door)]);
     program.allow(libc::SYS_write, &[fd(k_fd::BELL)]);
     program.allow(libc::SYS_read, &[fd(k_fd::WAKE)]);
     program.allow(libc::SYS_timerfd_settime, &[fd(k_fd::TIMER)]);
@@ -185,10 +205,14 @@ pub(crate) fn user_calls() -> Filter {
     program.finish(ALLOW)
 }
 
-/// U's jail.
-pub(crate) fn user_jail() -> Filter {
-    use Must::{Be, LackBits, LieIn};
-    const FLAGS: u32 = (libc::MAP_SHARED | libc::MAP_FIXED) as u32;
+/// U's jail, and the instructions whose operands are the low and the high half of the process's key.
+/// Without a key, which a control of the attack tests wants, those are 0.
+pub(crate) fn user_jail(with_key: bool) -> (Filter, [u64; 2]) {
+    use Must::{Be, BeOneOf, LackBits, LieIn};
+    const FLAGS: &[u32] = &[
+        (libc::MAP_SHARED | libc::MAP_FIXED) as u32,
+        (libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE) as u32,
+    ];
     const RIGHTS: u32 = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u32;
     let high = |index| at::argument(index) + 4;
     let below_end = (high(0), LieIn(0, (USER_END >> 32) as u32));
@@ -202,11 +226,16 @@ pub(crate) fn user_jail() -> Filter {
     let gated = |operands: &[(u32, Must)]| [&from_gate, operands].concat();
     let mut program = Program::start();
     program.range(gate::FIRST, gate::END, ALLOW);
-    program.allow(libc::SYS_rt_sigreturn, &gated(&[]));
     program.allow(
-        libc::SYS_recvmsg,
-        &gated(&[(at::argument(0), Be(u_fd::DOOR as u32))]),
+        libc::SYS_munmap,
+        &gated(&[below_end, (high(1), LieIn(0, (USER_END >> 32) as u32))]),
     );
+    let mut key = [0; 2];
+    if with_key {
+        key = program.require_key();
+        program.load(at::NUMBER);
+    }
+    program.allow(libc::SYS_rt_sigreturn, &gated(&[]));
     program.allow(
         libc::SYS_mmap,
         &gated(&[
@@ -214,19 +243,11 @@ pub(crate) fn user_jail() -> Filter {
             (high(1), LieIn(0, 1 << 8)),
             (high(2), Be(0)),
             (at::argument(2), LackBits(!RIGHTS)),
-            (at::argument(3), Be(FLAGS)),
+            (at::argument(3), BeOneOf(FLAGS)),
             (at::argument(4), Be(u_fd::RAM as u32)),
         ]),
     );
-    program.allow(
-        libc::SYS_munmap,
-        &gated(&[below_end, (high(1), LieIn(0, (USER_END >> 32) as u32))]),
-    );
-    program.allow(
-        libc::SYS_close,
-        &gated(&[(at::argument(0), Be(u_fd::RAM as u32))]),
-    );
-    program.finish(DENY)
+    (program.finish(DENY), key)
 }
 
 /// A filter that allows everything, for controls of attack tests.
@@ -272,6 +293,7 @@ mod tests {
     /// What the kernel's interpreter makes of it (Documentation/networking/filter.rst).
     fn judge(filter: &Filter, data: &Data) -> u32 {
         let mut accumulator = 0;
+        let mut index = 0;
         let mut at = 0;
         loop {
             let instruction = filter.program[..filter.length as usize][at];
@@ -286,6 +308,12 @@ mod tests {
             match code & 7 {
                 libc::BPF_LD => accumulator = data.word(operand),
                 libc::BPF_RET => return operand,
+                libc::BPF_MISC => index = accumulator,
+                libc::BPF_ALU => match code & 0xf8 {
+                    libc::BPF_XOR => accumulator ^= operand,
+                    code if code == libc::BPF_OR | libc::BPF_X => accumulator |= index,
+                    other => panic!("computes {other:#x}"),
+                },
                 _ => {
                     at += match code & 0xf0 {
                         libc::BPF_JEQ => test(accumulator == operand),
@@ -307,23 +335,52 @@ mod tests {
         }
     }
 
+    const KEY: u64 = 0x1234_5678_9abc_def0;
+
+    /// The jail of a process that has drawn [`KEY`], as the stub makes it.
+    fn jail() -> Filter {
+        let (mut filter, key) = user_jail(true);
+        filter.program[key[0] as usize] |= KEY << 32;
+        filter.program[key[1] as usize] |= KEY >> 32 << 32;
+        filter
+    }
+
+    fn with_key(mut data: Data) -> Data {
+        data.arguments[3] |= KEY << 32;
+        data.arguments[4] |= KEY >> 32 << 32;
+        data
+    }
+
     fn map() -> Data {
-        call(libc::SYS_mmap, [0x10000, 4096, 7, 0x11, 0, 0])
+        with_key(call(libc::SYS_mmap, [0x10000, 4096, 7, 0x11, 0, 0]))
     }
 
     #[test]
     fn the_gate_may_map_the_descriptor_below_the_end_and_nothing_else() {
-        let filter = user_jail();
+        let filter = jail();
         assert_eq!(judge(&filter, &map()), ALLOW);
+        let mut ahead = map();
+        ahead.arguments[3] |= 0x8000;
+        assert_eq!(judge(&filter, &ahead), ALLOW);
         type Change = fn(&mut Data);
         let wrong: &[(&str, Change)] = &[
             ("address", |data| data.arguments[0] = USER_END),
             ("length", |data| data.arguments[1] = 1 << 40),
             ("rights", |data| data.arguments[2] = 8),
             ("rights, high half", |data| data.arguments[2] = 1 << 32),
-            ("private", |data| data.arguments[3] = 0x12),
-            ("anonymous", |data| data.arguments[3] = 0x31),
-            ("descriptor", |data| data.arguments[4] = 4),
+            ("private", |data| data.arguments[3] ^= 3),
+            ("anonymous", |data| data.arguments[3] |= 0x20),
+            ("descriptor", |data| data.arguments[4] |= 4),
+            ("low half of the key", |data| data.arguments[3] ^= 1 << 32),
+            ("high half of the key", |data| data.arguments[4] ^= 1 << 63),
+            ("no key", |data| {
+                data.arguments[3] = 0x11;
+                data.arguments[4] = 0;
+            }),
+            ("halves that differ from the key's alike", |data| {
+                data.arguments[3] ^= 1 << 40;
+                data.arguments[4] ^= 1 << 40;
+            }),
             ("from below the gate", |data| data.ip = u::GATE - 1),
             ("from above the gate", |data| {
                 data.ip = u::GATE + u::GATE_SIZE
@@ -341,24 +398,32 @@ mod tests {
 
     #[test]
     fn every_host_call_outside_the_lists_is_denied() {
-        let kernel = [0, 1, 15, 16, 24, 46, 286, 424];
-        let user = [3, 9, 11, 15, 47];
+        let kernel = [0, 1, 15, 16, 24, 286, 424];
+        let user = [9, 11, 15];
         for number in 0..1024 {
             // Descriptors and flags that no list names.
             let data = call(number, [u64::MAX; 6]);
             let free = [15, 24];
             let expected = if free.contains(&number) { ALLOW } else { DENY };
             assert_eq!(judge(&kernel_jail(), &data), expected, "{number}");
-            let expected = if number == 15 { ALLOW } else { DENY };
-            assert_eq!(judge(&user_jail(), &data), expected, "{number}");
+            assert_eq!(judge(&jail(), &data), DENY, "{number}");
             // Whatever the arguments are.
             if !kernel.contains(&number) {
                 assert_eq!(judge(&kernel_jail(), &call(number, [0; 6])), DENY);
             }
             if !user.contains(&number) {
-                assert_eq!(judge(&user_jail(), &call(number, [0; 6])), DENY);
+                assert_eq!(judge(&jail(), &with_key(call(number, [0; 6]))), DENY);
             }
         }
+    }
+
+    #[test]
+    fn a_return_from_a_signal_takes_the_key() {
+        let bare = call(libc::SYS_rt_sigreturn, [0; 6]);
+        assert_eq!(judge(&jail(), &bare), DENY);
+        assert_eq!(judge(&jail(), &with_key(bare)), ALLOW);
+        let (open, places) = user_jail(false);
+        assert_eq!((judge(&open, &bare), places), (ALLOW, [0; 2]));
     }
 
     #[test]

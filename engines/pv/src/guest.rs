@@ -68,8 +68,12 @@ pub enum Defence {
     KernelJail,
     /// U's jail.
     UserJail,
-    /// The gate closes guest memory's descriptor before it returns to user code.
-    CloseMemory,
+    /// U's jail asks for the process's key.
+    Key,
+    /// The key is in registers alone.
+    HiddenKey,
+    /// What a signal frame says beside registers is replaced by K.
+    CleanFrames,
     /// The command page is read-only to U.
     ReadOnlyCommands,
     /// Everything but gate and slot is unmapped in U.
@@ -179,18 +183,21 @@ fn wake_synchronously(listener: &OwnedFd) -> Result<(), Error> {
 struct Jails {
     kernel: Filter,
     user: Filter,
+    key: [u64; 2],
     relax: u64,
 }
 
 impl Options {
     fn jails(&self) -> Jails {
+        let (user, key) = filter::user_jail(true);
         #[cfg_attr(
             not(feature = "testing"),
             allow(unused_mut, reason = "tests change it")
         )]
         let mut jails = Jails {
             kernel: filter::kernel_jail(),
-            user: filter::user_jail(),
+            user,
+            key,
             relax: 0,
         };
         #[cfg(feature = "testing")]
@@ -199,8 +206,12 @@ impl Options {
             match self.without {
                 None => {}
                 Some(Defence::KernelJail) => jails.kernel = filter::open(jails.kernel),
-                Some(Defence::UserJail) => jails.user = filter::open(jails.user),
-                Some(Defence::CloseMemory) => jails.relax = relax::KEEP_RAM,
+                Some(Defence::UserJail) => {
+                    (jails.user, jails.key) = (filter::open(jails.user), [0; 2]);
+                }
+                Some(Defence::Key) => (jails.user, jails.key) = filter::user_jail(false),
+                Some(Defence::HiddenKey) => jails.relax = relax::SHOW_KEY,
+                Some(Defence::CleanFrames) => jails.relax = relax::RAW_FRAMES,
                 Some(Defence::ReadOnlyCommands) => jails.relax = relax::COMMANDS_WRITABLE,
                 Some(Defence::UnmappedStub) => jails.relax = relax::KEEP_MAPPINGS,
                 Some(Defence::CheckedNotifications) => jails.relax = relax::TRUST_NOTIFICATIONS,
@@ -251,6 +262,7 @@ impl Guest {
         plan.fill(StubPlan {
             calls: filter::user_calls(),
             jail: jails.user,
+            key: jails.key,
             relax: jails.relax,
         });
         drop(plan);
@@ -284,6 +296,7 @@ impl Guest {
                 (slots.as_fd(), u_fd::SLOTS),
                 (theirs.as_fd(), u_fd::SOCKET),
                 (stub_plan.as_fd(), u_fd::PLAN),
+                (ram.as_fd(), u_fd::MEMORY),
             ],
         )?;
         drop(theirs);

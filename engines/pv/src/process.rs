@@ -17,7 +17,7 @@ use crate::Error;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Descriptors above this number hold sources while targets are filled.
 const HIGH: libc::c_int = 200;
-/// Descriptors that a party can have: K's sockets to user processes have the highest numbers.
+/// Descriptors that a party can have.
 const DESCRIPTORS: libc::rlim_t = 256;
 
 /// A child process of V: ended and reaped when dropped.
@@ -221,20 +221,9 @@ pub(crate) fn receive_descriptor(socket: &UnixStream) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Sends `number` and a descriptor over `socket`.
-pub(crate) fn send_order(socket: &UnixStream, number: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
-    match send(socket.as_raw_fd(), &number.to_ne_bytes(), fd.as_raw_fd()) {
-        0.. => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// Sends a descriptor over `socket`; negative if that fails. Allocates nothing.
 pub(crate) fn send_descriptor(socket: libc::c_int, fd: libc::c_int) -> isize {
-    send(socket, &[0], fd)
-}
-
-fn send(socket: libc::c_int, bytes: &[u8], fd: libc::c_int) -> isize {
+    let bytes = [0u8];
     let mut vector = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
         iov_len: bytes.len(),

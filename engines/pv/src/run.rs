@@ -21,7 +21,7 @@ use crate::console::Broken;
 use crate::count::Snapshot;
 use crate::guest::Guest;
 use crate::ledger;
-use crate::process::{self, Process};
+use crate::process::Process;
 use crate::wire::{k_fd, vmm};
 
 /// The timer's port, as the monitor knows it.
@@ -428,8 +428,7 @@ impl Guest {
 
     /// Makes the user process of a slot; its process id.
     fn create(&mut self, id: u64, slot: u64) -> Result<i64, i64> {
-        use std::io::Read;
-        use std::os::unix::net::UnixDatagram;
+        use std::io::{Read, Write};
         let place = usize::try_from(slot)
             .ok()
             .filter(|&place| place < self.users.len());
@@ -437,9 +436,9 @@ impl Guest {
         if self.users[place].is_some() {
             return Err(errno::EBUSY);
         }
-        let (ours, theirs) = UnixDatagram::pair().map_err(|_| errno::ENOMEM)?;
         let mut answer = [0; 8];
-        process::send_order(&self.zygote_socket, slot as u32, theirs.as_fd())
+        self.zygote_socket
+            .write_all(&(slot as u32).to_ne_bytes())
             .and_then(|()| self.zygote_socket.read_exact(&mut answer))
             .map_err(|_| errno::ENOMEM)?;
         let pid = i64::from_ne_bytes(answer);
@@ -447,12 +446,7 @@ impl Guest {
         let process = process
             .and_then(|pid| Process::adopt(pid).ok())
             .ok_or(errno::ENOMEM)?;
-        for (fd, first) in [
-            (process.descriptor.as_fd(), k_fd::PROCESS),
-            (ours.as_fd(), k_fd::DOOR),
-        ] {
-            self.give(id, fd, first + place as i32)?;
-        }
+        self.give(id, process.descriptor.as_fd(), k_fd::PROCESS + place as i32)?;
         self.users[place] = Some(process);
         Ok(pid)
     }

@@ -67,9 +67,6 @@ pub mod u {
     pub const SIGNAL_STACK: u64 = COMMANDS + 4096;
     /// Bytes of the signal stack.
     pub const SIGNAL_STACK_SIZE: u64 = super::SLOT_SIZE - 4096;
-    /// Where the gate puts together what it passes to recvmsg: on the signal stack, between the place
-    /// of a fresh frame and that of the host's.
-    pub const MESSAGE: u64 = SIGNAL_STACK + 4096;
     /// The rest of the stub, which only the zygote keeps.
     pub const STUB: u64 = 0x7000_1000_0000;
 }
@@ -97,8 +94,6 @@ pub mod k_fd {
     pub const SOCKET: i32 = 10;
     /// Process descriptor of the user process in slot 0; others follow.
     pub const PROCESS: i32 = 64;
-    /// The socket by which the user process in slot 0 gets guest memory; others follow.
-    pub const DOOR: i32 = 128;
 }
 
 /// Descriptors of the zygote and of U.
@@ -109,9 +104,9 @@ pub mod u_fd {
     pub const SOCKET: i32 = 4;
     /// The filter of U; closed in U before guest code runs.
     pub const PLAN: i32 = 5;
-    /// The one descriptor that stays in U: K sends guest memory's through it.
-    pub const DOOR: i32 = 3;
-    /// Guest memory, while the gate maps: the lowest number there is.
+    /// Guest memory, in the zygote.
+    pub const MEMORY: i32 = 6;
+    /// Guest memory, the one descriptor of U: of no use without the process's key.
     pub const RAM: i32 = 0;
 }
 
@@ -119,7 +114,7 @@ pub mod u_fd {
 pub mod gate {
     /// `(signal, frame, failures)`: a signal was delivered, and commands that waited for it carried out.
     pub const SIGNAL: u64 = 0x5f00;
-    /// `(0, failures)`: commands were carried out.
+    /// `(0, failures, key)`: commands were carried out, and some failed; a new process is there.
     pub const DONE: u64 = 0x5f01;
     /// First number that notifies.
     pub const FIRST: u64 = 0x5000;
@@ -157,8 +152,8 @@ pub struct Command {
     pub length: u64,
     /// PROT_ bits.
     pub rights: u32,
-    /// 0 maps, 1 unmaps.
-    pub unmap: u32,
+    /// MAP_ flags; 0 unmaps.
+    pub flags: u32,
     /// Offset in guest memory.
     pub offset: u64,
 }
@@ -170,23 +165,25 @@ pub const COMMANDS: usize = 126;
 #[derive(Debug)]
 #[repr(C)]
 pub struct Commands {
-    /// Number of commands.
-    pub count: u32,
-    /// 0: notify when done; 1: return to user code; 2: carry out the commands when the next signal
-    /// comes, then notify of that.
+    /// Where the commands end: bytes from the start of the page.
+    pub end: u32,
+    /// 0: notify when done; 1: return to user code, or notify if a command failed; 2: carry out the
+    /// commands when the next signal comes, then notify of that.
     pub then: u32,
     /// Address of the signal frame to return by, plus 8.
     pub frame: u64,
     /// Bit 0: set FS base; bit 1: set GS base.
     pub bases: u32,
-    /// Bit 0: receive the memory descriptor; bit 1: leave it open (a control of the attack tests).
-    pub memory: u32,
+    /// Unused.
+    pub reserved: u32,
     /// FS base.
     pub fs: u64,
     /// GS base.
     pub gs: u64,
+    /// 0; the process's key in a control of the attack tests.
+    pub key: u64,
     /// Unused.
-    pub padding: [u64; 3],
+    pub padding: [u64; 2],
     /// The commands.
     pub entries: [Command; COMMANDS],
 }
@@ -248,14 +245,17 @@ pub struct StubPlan {
     pub calls: Filter,
     /// The filter that keeps U to its list.
     pub jail: Filter,
+    /// Instructions of the jail whose operands are the low and the high half of the process's key; 0 if
+    /// it has no key (a control of the attack tests).
+    pub key: [u64; 2],
     /// [`relax`] bits: for controls of attack tests only.
     pub relax: u64,
 }
 
 /// Defences that a control of an attack test removes. 0 outside such tests.
 pub mod relax {
-    /// The gate leaves the memory descriptor open.
-    pub const KEEP_RAM: u64 = 1 << 0;
+    /// The process's key lies on its command page.
+    pub const SHOW_KEY: u64 = 1 << 0;
     /// The command page is writable to U.
     pub const COMMANDS_WRITABLE: u64 = 1 << 1;
     /// The zygote's mappings and vDSO stay in U.
@@ -268,6 +268,8 @@ pub mod relax {
     pub const TRUST_POINTERS: u64 = 1 << 5;
     /// U keeps all slots mapped.
     pub const ALL_SLOTS: u64 = 1 << 6;
+    /// The monitor leaves signal frames as the process wrote them.
+    pub const RAW_FRAMES: u64 = 1 << 7;
 }
 
 /// Upcalls and faults that are counted, by index in [`Ledger::events`].
@@ -284,7 +286,7 @@ pub mod event {
     pub const PREEMPT: usize = 4;
     /// Doorbells.
     pub const DOORBELL: usize = 5;
-    /// Stops of a user process to change its mappings.
+    /// Times that a user process was let go on with mappings to remove.
     pub const SHOOTDOWN: usize = 6;
     /// Times that a user process had too many mappings and lost them all.
     pub const EVICTION: usize = 7;

@@ -2,10 +2,13 @@
 #
 # Guest code may jump here, to any byte, with any registers, stack and flags. So nothing below the
 # notification trusts a register: every address is an immediate, every operand comes from the
-# command page, which U cannot write. The stack is not used. The descriptor of guest memory exists
-# only between the recvmsg and the close below, and is there to be received only when K has sent it
-# with its answer; whatever interrupts the gate in between is a signal whose frame points into the
-# gate, and K ends a process that shows it one.
+# command page, which U cannot write. The stack is not used.
+#
+# What maps and what returns into a frame (mmap, rt_sigreturn) passes the process's key with it, in
+# the halves of r8 and r10 that the host's calls ignore and the jail compares. The key comes from K
+# as the result of the notification, and is in registers alone until rt_sigreturn replaces them all.
+# So a jump to anything behind the notification lacks it. Whatever interrupts the gate while it has
+# the key is a signal whose frame points into the gate, and K ends a process that shows it one.
 
     .section .gate, "ax", @progbits
     .balign 4096
@@ -13,10 +16,10 @@
 gate_signal:
     mov r12, rsp                    # the frame
     mov ebp, edi                    # the signal
+    xor r13d, r13d                  # commands that failed
     movabs r15, 0x700000010000      # u::COMMANDS
     cmp dword ptr [r15 + 4], 2      # K has sent the signal to have commands carried out
     je gate_commanded
-    xor r13d, r13d
 gate_told:
     mov edi, ebp
     mov rsi, r12
@@ -27,57 +30,49 @@ gate_told:
     .org gate_signal + 0x40
 gate_notify:
     syscall                         # returns at gate + 0x42: u::GATE_NOTIFIED
+    xor r13d, r13d
 gate_commanded:
     movabs r15, 0x700000010000      # u::COMMANDS
-    mov r14d, [r15]
-    xor r13d, r13d
     lea rbx, [r15 + 64]
-    test dword ptr [r15 + 20], 1
-    jz 2f
-    movabs rsi, 0x700000012000      # u::MESSAGE, a struct msghdr
-    xor eax, eax
-    mov [rsi], rax
-    mov [rsi + 8], rax
-    mov [rsi + 16], rax
-    mov [rsi + 24], rax
-    lea rax, [rsi + 64]
-    mov [rsi + 32], rax             # control
-    mov qword ptr [rsi + 40], 24
-    mov edi, 3                      # u_fd::DOOR
-    mov edx, 0x40                   # MSG_DONTWAIT
-    mov eax, 47                     # recvmsg
-    syscall
-2:  test r14d, r14d
-    jz 5f
+    mov r8, rax
+    shr r8, 32
+    shl r8, 32                      # high half of the key, above u_fd::RAM
+    mov r14, rax
+    shl r14, 32                     # low half, to go above the flags
+2:  mov eax, ebx
+    sub eax, r15d
+    cmp eax, [r15]
+    jae 5f
     mov rdi, [rbx]
     mov rsi, [rbx + 8]
-    cmp dword ptr [rbx + 20], 0
-    jne 3f
+    mov r10d, [rbx + 20]
+    test r10d, r10d
+    jz 3f
+    or r10, r14
     mov edx, [rbx + 16]
-    mov r10d, 0x11                  # MAP_SHARED | MAP_FIXED
-    xor r8d, r8d                    # u_fd::RAM
     mov r9, [rbx + 24]
     mov eax, 9                      # mmap
     syscall
     jmp 4f
 3:  mov eax, 11                     # munmap
     syscall
-4:  cmp rax, -4095
-    jb 6f
+4:  add rbx, 32
+    cmp rax, -4095
+    jb 2b
     inc r13d
-6:  add rbx, 32
-    dec r14d
     jmp 2b
-5:  test dword ptr [r15 + 20], 2    # a control of the attack tests leaves it open
+5:  mov eax, [r15 + 4]
+    cmp eax, 2
+    je gate_told
+    test r13d, r13d                 # user code must not run on what should be gone
     jnz 7f
-    xor edi, edi
-    mov eax, 3                      # close
-    syscall
-7:  cmp dword ptr [r15 + 4], 1
+    cmp eax, 1
     je 8f
-    ja gate_told
-    xor edi, edi
+7:  xor edi, edi
     mov esi, r13d
+    mov rdx, r14                    # the key again: nobody else can say this
+    shr rdx, 32
+    or rdx, r8
     mov eax, 0x5f01
     jmp gate_notify
 8:  mov ecx, [r15 + 16]
@@ -90,14 +85,17 @@ gate_commanded:
     mov rax, [r15 + 32]
     wrgsbase rax
 10: mov rsp, [r15 + 8]
+    mov r10, r14
     mov eax, 15                     # rt_sigreturn
     syscall
     hlt
 
-# The last steps of a new user process: everything but gate and slot goes, then the jail is shut.
-# The filter lies on the signal stack. rdi: not 0 keeps the mappings (a control).
+# The last steps of a new user process: everything but gate and slot goes, then the jail is shut,
+# and the key that the filter's code holds is wiped from the signal stack, where it lay. rdi: not 0
+# keeps the mappings (a control). rsi: the key, which K is told.
     .globl gate_close
 gate_close:
+    mov rbx, rsi
     test rdi, rdi
     jnz 12f
     xor edi, edi
@@ -120,8 +118,12 @@ gate_close:
     syscall
     test rax, rax
     jnz 13f
+    movabs rdi, 0x700000011000
+    mov ecx, 0x1000
+    rep stosb
     xor edi, edi
     xor esi, esi
+    mov rdx, rbx
     mov eax, 0x5f01
     jmp gate_notify
 13: hlt

@@ -2,8 +2,8 @@
 //!
 //! The zygote is executed once per guest. It installs the filter that sends guest system calls to
 //! K, hands the listener to V and forks a user process for each slot that V orders. A user process
-//! maps its slot, closes every descriptor, unmaps all but gate and slot, shuts its jail and
-//! notifies K that it is there (gate.s). It is V's child, not the zygote's (CLONE_PARENT), so that
+//! maps its slot, closes every descriptor but guest memory's, draws a key and puts it into its jail,
+//! unmaps all but gate and slot, shuts the jail and notifies K that it is there (gate.s). It is V's child, not the zygote's (CLONE_PARENT), so that
 //! V can wait for it and it dies with V.
 //!
 //! Exit codes above 0 name the step that failed; V turns them into a message.
@@ -45,7 +45,7 @@ global_asm!(
 unsafe extern "C" {
     fn gate_signal();
     fn gate_restorer();
-    fn gate_close(keep: u64) -> !;
+    fn gate_close(keep: u64, key: u64) -> !;
 }
 
 /// Where the zygote maps its plan.
@@ -106,24 +106,24 @@ fn serve(plan: &StubPlan) -> ! {
     // SAFETY: has no arguments.
     let parent = unsafe { sys::call(nr::GETPPID, [0; 6]) };
     loop {
-        let Some((slot, door)) = sys::receive_order(u_fd::SOCKET) else {
+        let mut slot = 0u32;
+        let socket = u_fd::SOCKET as u64;
+        // SAFETY: `slot` is writable for the duration of the call.
+        let read = unsafe { sys::call(nr::READ, [socket, &raw mut slot as u64, 4, 0, 0, 0]) };
+        if read != 4 {
             sys::exit(0);
-        };
+        }
         // SAFETY: an ordinary fork: the child runs on its own copy of this stack.
         let pid = unsafe { sys::call(nr::CLONE, [CLONE_PARENT | SIGCHLD, 0, 0, 0, 0, 0]) };
         if pid == 0 {
-            become_user(plan, slot, door, parent);
+            become_user(plan, slot, parent);
         }
-        // SAFETY: closes what this function has received; `pid` is readable for the duration.
-        unsafe {
-            sys::call(nr::CLOSE_RANGE, [door as u64, door as u64, 0, 0, 0, 0]);
-            let socket = u_fd::SOCKET as u64;
-            sys::call(nr::WRITE, [socket, &raw const pid as u64, 8, 0, 0, 0]);
-        }
+        // SAFETY: `pid` is readable for the duration of the call.
+        unsafe { sys::call(nr::WRITE, [socket, &raw const pid as u64, 8, 0, 0, 0]) };
     }
 }
 
-fn become_user(plan: &StubPlan, slot: u32, door: i32, parent: i64) -> ! {
+fn become_user(plan: &StubPlan, slot: u32, parent: i64) -> ! {
     // SAFETY: plain numbers.
     if unsafe { sys::call(nr::PRCTL, [PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0]) } != 0 {
         sys::exit(10);
@@ -175,30 +175,51 @@ fn become_user(plan: &StubPlan, slot: u32, door: i32, parent: i64) -> ! {
             )
         };
     }
-    // The filter goes where it outlives the zygote's mappings: struct sock_fprog, then its code.
-    let length = (plan.jail.length as usize).min(plan.jail.program.len());
-    let words = u::SIGNAL_STACK as *mut u64;
-    // SAFETY: the signal stack was mapped above and is larger than any filter.
-    unsafe {
-        words.write(length as u64);
-        words.add(1).write(u::SIGNAL_STACK + 16);
-        for (index, instruction) in plan.jail.program.iter().take(length).enumerate() {
-            words.add(2 + index).write(*instruction);
-        }
-    }
+    let key = draw_key();
+    place_jail(plan, key);
     // SAFETY: plain numbers; nothing here owns a descriptor any more.
     let closed = unsafe {
-        let target = u_fd::DOOR as u64;
+        let target = u_fd::RAM as u64;
         let every = u64::from(u32::MAX);
-        sys::call(nr::DUP2, [door as u64, target, 0, 0, 0, 0]) == target as i64
-            && sys::call(nr::CLOSE_RANGE, [0, target - 1, 0, 0, 0, 0]) == 0
+        sys::call(nr::DUP2, [u_fd::MEMORY as u64, target, 0, 0, 0, 0]) == target as i64
             && sys::call(nr::CLOSE_RANGE, [target + 1, every, 0, 0, 0, 0]) == 0
     };
     if !closed {
         sys::exit(13);
     }
     // SAFETY: never returns, so that it may unmap this code and stack.
-    unsafe { gate_close(plan.relax & relax::KEEP_MAPPINGS) }
+    unsafe { gate_close(plan.relax & relax::KEEP_MAPPINGS, key) }
+}
+
+/// A key that nobody can guess: 62 bits, so that it is not taken for an error number.
+fn draw_key() -> u64 {
+    let mut key = 0u64;
+    // SAFETY: `key` is writable for the duration of the call.
+    if unsafe { sys::call(nr::GETRANDOM, [&raw mut key as u64, 8, 0, 0, 0, 0]) } != 8 {
+        sys::exit(15);
+    }
+    key >> 2
+}
+
+/// Puts the jail, with the key in it, where it outlives the zygote's mappings: struct sock_fprog, then
+/// its code. The gate wipes it.
+fn place_jail(plan: &StubPlan, key: u64) {
+    let length = (plan.jail.length as usize).min(plan.jail.program.len());
+    let words = u::SIGNAL_STACK as *mut u64;
+    // SAFETY: the signal stack is mapped and its first page is larger than any filter.
+    unsafe {
+        words.write(length as u64);
+        words.add(1).write(u::SIGNAL_STACK + 16);
+        for (index, instruction) in plan.jail.program.iter().take(length).enumerate() {
+            // The operand is the high half of an instruction.
+            let operand = match plan.key.map(|place| place != 0 && place == index as u64) {
+                [true, _] => key << 32,
+                [_, true] => key >> 32 << 32,
+                [false, false] => 0,
+            };
+            words.add(2 + index).write(*instruction | operand);
+        }
+    }
 }
 
 #[panic_handler]

@@ -60,28 +60,46 @@ fn user_code_makes_no_host_call() {
 
 #[test]
 fn user_code_gets_no_memory_through_the_gate() {
+    refused("attack-steal-idle");
+    succeeds_without("attack-steal-idle", Defence::Key);
     refused("attack-steal");
     succeeds_without("attack-steal", Defence::CheckedNotifications);
-    refused("attack-steal-idle");
-    succeeds_without("attack-steal-idle", Defence::CloseMemory);
+    refused("attack-find-key");
+    succeeds_without("attack-find-key", Defence::HiddenKey);
+    refused("attack-nested");
+    succeeds_without("attack-nested", Defence::CheckedNotifications);
+    refused("attack-trapping");
     refused("attack-gate-bytes");
 }
 
 #[test]
 fn a_corrupt_signal_state_costs_its_owner_only() {
-    refused("attack-nested");
     refused("attack-altstack");
     refused("attack-forged-done");
-    ends_the_guest(
-        "attack-blocked",
-        "user process in slot 0 ended by signal 11",
-    );
+    refused("attack-return");
+    succeeds_without("attack-return", Defence::Key);
+    refused("attack-blocked");
+    let control = run_without("attack-blocked", Defence::CleanFrames);
+    let Outcome::Crashed { message, .. } = &control.outcome else {
+        panic!("{control:?}");
+    };
+    assert!(message.contains("user process in slot 0 ended by signal 11"));
 }
 
 #[test]
-fn user_code_that_blocks_its_preemption_meets_the_time_limit() {
-    let run = run_with("attack-preempt", Some(0.5), None);
-    assert!(matches!(run.outcome, Outcome::Limit(_)), "{run:?}");
+fn user_code_can_not_block_its_preemption() {
+    refused("attack-preempt");
+    let control = start("attack-preempt", Some(Defence::CleanFrames), &[]);
+    let control = finish(control, Some(0.5), None);
+    assert!(matches!(control.outcome, Outcome::Limit(_)), "{control:?}");
+}
+
+#[test]
+fn user_code_never_runs_on_what_was_revoked() {
+    refused("attack-revoked-blocked");
+    succeeds_without("attack-revoked-blocked", Defence::CleanFrames);
+    refused("attack-revoked-nested");
+    succeeds_without("attack-revoked-nested", Defence::CheckedNotifications);
 }
 
 #[test]
@@ -173,8 +191,8 @@ fn no_party_has_a_vdso_or_anything_that_is_not_its_own() {
         !kernel.contains("rwxp") && !kernel.contains("rwxs"),
         "{kernel}"
     );
-    // Memory, listener, wake, bell, timer, and two for the one user process.
-    assert_eq!(kernel_fds, 7);
+    // Memory, listener, wake, bell, timer, and the one user process.
+    assert_eq!(kernel_fds, 6);
     assert_eq!(user_fds, 1);
     for status in [kernel_status, user_status] {
         assert!(

@@ -12,7 +12,8 @@
 //! ([`call`]). The result is an `i64`: negative values are an [`errno`] negated, others belong to
 //! the call. All pointers are virtual addresses of the kernel and must lie, with everything they
 //! point at, in memory that the kernel may read (or write, for results): else -EFAULT, and nothing
-//! was done. A call that fails changes nothing, but for batches, which say how far they came.
+//! was done. A call that fails changes nothing, but for batches, which say how far they came, and
+//! [`Call::UpdateVaMapping`] of several pages.
 //! There is one vCPU.
 //!
 //! # Tiers
@@ -219,13 +220,14 @@ calls! {
     SetTrapTable = 0, "set_trap_table", T0;
     /// `(requests: *const MmuUpdate, count, done: *mut u64)`: changes entries of pinned tables. `done`
     /// (may be null) gets the number of requests that were carried out. Stops at the first bad one.
-    /// Every change holds in every space before the call returns. T0 while no user process holds
-    /// the old entry, else T2, once for the whole batch.
+    /// Every change holds in every space before the call returns: no user instruction runs after it on
+    /// what an entry was before. T0; what a user process holds of old entries is taken from it on
+    /// its way back into user mode, which makes its next iret dearer, once for all calls before it.
     ///
     /// EFAULT, E2BIG. EINVAL: unknown command, unaligned entry, a frame that is no pinned table, or
     /// an entry against the rules. EBUSY: the frame is a table, or it is mapped writable and is to
     /// become a table.
-    MmuUpdate = 1, "mmu_update", T2;
+    MmuUpdate = 1, "mmu_update", T0;
     /// `(ss, rsp)`: the stack for upcalls from user mode. T0.
     ///
     /// EPERM: selector other than [`layout::KERNEL_SS`]. EINVAL: `rsp` not a multiple of 16. EFAULT:
@@ -241,20 +243,23 @@ calls! {
     ///
     /// EINVAL: any other value.
     FpuTaskswitch = 5, "fpu_taskswitch", T0;
-    /// `(calls: *mut MulticallEntry, count)`: makes calls in order and stores each result. What they
-    /// change in user processes is gathered and done once, at the end. Not allowed inside: iret,
-    /// multicall, sched_op (their result is -EPERM). Tier of its most expensive call.
+    /// `(calls: *mut MulticallEntry, count)`: makes calls in order and stores each result. Not allowed
+    /// inside: iret, multicall, sched_op (their result is -EPERM). Tier of its most expensive call.
     ///
     /// EFAULT, E2BIG.
-    Multicall = 13, "multicall", T2;
+    Multicall = 13, "multicall", T3;
     /// `(va, value, flags, count)`: changes the leaf entries of `count` (0 means 1) pages from `va` on in
     /// the current space. For a present `value` the frame number goes up by one per page. Tables
     /// down to level 1 must exist. `flags` as Xen's UVMF: 0 or [`uvmf`] bits; changes hold on return
-    /// whatever they are. Tier as mmu_update.
+    /// whatever they are. T0, as mmu_update.
+    ///
+    /// It stops at the first page that fails: the entries of the pages before it stay changed, with
+    /// INVLPG carried out for them, those from it on are as they were, and TLB_FLUSH is not done. What
+    /// does not depend on the page (`va`, `flags`, `count`, a current space) is checked before any.
     ///
     /// EINVAL: `va` unaligned or not a user address, no table there, or an entry against the rules.
     /// EBUSY as mmu_update. E2BIG. ENOENT: no current space.
-    UpdateVaMapping = 14, "update_va_mapping", T2;
+    UpdateVaMapping = 14, "update_va_mapping", T0;
     /// `(command, count, buffer)`: see [`console_io`]. WRITE and FLUSH wait for the VMM: T3; READ: T0.
     ConsoleIo = 18, "console_io", T3;
     /// `(form, argument)`: see [`iret`]. Enters user mode; returns only with an error. T2.
@@ -351,19 +356,19 @@ pub mod mmuext {
     /// EINVAL: not a pinned root.
     pub const UNPIN_TABLE: u32 = 4;
     /// Argument: frame of a pinned root. Makes its space current and flushes all its translations, as a
-    /// load of CR3 does. T0 if it had none, else T2.
+    /// load of CR3 does. T0.
     ///
     /// EINVAL: not a pinned root.
     pub const NEW_BASEPTR: u32 = 5;
-    /// Flushes all translations of the current space (ENOENT without one). T0 or T2.
+    /// Flushes all translations of the current space (ENOENT without one). T0.
     pub const TLB_FLUSH_LOCAL: u32 = 6;
-    /// Argument: user address. Flushes its translation in the current space. T0 or T2.
+    /// Argument: user address. Flushes its translation in the current space. T0.
     ///
     /// EINVAL: not a user address. ENOENT: no current space.
     pub const INVLPG_LOCAL: u32 = 7;
-    /// Flushes all translations of all spaces. T0 or T2.
+    /// Flushes all translations of all spaces. T0.
     pub const TLB_FLUSH_ALL: u32 = 10;
-    /// Argument: user address. Flushes its translation in all spaces. T0 or T2.
+    /// Argument: user address. Flushes its translation in all spaces. T0.
     pub const INVLPG_ALL: u32 = 11;
     /// Argument: frame of a pinned root. Makes its space current and flushes nothing. T0.
     ///
