@@ -6,6 +6,7 @@ mod support;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 
+use engine_core::cpuid::Leaf;
 use engine_core::devices::lapic;
 use engine_core::testing::{Guest, end};
 use iced_x86::IcedError;
@@ -220,18 +221,23 @@ fn task_priority_in_cr8_holds_an_interrupt_back() {
 fn cpuid_is_the_pinned_one() {
     on_every_mode(|mode| {
         let backend = (mode.probe)().unwrap().backend;
-        let leaves = engine_core::cpuid::leaves().filter(|(leaf, _)| {
-            // kvm_pvm takes the feature words of leaf 1 from the host, whatever KVM_SET_CPUID2 says.
-            let honoured = !(*leaf == 1 && backend == Some("pvm"));
+        let leaves = engine_core::cpuid::leaves().filter(|Leaf { leaf, .. }| {
+            // kvm_pvm takes these from the host, whatever KVM_SET_CPUID2 says.
+            let honoured = !(matches!(*leaf, 1 | 7 | 0xd) && backend == Some("pvm"));
             if !honoured {
-                eprintln!("skipped: leaf 1 is not pinned by the pvm backend");
+                eprintln!("skipped: leaf {leaf} is not pinned by the pvm backend");
             }
             honoured
         });
         let guest = Guest::long(|asm| {
-            for (leaf, [a, b, c, d]) in leaves {
+            for Leaf {
+                leaf,
+                subleaf,
+                registers: [a, b, c, d],
+            } in leaves
+            {
                 asm.mov(eax, leaf)?;
-                asm.xor(ecx, ecx)?;
+                asm.mov(ecx, subleaf.unwrap_or(0))?;
                 asm.cpuid()?;
                 for (register, value) in [(eax, a), (ebx, b), (ecx, c), (edx, d)] {
                     let mut right = asm.create_label();

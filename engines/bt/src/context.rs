@@ -41,10 +41,16 @@ pub(crate) struct Context {
     pub fault: HostFault,
     /// Guest XMM registers while Rust runs.
     pub xmm: Aligned<[[u64; 2]; 16]>,
+    /// Bits 128 to 255 of the YMM registers while Rust runs, if `upper` says so.
+    pub ymm_high: Aligned<[[u64; 2]; 16]>,
+    /// 1 if `ymm_high` holds something, 0 if the upper halves are all zero.
+    pub upper: u32,
+    /// 1 if the guest has enabled AVX: only then can it see the upper halves.
+    pub avx: u32,
     /// Stand-in for memory that translated code may not touch directly. Its alignment keeps the
     /// low address bits of the access, which alignment-checking instructions look at.
     pub bounce: Aligned<[u8; BOUNCE_BYTES]>,
-    /// x87 and MMX state while another vCPU of this thread uses the host's.
+    /// x87 and MMX state, as fxsave64 stores it, while it isn't in the host's registers.
     pub x87: Aligned<[u8; 512]>,
 }
 

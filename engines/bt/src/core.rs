@@ -11,8 +11,8 @@ use crate::{
     arena::Arena,
     context::{Context, NATIVE_FLAGS, flags_from_lazy},
     cpu::{
-        Bits, CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_TSD, Cpu, FLAG_IF, SYSTEM_FLAGS, Seg,
-        canonical,
+        Bits, CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_OSXSAVE, CR4_TSD, Cpu, FLAG_IF, SYSTEM_FLAGS,
+        Seg, XCR0_AVX, XCR0_SSE, canonical,
     },
     decode::{Fpu, Mode},
     fault::Fault,
@@ -34,6 +34,8 @@ pub(crate) struct Core {
     /// Somebody asked for the task priority since `run` last returned: an interrupt waits for it to
     /// fall, so writing CR8 has to end the run.
     pub priority_matters: bool,
+    /// Arithmetic flags are exact at every fault, at some cost.
+    pub exact_flags: bool,
     /// RAM with translated code that was written since the run loop last looked.
     pub code_writes: Vec<(u64, u64)>,
 }
@@ -75,6 +77,7 @@ impl Core {
             flushed: Flushed::Nothing,
             mode: None,
             priority_matters: false,
+            exact_flags: false,
             code_writes: Vec::new(),
         }
     }
@@ -148,6 +151,35 @@ impl Core {
         (gpr, native & NATIVE_FLAGS | self.rflags() & !NATIVE_FLAGS)
     }
 
+    /// A YMM register as four words, lowest first.
+    pub(crate) fn ymm(&self, number: usize) -> [u64; 4] {
+        let slots = self.slots();
+        let [a, b] = slots.xmm.0[number];
+        let [c, d] = if slots.upper == 0 {
+            [0; 2]
+        } else {
+            slots.ymm_high.0[number]
+        };
+        [a, b, c, d]
+    }
+
+    pub(crate) fn set_ymm(&mut self, number: usize, [a, b, c, d]: [u64; 4]) {
+        let context = self.context();
+        context.xmm.0[number] = [a, b];
+        if context.upper == 0 {
+            context.ymm_high.0 = [[0; 2]; 16];
+            context.upper = 1;
+        }
+        context.ymm_high.0[number] = [c, d];
+    }
+
+    /// Loads XCR0.
+    pub(crate) fn set_xcr0(&mut self, value: u64) {
+        self.cpu.xcr0 = value;
+        self.context().avx = u32::from(value & XCR0_AVX != 0);
+        self.mode = None;
+    }
+
     /// Arithmetic flags alone.
     pub(crate) fn set_arithmetic(&mut self, mask: u64, value: u64) {
         let context = self.context();
@@ -205,7 +237,10 @@ impl Core {
                 switched: cpu.cr0 & CR0_TS != 0,
                 monitored: cpu.cr0 & (CR0_TS | CR0_MP) == CR0_TS | CR0_MP,
                 sse: cpu.cr4 & CR4_OSFXSR != 0,
+                avx: cpu.cr4 & CR4_OSXSAVE != 0
+                    && cpu.xcr0 & (XCR0_SSE | XCR0_AVX) == XCR0_SSE | XCR0_AVX,
             },
+            exact: self.exact_flags,
             tsc: cpu.cr4 & CR4_TSD == 0 || !user,
             interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,

@@ -24,8 +24,17 @@ pub(crate) const CR4_TSD: u64 = 1 << 2;
 pub(crate) const CR4_PSE: u64 = 1 << 4;
 pub(crate) const CR4_PAE: u64 = 1 << 5;
 pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
-/// CR4 bits that the pinned CPUID announces: VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT.
-pub(crate) const CR4_ANNOUNCED: u64 = 0x7ff;
+pub(crate) const CR4_OSXMMEXCPT: u64 = 1 << 10;
+pub(crate) const CR4_UMIP: u64 = 1 << 11;
+pub(crate) const CR4_FSGSBASE: u64 = 1 << 16;
+pub(crate) const CR4_OSXSAVE: u64 = 1 << 18;
+/// CR4 bits that the pinned CPUID announces on every host: VME PVI TSD DE PSE PAE MCE PGE PCE
+/// OSFXSR OSXMMEXCPT UMIP FSGSBASE. OSXSAVE joins them where CPUID has XSAVE.
+pub(crate) const CR4_ANNOUNCED: u64 = 0x7ff | CR4_UMIP | CR4_FSGSBASE;
+/// XCR0: x87, SSE and AVX state (SDM 1 13.3).
+pub(crate) const XCR0_X87: u64 = 1;
+pub(crate) const XCR0_SSE: u64 = 2;
+pub(crate) const XCR0_AVX: u64 = 4;
 pub(crate) const EFER_SCE: u64 = 1;
 pub(crate) const EFER_LME: u64 = 1 << 8;
 pub(crate) const EFER_LMA: u64 = 1 << 10;
@@ -87,6 +96,7 @@ pub(crate) struct Cpu {
     pub misc_enable: u64,
     pub apic_base: u64,
     pub mtrr_def_type: u64,
+    pub xcr0: u64,
     /// Debug registers; breakpoints aren't armed.
     pub dr: [u64; 8],
     /// No interrupt before the next instruction has ended (sti, mov ss, pop ss: SDM 3A 6.8.3).
@@ -112,6 +122,7 @@ impl Cpu {
             pat: 0x0007_0406_0007_0406,
             misc_enable: 1,
             apic_base: 0xfee0_0900,
+            xcr0: XCR0_X87,
             dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
             ..Cpu::default()
         }
@@ -132,6 +143,7 @@ impl Cpu {
             misc_enable: old.misc_enable,
             apic_base: old.apic_base,
             mtrr_def_type: old.mtrr_def_type,
+            xcr0: old.xcr0.max(XCR0_X87),
             dr: old.dr,
             ..Cpu::new(state)
         };

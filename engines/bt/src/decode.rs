@@ -6,13 +6,14 @@
 //! either lowered by hand (stack, branches), executed by the runtime (`System`), or undefined.
 
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
-    Mnemonic, OpAccess, OpKind, Register, RflagsBits,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpAccess, OpKind, Register, RflagsBits,
 };
 
 use crate::{
     cpu::Bits,
-    fault::{self, Fault},
+    fault::Fault,
+    features::{alignment, announced, fpu_fault},
 };
 
 /// The six arithmetic flags, in iced's numbering.
@@ -42,6 +43,8 @@ pub(crate) struct Fpu {
     pub monitored: bool,
     /// CR4.OSFXSR.
     pub sse: bool,
+    /// CR4.OSXSAVE, and SSE and AVX state in XCR0.
+    pub avx: bool,
 }
 
 impl Fpu {
@@ -52,6 +55,7 @@ impl Fpu {
         switched: false,
         monitored: false,
         sse: true,
+        avx: false,
     };
 }
 
@@ -69,6 +73,8 @@ pub(crate) struct Mode {
     pub tsc: bool,
     /// cli and sti are allowed (CPL <= IOPL).
     pub interrupts: bool,
+    /// Arithmetic flags are exact wherever an exception may show them, read or not.
+    pub exact: bool,
     /// One instruction only, for what an interrupt shadow or a store into this code demands.
     pub single: bool,
     /// Base of CS where it isn't flat: the same bytes are other instructions' neighbours then.
@@ -90,6 +96,7 @@ impl Mode {
         fpu: Fpu::READY,
         tsc: true,
         interrupts: true,
+        exact: false,
         single: false,
         code_base: 0,
         narrow_stack: false,
@@ -165,8 +172,9 @@ pub(crate) struct Memory {
     pub size: u32,
     pub read: bool,
     pub write: bool,
-    /// #GP unless the address is a multiple of 16; this comes before any page fault.
-    pub aligned: bool,
+    /// #GP unless the address is a multiple of this (1, 16 or 32); this comes before any page
+    /// fault.
+    pub alignment: u8,
 }
 
 /// One instruction of a block.
@@ -252,7 +260,11 @@ pub(crate) fn decode(
         watched: len,
     };
     decoded.settle_sti();
-    decoded.liveness(bytes, ip, width);
+    if mode.exact {
+        decoded.all_live();
+    } else {
+        decoded.liveness(bytes, ip, width);
+    }
     Some(decoded)
 }
 
@@ -326,6 +338,13 @@ impl Decoded {
         self.watched = watched;
         if live != ALL_FLAGS {
             self.backward(live);
+        }
+    }
+
+    /// Flags count as read everywhere.
+    fn all_live(&mut self) {
+        for insn in &mut self.insns {
+            (insn.live_in, insn.live_out) = (ALL_FLAGS, ALL_FLAGS);
         }
     }
 
@@ -453,7 +472,7 @@ fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactor
             size: used.memory_size().size() as u32,
             read,
             write,
-            aligned: aligned(&instr),
+            alignment: alignment(&instr),
         });
     }
     let high = [Register::AH, Register::CH, Register::DH, Register::BH];
@@ -470,107 +489,6 @@ fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactor
         high_byte,
         live_in: 0,
         live_out: 0,
-    }
-}
-
-/// True if a memory operand of `instr` has to be aligned to 16 bytes: those of legacy SSE
-/// instructions, with exceptions (SDM 1 12.10.4 and the instructions' own pages).
-fn aligned(instr: &Instruction) -> bool {
-    use Mnemonic::*;
-    match instr.mnemonic() {
-        Cmpxchg16b | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 => true,
-        Movups | Movupd | Movdqu | Lddqu | Maskmovdqu => false,
-        Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm => false,
-        Pcmpestri64 | Pcmpestrm64 => false,
-        _ => {
-            instr.memory_size().size() == 16
-                && instr.cpuid_features().iter().any(|feature| {
-                    use CpuidFeature::*;
-                    matches!(feature, SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2)
-                })
-        }
-    }
-}
-
-/// True if the guest's CPUID announces everything that `instr` needs.
-fn announced(instr: &Instruction) -> bool {
-    instr.cpuid_features().iter().all(|feature| {
-        use CpuidFeature::*;
-        matches!(
-            feature,
-            INTEL8086
-                | INTEL8086_ONLY
-                | INTEL186
-                | INTEL286
-                | INTEL386
-                | INTEL486
-                | X64
-                | CMOV
-                | FPU
-                | FPU287
-                | FPU387
-                | MMX
-                | SSE
-                | SSE2
-                | SSE3
-                | SSSE3
-                | SSE4_1
-                | SSE4_2
-                | POPCNT
-                | CX8
-                | CMPXCHG16B
-                | CLFSH
-                | FXSR
-                | TSC
-                | RDTSCP
-                | MSR
-                | CPUID
-                | SYSCALL
-                | PAUSE
-                | MULTIBYTENOP
-                // These execute as their older selves on processors without the feature (rep bsf,
-                // rep bsr), which compilers rely on.
-                | BMI1
-                | LZCNT
-        ) && (*feature != BMI1 || instr.mnemonic() == Mnemonic::Tzcnt)
-    })
-}
-
-/// The exception that `instr` raises because of CR0.EM, CR0.TS or CR4.OSFXSR (SDM 3A 2.5 and
-/// table 13-1, SDM 2 on each).
-fn fpu_fault(instr: &Instruction, fpu: Fpu) -> Option<Fault> {
-    use CpuidFeature::*;
-    use Mnemonic::*;
-    let away = Some(Fault::plain(fault::NM));
-    let undefined = Some(Fault::ud());
-    match instr.mnemonic() {
-        Mfence | Lfence | Sfence | Movnti | Clflush | Crc32 => return None,
-        Wait => return away.filter(|_| fpu.switched && fpu.monitored),
-        Fxsave | Fxsave64 | Fxrstor | Fxrstor64 => {
-            return away.filter(|_| fpu.switched || fpu.emulated);
-        }
-        _ => {}
-    }
-    let has = |wanted: &[CpuidFeature]| {
-        let features = instr.cpuid_features();
-        features.iter().any(|feature| wanted.contains(feature))
-    };
-    if has(&[FPU, FPU287, FPU387]) {
-        away.filter(|_| fpu.switched || fpu.emulated)
-    } else if has(&[SSE, SSE2, SSE3, SSSE3, SSE4_1, SSE4_2]) {
-        if fpu.emulated || !fpu.sse {
-            undefined
-        } else {
-            away.filter(|_| fpu.switched)
-        }
-    } else if has(&[MMX]) {
-        if fpu.emulated {
-            undefined
-        } else {
-            away.filter(|_| fpu.switched)
-        }
-    } else {
-        None
     }
 }
 
@@ -682,9 +600,13 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         Cli if mode.interrupts => Class::Cli,
         Sti if mode.interrupts && !mode.single => Class::Sti,
         Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cpuid | Rdtscp | Rdpmc
-        | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw | Lar | Lsl | Lds | Les | Lss | Lfs
-        | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad | Popa | Popad | Daa | Das | Aaa
-        | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
+        | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpid | Xgetbv | Xsave | Xsave64
+        | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 | Fxsave | Fxsave64
+        | Fnsave | Fnstenv | Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd | Vpgatherdd
+        | Vpgatherdq | Vpgatherqd | Vpgatherqq | Vmaskmovps | Vmaskmovpd | Vpmaskmovd
+        | Vpmaskmovq | Vmaskmovdqu | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw | Lar | Lsl
+        | Lds | Les | Lss | Lfs | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad | Popa
+        | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
         Rdtsc if !mode.tsc => Class::System,
         Maskmovq | Maskmovdqu => Class::MaskedMove,
         Push => Class::Push,
@@ -744,8 +666,14 @@ mod tests {
     }
 
     #[test]
-    fn avx_is_not_announced() {
+    fn avx_is_undefined_until_the_guest_enables_it() {
         check(b"\xc5\xf8\x57\xc0", &[Class::Fault(Fault::ud())]);
+    }
+
+    #[test]
+    fn avx_512_is_undefined() {
+        // vaddps zmm0, zmm0, zmm0
+        check(b"\x62\xf1\x7c\x48\x58\xc0", &[Class::Fault(Fault::ud())]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | `features` | what CPUID and control registers say about an instruction |
 //! | `decode` | guest bytes to a block: classes, registers, live flags |
 //! | `lower` | a block to host code |
 //! | `cache` | blocks, links between them, self-modifying code |
@@ -13,6 +14,7 @@
 //! | `core`, `system`, `cpu`, `fault` | privileged instructions and exceptions |
 //! | `stubs`, `signal`, `arena`, `context`, `site` | between translated code and Rust |
 //! | `vcpu` | the run loop of it all |
+//! | `insn` | ring-3 snippets, one at a time |
 
 mod arena;
 mod cache;
@@ -21,7 +23,9 @@ mod core;
 mod cpu;
 mod decode;
 mod fault;
+mod features;
 mod groups;
+pub mod insn;
 mod kick;
 #[allow(
     clippy::useless_conversion,
@@ -41,4 +45,4 @@ mod tlb;
 mod vcpu;
 mod x87;
 
-pub use vcpu::{BtVcpu, Options};
+pub use vcpu::{BtVcpu, Extended, Options, UserStop};

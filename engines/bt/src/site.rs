@@ -71,8 +71,8 @@ pub(crate) struct Slow {
     pub stack: bool,
     /// Segment whose limit and kind are looked at for this access.
     pub segment: Option<u8>,
-    /// The access has to be aligned to 16 bytes.
-    pub aligned: bool,
+    /// The address has to be a multiple of this.
+    pub alignment: u8,
     /// Guest instruction pointer after the body, None if more of the instruction is to come.
     pub next_ip: Option<u64>,
     /// How far RSP still has to move before `next_ip`.

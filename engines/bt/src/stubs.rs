@@ -6,12 +6,15 @@
 //! The guest's RSP is in the host's RSP meanwhile, so nothing between the two may use the stack,
 //! and every signal handler of this thread must run on its alternate stack.
 //!
-//! Integer registers, flags, XMM and MXCSR are exchanged. x87 and MMX state stays in the host's
+//! Integer registers, flags, XMM and MXCSR are exchanged; the upper halves of YMM only where the
+//! guest has enabled AVX and they hold something. Saving them costs little, but loading them, zeros
+//! included, would make every SSE instruction that follows merge with them (Intel's optimization
+//! manual, 15.3). Rust code gets clean upper halves. x87 and MMX state stays in the host's
 //! registers: Rust code doesn't touch it (the vCPU swaps it when threads share it, see vcpu.rs).
 
 use std::mem::offset_of;
 
-use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use dynasmrt::{DynasmApi, DynasmLabelApi, VecAssembler, dynasm, x64::X64Relocation};
 
 use crate::context::Context;
 
@@ -33,9 +36,15 @@ const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 
 /// Emits the stubs for a context at `ctx`, to be placed at `base`.
 pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
-    let mut ops = SimpleAssembler::new();
+    let avx_host = std::arch::is_x86_feature_detected!("avx");
+    // XGETBV with ECX = 1 tells whether upper halves are in use (SDM 1 13.2).
+    let in_use_host = avx_host && std::arch::x86_64::__cpuid_count(0xd, 1).eax >> 2 & 1 == 1;
+    let mut ops = VecAssembler::<X64Relocation>::new(base as usize);
     let gpr = ctx + offset_of!(Context, gpr) as i32;
     let xmm = ctx + offset_of!(Context, xmm) as i32;
+    let ymm_high = ctx + offset_of!(Context, ymm_high) as i32;
+    let upper = ctx + offset_of!(Context, upper) as i32;
+    let avx = ctx + offset_of!(Context, avx) as i32;
     let flags = ctx + offset_of!(Context, flags) as i32;
     let mxcsr = ctx + offset_of!(Context, mxcsr) as i32;
     let host_mxcsr = ctx + offset_of!(Context, host_mxcsr) as i32;
@@ -54,9 +63,29 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
             ; stmxcsr [host_mxcsr]
             ; ldmxcsr [mxcsr]
         );
+        if avx_host {
+            dynasm!(ops ; .arch x64 ; cmp DWORD [upper], 0 ; je >clean);
+            for register in 0..16u8 {
+                dynasm!(ops
+                    ; .arch x64
+                    ; vmovaps Rx(register), [xmm + 16 * i32::from(register)]
+                    ; vinsertf128 Ry(register), Ry(register), [ymm_high + 16 * i32::from(register)], 1
+                );
+            }
+            dynasm!(ops
+                ; .arch x64
+                ; jmp >loaded
+                ;clean:
+                ; cmp DWORD [avx], 0
+                ; je >invisible
+                ; vzeroupper
+                ;invisible:
+            );
+        }
         for register in 0..16u8 {
             dynasm!(ops ; .arch x64 ; movaps Rx(register), [xmm + 16 * i32::from(register)]);
         }
+        dynasm!(ops ; .arch x64 ; loaded:);
         if with_flags {
             dynasm!(ops ; .arch x64 ; push QWORD [flags] ; popfq);
         }
@@ -82,11 +111,39 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
     );
     let exit_after_signal = base + ops.offset().0 as u64;
     dynasm!(ops ; .arch x64 ; cld);
+    if avx_host {
+        dynasm!(ops ; .arch x64 ; cmp DWORD [avx], 0 ; je >invisible);
+        if in_use_host {
+            dynasm!(ops
+                ; .arch x64
+                ; mov DWORD [upper], 0
+                ; mov ecx, 1
+                ; xgetbv
+                ; test al, 4
+                ; jz >invisible
+            );
+        }
+        for register in 0..16u8 {
+            dynasm!(ops
+                ; .arch x64
+                ; vmovaps [xmm + 16 * i32::from(register)], Rx(register)
+                ; vextractf128 [ymm_high + 16 * i32::from(register)], Ry(register), 1
+            );
+        }
+        dynasm!(ops
+            ; .arch x64
+            ; mov DWORD [upper], 1
+            ; vzeroupper
+            ; jmp >saved
+            ;invisible:
+        );
+    }
     for register in 0..16u8 {
         dynasm!(ops ; .arch x64 ; movaps [xmm + 16 * i32::from(register)], Rx(register));
     }
     dynasm!(ops
         ; .arch x64
+        ;saved:
         ; stmxcsr [mxcsr]
         ; ldmxcsr [host_mxcsr]
     );
@@ -101,6 +158,6 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
             exit,
             exit_after_signal,
         },
-        ops.finalize(),
+        ops.finalize().expect("every label is bound"),
     )
 }

@@ -7,11 +7,13 @@
 //! | `answer` | instructions that the runtime executes, answers to exits |
 //! | `interface` | what engine-core's run loop sees |
 //! | `listing` | translated code as text |
+//! | `user` | ring-3 code without a kernel |
 
 mod access;
 mod answer;
 mod interface;
 mod listing;
+mod user;
 
 use std::sync::Arc;
 
@@ -36,6 +38,7 @@ use crate::{
 };
 use access::Transfer;
 use answer::Pending;
+pub use user::{Extended, UserStop};
 
 /// How the translator is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +96,8 @@ enum Stop {
     Window,
     Shutdown,
     Interrupted,
+    /// An exception, while they are intercepted.
+    Exception(Fault),
     Internal(String),
 }
 
@@ -110,6 +115,8 @@ pub struct BtVcpu {
     counts: ExitCounts,
     doorbell: Arc<Doorbell>,
     window: bool,
+    /// Exceptions end the run instead of going through the IDT.
+    intercept: bool,
     resume: Resume,
     /// Instructions to execute one by one.
     steps: u16,
@@ -154,7 +161,7 @@ impl BtVcpu {
         // SAFETY: the arena is dropped last and serves this core alone.
         let mut core = unsafe { Core::new(ram, &arena) };
         core.context().mxcsr = 0x1f80;
-        x87::reset(core.context());
+        x87::reset(&mut core.context().x87);
         Ok(BtVcpu {
             core,
             cache,
@@ -162,6 +169,7 @@ impl BtVcpu {
             counts: ExitCounts::default(),
             doorbell: Arc::new(Doorbell::new(arena.clone())),
             window: false,
+            intercept: false,
             resume: Resume::Boundary,
             steps: 0,
             pending: Pending::Nothing,
@@ -263,6 +271,9 @@ impl BtVcpu {
 
     fn raise(&mut self, fault: Fault) -> Result<(), Stop> {
         self.counts.add(ExitReason::GuestFault);
+        if self.intercept {
+            return Err(Stop::Exception(fault));
+        }
         Ok(self.core.raise(fault)?)
     }
 
@@ -316,6 +327,7 @@ impl BtVcpu {
         }
         if self.cache.full() {
             self.counts.add(ExitReason::CacheFlush);
+            self.settle_x87();
             self.cache.empty(&mut self.core.mmu);
         }
         self.counts.add(ExitReason::Translate);

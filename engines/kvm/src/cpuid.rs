@@ -1,20 +1,29 @@
 //! The pinned CPUID as KVM wants it (KVM_SET_CPUID2, api.rst 4.20).
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use engine_core::cpuid::Leaf;
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-/// Every leaf of [`engine_core::cpuid`]. None depends on the subleaf, so no entry is flagged as
-/// indexed; leaves that are not listed KVM answers as an Intel processor does, with the last basic
-/// leaf, which is all zeros.
+/// Every leaf of [`engine_core::cpuid`]. What follows from the vCPU's state (OSXSAVE, the sizes of
+/// leaf 0xd) KVM keeps up to date itself; leaves that are not listed it answers as an Intel
+/// processor does, with the last basic leaf.
 pub(crate) fn entries() -> CpuId {
     let entries: Vec<kvm_cpuid_entry2> = engine_core::cpuid::leaves()
-        .map(|(function, [eax, ebx, ecx, edx])| kvm_cpuid_entry2 {
-            function,
-            eax,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        })
+        .map(
+            |Leaf {
+                 leaf,
+                 subleaf,
+                 registers: [eax, ebx, ecx, edx],
+             }| kvm_cpuid_entry2 {
+                function: leaf,
+                index: subleaf.unwrap_or(0),
+                flags: subleaf.map_or(0, |_| KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
+                eax,
+                ebx,
+                ecx,
+                edx,
+                ..Default::default()
+            },
+        )
         .collect();
     CpuId::from_entries(&entries).expect("fewer leaves than KVM_MAX_CPUID_ENTRIES")
 }

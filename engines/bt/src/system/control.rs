@@ -6,8 +6,8 @@ use super::{Step, Trap, segment_index};
 use crate::{
     core::Core,
     cpu::{
-        Bits, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_ANNOUNCED, CR4_PAE, EFER_LMA, EFER_LME,
-        EFER_NXE, EFER_SCE, Seg,
+        Bits, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_ANNOUNCED, CR4_OSXSAVE, CR4_PAE,
+        EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, Seg,
     },
     fault::Fault,
     mmu::PHYSICAL_BITS,
@@ -130,7 +130,7 @@ impl Core {
     }
 
     fn set_cr4(&mut self, value: u64) -> Result<(), Fault> {
-        if value & !CR4_ANNOUNCED != 0 || self.cpu.long() && value & CR4_PAE == 0 {
+        if value & !cr4_announced() != 0 || self.cpu.long() && value & CR4_PAE == 0 {
             return Err(Fault::gp());
         }
         self.cpu.cr4 = value;
@@ -226,8 +226,15 @@ impl Core {
 
     /// The pinned CPUID, with the bits that follow the CPU's state.
     pub(super) fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        engine_core::cpuid::pinned(leaf, subleaf)
+        let osxsave = self.cpu.cr4 & CR4_OSXSAVE != 0;
+        engine_core::cpuid::with_state(leaf, subleaf, osxsave, self.cpu.xcr0)
     }
+}
+
+/// CR4 bits that may be set.
+fn cr4_announced() -> u64 {
+    let xsave = engine_core::cpuid::pinned(1, 0)[2] >> 26 & 1 == 1;
+    CR4_ANNOUNCED | if xsave { CR4_OSXSAVE } else { 0 }
 }
 
 fn debug_register(register: Register) -> usize {

@@ -10,11 +10,13 @@
 //! | `flow` | far transfers, iret, syscall and sysenter |
 //! | `gate` | call gates, task gates, TSSs as branch targets |
 //! | `legacy` | decimal arithmetic, bound, arpl |
+//! | `masked` | AVX, element by element |
 //! | `operand` | memory operands: addresses, limits, loads and stores |
 //! | `segment` | segment registers and descriptors |
 //! | `stack` | pushes and pops, near branches of 16-bit code |
 //! | `string` | string instructions |
 //! | `task` | hardware task switches |
+//! | `xstate` | XSAVE and its kin |
 //!
 //! [`Context`]: crate::context::Context
 
@@ -23,24 +25,28 @@ mod deliver;
 mod flow;
 mod gate;
 mod legacy;
+mod masked;
 mod operand;
 mod segment;
 mod stack;
 mod string;
 mod task;
+mod xstate;
+
+pub(crate) use xstate::stores_x87_pointers;
 
 use engine_core::ExitReason;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use crate::{
     core::{Core, Flushed, Shutdown},
-    cpu::{Bits, CR4_TSD, Seg, canonical},
+    cpu::{Bits, CR4_FSGSBASE, CR4_TSD, CR4_UMIP, Seg, canonical},
     fault::{self, Fault},
 };
 
 const FLAG_ZF: u64 = 1 << 6;
 
-/// CR4.UMIP isn't announced: sgdt and its kin work in every ring.
+/// Privileged only under CR4.UMIP.
 const UNPRIVILEGED_STORES: &[Mnemonic] = &[
     Mnemonic::Sgdt,
     Mnemonic::Sidt,
@@ -149,12 +155,14 @@ impl Core {
                     | Invd
                     | Wbinvd
                     | Swapgs
+                    | Xsetbv
                     | Sysret
                     | Sysretq
                     | Sysexit
                     | Sysexitq
             );
-        if privileged && self.cpu.cpl() != 0 && !UNPRIVILEGED_STORES.contains(&mnemonic) {
+        let hidden = self.cpu.cr4 & CR4_UMIP != 0 && UNPRIVILEGED_STORES.contains(&mnemonic);
+        if (privileged || hidden) && self.cpu.cpl() != 0 {
             return Err(Fault::gp().into());
         }
         if instr.is_string_instruction() {
@@ -322,6 +330,21 @@ impl Core {
                 let value = self.gpr(0) & 0xffff_ffff | self.gpr(2) << 32;
                 self.write_msr(self.gpr(1) as u32, value)?;
             }
+            Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase => self.segment_base(instr)?,
+            Rdpid => {
+                let register = instr.op0_register().full_register().number();
+                self.set_gpr(register, self.cpu.tsc_aux & 0xffff_ffff);
+            }
+            Xgetbv => self.xgetbv()?,
+            Xsetbv => self.xsetbv()?,
+            Fxsave | Fxsave64 => self.fxsave(instr)?,
+            Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 => self.xsave(instr)?,
+            Xrstor | Xrstor64 => self.xrstor(instr)?,
+            Fnsave | Fnstenv => self.x87_environment(instr)?,
+            Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd | Vpgatherdd | Vpgatherdq
+            | Vpgatherqd | Vpgatherqq => self.gather(instr)?,
+            Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq => self.masked_elements(instr)?,
+            Vmaskmovdqu => self.masked_bytes(instr)?,
             Swapgs => {
                 let base = self.cpu.segments[Seg::GS].base;
                 let kernel = std::mem::replace(&mut self.cpu.kernel_gs_base, base);
@@ -360,6 +383,34 @@ impl Core {
             _ => return Err(Trap::Unsupported("not implemented".into())),
         }
         Ok(Step::Next)
+    }
+
+    /// rdfsbase and its kin (SDM 2B).
+    fn segment_base(&mut self, instr: &Instruction) -> Result<(), Fault> {
+        use Mnemonic::*;
+        if self.cpu.cr4 & CR4_FSGSBASE == 0 || self.cpu.bits() != Bits::Bits64 {
+            return Err(Fault::ud());
+        }
+        let index = match instr.mnemonic() {
+            Rdfsbase | Wrfsbase => Seg::FS,
+            _ => Seg::GS,
+        };
+        let register = instr.op0_register();
+        let number = register.full_register().number();
+        if matches!(instr.mnemonic(), Rdfsbase | Rdgsbase) {
+            let base = self.cpu.segments[index].base;
+            self.set_gpr_sized(number, base, register.size() as u32);
+        } else {
+            let base = match register.size() {
+                4 => self.gpr(number) & 0xffff_ffff,
+                _ => self.gpr(number),
+            };
+            if !canonical(base) {
+                return Err(Fault::gp());
+            }
+            self.set_segment_base(index, base);
+        }
+        Ok(())
     }
 
     fn interrupt_flag(&mut self, set: bool) -> Result<(), Fault> {

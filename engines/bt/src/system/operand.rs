@@ -183,7 +183,7 @@ impl Core {
     }
 
     /// What a fault becomes in the segment of the memory operand.
-    fn on_operand(&self, instr: &Instruction, fault: Fault) -> Fault {
+    pub(super) fn on_operand(&self, instr: &Instruction, fault: Fault) -> Fault {
         let long = self.cpu.bits() == Bits::Bits64;
         if long && data_segment(instr, self.cpu.bits()) == Register::SS {
             on_stack(fault)

@@ -12,7 +12,7 @@ use engine_core::{ExitReason, Kick};
 
 use super::{BtVcpu, Pending, Resume, Stop};
 use crate::{
-    cpu::{Bits, canonical},
+    cpu::{Bits, CR4_OSXMMEXCPT, canonical},
     fault::{self, Fault},
     mmu::{Access, Page},
     site::{Ip, Shared, Site, Slow},
@@ -51,7 +51,7 @@ impl BtVcpu {
                     }
                 })
         };
-        if slow.aligned && ea & 15 != 0 {
+        if ea & u64::from(slow.alignment - 1) != 0 {
             return Err(Fault::gp());
         }
         let crosses = (ea & 0xfff) + u64::from(slow.size) > 4096;
@@ -246,6 +246,10 @@ impl BtVcpu {
         }
         // The kernel says which exception it was; si_code alone doesn't tell #MF from #XM.
         match (fault.signal, fault.vector) {
+            // Without CR4.OSXMMEXCPT a SIMD exception is an invalid opcode (SDM 3A 2.5).
+            (libc::SIGFPE, fault::XM) if self.core.cpu.cr4 & CR4_OSXMMEXCPT == 0 => {
+                self.raise(Fault::ud())
+            }
             (libc::SIGFPE, vector @ (fault::DE | fault::MF | fault::XM)) => {
                 self.raise(Fault::plain(vector))
             }

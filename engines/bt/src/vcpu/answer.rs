@@ -28,6 +28,12 @@ pub(super) enum Pending {
 impl BtVcpu {
     pub(super) fn system(&mut self, instr: &Instruction) -> Result<(), Stop> {
         self.counts.add(system::reason(instr));
+        if self.intercept
+            && let Some(stop) = self.intercepted(instr)
+        {
+            return Err(stop);
+        }
+        self.settle_for(instr);
         let step = match self.core.execute(instr) {
             Ok(step) => step,
             Err(Trap::Fault(fault)) => return self.raise(fault),

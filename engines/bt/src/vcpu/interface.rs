@@ -21,6 +21,7 @@ impl Vcpu for BtVcpu {
             | Stop::Window
             | Stop::Shutdown
             | Stop::Interrupted
+            | Stop::Exception(_)
             | Stop::Internal(_) => {}
         }
         Ok(match stop {
@@ -56,6 +57,10 @@ impl Vcpu for BtVcpu {
             Stop::Window => Exit::InterruptWindow,
             Stop::Shutdown => Exit::Shutdown,
             Stop::Interrupted => Exit::Interrupted,
+            // Only `run_user` asks for these.
+            Stop::Exception(fault) => Exit::Internal {
+                message: format!("an exception that nobody intercepts: {fault:?}"),
+            },
             Stop::Internal(message) => Exit::Internal { message },
         })
     }

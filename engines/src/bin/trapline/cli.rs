@@ -40,6 +40,9 @@ pub(crate) enum Command {
     Run(Box<Run>),
     /// Say what this host can run, and how to mend what it can't
     Probe(Probe),
+    /// Run ring-3 snippets through the translator and print their registers
+    #[command(after_help = crate::insn::HELP)]
+    Insn(Insn),
     /// List modes and workloads
     List,
     /// Do the host's own operations on order: what mode para is made of, without a guest
@@ -116,6 +119,13 @@ pub(crate) struct Probe {
     /// One JSON object instead of a table
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Insn {
+    /// Take cases from stdin, one JSON object a line
+    #[arg(long, required = true)]
+    pub(crate) batch: bool,
 }
 
 fn modes() -> PossibleValuesParser {

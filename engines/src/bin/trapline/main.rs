@@ -5,6 +5,7 @@
 
 mod cli;
 mod floor;
+mod insn;
 mod list;
 mod native;
 mod probe;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     let done = match cli::Cli::parse().command {
         cli::Command::Run(arguments) => run::run(&arguments),
         cli::Command::Probe(arguments) => probe::run(&arguments),
+        cli::Command::Insn(arguments) => insn::run(&arguments),
         cli::Command::List => list::run(),
         cli::Command::Floor => floor::run(),
     };
