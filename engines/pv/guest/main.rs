@@ -12,6 +12,7 @@ mod attacks;
 mod attacks_kernel;
 mod cost;
 mod errors;
+mod floods;
 mod kernel;
 mod scenes;
 mod user;
@@ -38,6 +39,7 @@ extern "C" fn start(info: &'static StartInfo) -> ! {
     for (known, scene) in scenes::ALL
         .iter()
         .chain(errors::ALL)
+        .chain(floods::ALL)
         .chain(cost::ALL)
         .chain(attacks::ALL)
         .chain(attacks_kernel::ALL)

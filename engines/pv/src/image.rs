@@ -62,7 +62,7 @@ pub enum ImageError {
     /// A segment's virtual address is not one that a kernel may use.
     #[error("a segment at virtual address {0:#x} lies outside the kernel's addresses")]
     Address(u64),
-    /// Two segments share a page, or lie at addresses that differ within a page.
+    /// Two segments share a page of addresses or of memory, or one lies at addresses that differ within a page.
     #[error("the segment at {0:#x} does not lie on pages of its own")]
     Overlap(u64),
     /// A segment can be written to and executed.
@@ -177,6 +177,14 @@ impl<'a> Image<'a> {
             }
             entered |= p_flags & PF_X != 0 && (p_vaddr..next).contains(&self.entry);
             end = next.next_multiple_of(PAGE);
+        }
+        // Nor may two be the same memory at two addresses: one would be written over the other.
+        let mut segments = self.segments();
+        segments.sort_by_key(|segment| segment.offset);
+        for pair in segments.windows(2) {
+            if pair[1].offset - pair[0].offset < pair[0].length {
+                return Err(ImageError::Overlap(pair[1].address));
+            }
         }
         if entered {
             Ok(())

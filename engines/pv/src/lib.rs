@@ -24,6 +24,10 @@ mod process;
 mod run;
 mod wire;
 
+/// A guest that does what its command line names, well or badly: see guest/main.rs. For tests.
+#[cfg(feature = "testing")]
+pub const TEST_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
+
 #[cfg(feature = "testing")]
 pub use guest::Defence;
 pub use guest::{Guest, Options, probe};

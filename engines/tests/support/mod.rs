@@ -1,6 +1,8 @@
 //! Running `trapline` on tiny guests, with a time limit on everything.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+pub(crate) mod parties;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -9,9 +9,6 @@ use engine_core::machine::Source;
 use engine_core::{Limits, Outcome};
 use pv::{Defence, Guest, Options};
 
-/// The test guest; see guest/main.rs.
-pub(crate) const GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
-
 /// What became of a run.
 #[derive(Debug)]
 pub(crate) struct Run {
@@ -39,7 +36,7 @@ pub(crate) fn start(scenario: &str, without: Option<Defence>, input: &[u8]) -> G
         input: Source::Bytes(input.to_vec()),
         ..Options::default()
     };
-    Guest::start(GUEST, 64, scenario, options).unwrap()
+    Guest::start(pv::TEST_GUEST, 64, scenario, options).unwrap()
 }
 
 pub(crate) fn finish(mut guest: Guest, timeout: Option<f64>, max_exits: Option<u64>) -> Run {
