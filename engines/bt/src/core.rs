@@ -15,9 +15,10 @@ use crate::{
         Seg, XCR0_AVX, XCR0_SSE, canonical,
     },
     decode::{Fpu, Mode},
-    fault::Fault,
+    fault::{self, Fault},
     mmu::{Access, Mmu},
     site::Homes,
+    system::Debugging,
     tlb::Span,
 };
 
@@ -31,6 +32,7 @@ pub(crate) struct Core {
     pub flushed: Flushed,
     /// What [`Core::mode`] said last, until something that it depends on changes.
     pub mode: Option<Mode>,
+    pub debug: Debugging,
     /// Somebody asked for the task priority since `run` last returned: an interrupt waits for it to
     /// fall, so writing CR8 has to end the run.
     pub priority_matters: bool,
@@ -76,6 +78,7 @@ impl Core {
             rip: 0,
             flushed: Flushed::Nothing,
             mode: None,
+            debug: Debugging::default(),
             priority_matters: false,
             exact_flags: false,
             code_writes: Vec::new(),
@@ -231,7 +234,12 @@ impl Core {
                 cpu.segments[Seg::CS].base as u32
             },
             narrow_stack: !long && !cpu.segments[Seg::SS].db(),
-            limited: cpu.limited_segments(),
+            // Every access has to be looked at.
+            limited: if self.watching() || self.checks_alignment() {
+                0xff
+            } else {
+                cpu.limited_segments()
+            },
             fpu: Fpu {
                 emulated: cpu.cr0 & CR0_EM != 0,
                 switched: cpu.cr0 & CR0_TS != 0,
@@ -268,6 +276,7 @@ impl Core {
     /// # Errors
     /// The first page fault. Writes to device memory are dropped.
     pub(crate) fn write(&mut self, address: u64, bytes: &[u8], user: bool) -> Result<(), Fault> {
+        self.watch(address, bytes.len() as u64, true);
         let last = address.wrapping_add(bytes.len() as u64 - 1);
         if self.cpu.long() && !canonical(last) {
             return Err(Fault::gp());
@@ -316,13 +325,19 @@ impl Core {
     /// # Errors
     /// [`Shutdown`] on a triple fault.
     pub(crate) fn raise(&mut self, fault: Fault) -> Result<(), Shutdown> {
+        self.forget_traps();
         let mut fault = fault;
         loop {
             if let Some(address) = fault.address {
                 self.cpu.cr2 = address;
             }
             let met = match self.deliver(fault.vector, fault.error, Cause::Exception) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    if fault.vector == fault::DB {
+                        self.debug_delivered();
+                    }
+                    return Ok(());
+                }
                 Err(met) => met,
             };
             // A page fault leaves its address even if it turns into something else.

@@ -13,6 +13,8 @@ pub(crate) const CR0_ET: u64 = 1 << 4;
 pub(crate) const CR0_WP: u64 = 1 << 16;
 /// CR0.PG: paging.
 pub(crate) const CR0_PG: u64 = 1 << 31;
+/// CR0.AM: ring 3 may ask for alignment checks.
+pub(crate) const CR0_AM: u64 = 1 << 18;
 /// CR0.NW and CR0.CD, which exclude each other in one direction.
 pub(crate) const CR0_NW: u64 = 1 << 29;
 pub(crate) const CR0_CD: u64 = 1 << 30;
@@ -97,7 +99,7 @@ pub(crate) struct Cpu {
     pub apic_base: u64,
     pub mtrr_def_type: u64,
     pub xcr0: u64,
-    /// Debug registers; breakpoints aren't armed.
+    /// Debug registers.
     pub dr: [u64; 8],
     /// No interrupt before the next instruction has ended (sti, mov ss, pop ss: SDM 3A 6.8.3).
     pub shadow: bool,

@@ -89,7 +89,7 @@ struct Access {
 /// Finds the groups of a block.
 pub(crate) fn plan(insns: &[Insn], mode: Mode) -> Plan {
     let mut plan = Plan::apart(insns.len());
-    if mode.bits != Bits::Bits64 || mode.single {
+    if mode.bits != Bits::Bits64 || mode.single || mode.limited != 0 {
         return plan;
     }
     let accesses = accesses(insns);

@@ -235,11 +235,22 @@ impl BtVcpu {
         if self.doorbell.answer() {
             return Err(Stop::Interrupted);
         }
+        let debugging = self.core.debugging();
+        if debugging && let Some(trap) = self.core.take_trap() {
+            return self.raise(trap).map(|()| None);
+        }
         if self.window && self.interruptible() {
             self.request_interrupt_window(false);
             return Err(Stop::Window);
         }
-        let single = std::mem::take(&mut self.core.cpu.shadow) || self.steps > 0;
+        let mut single = false;
+        if debugging {
+            match self.core.debug_instruction() {
+                Ok(alone) => single = alone,
+                Err(fault) => return self.raise(fault).map(|()| None),
+            }
+        }
+        single |= std::mem::take(&mut self.core.cpu.shadow) || self.steps > 0;
         self.steps = self.steps.saturating_sub(1);
         match self.find(single) {
             Ok((entry, _)) => Ok(Some(entry)),

@@ -28,6 +28,7 @@ impl Core {
             let selector = self.value(instr, 1)? as u16;
             self.load_segment(index, selector)?;
             self.cpu.shadow = index == Seg::SS;
+            self.debug.blocked = index == Seg::SS;
             return Ok(Step::Next);
         }
         if instr.op1_kind() == OpKind::Register && from.is_segment_register() {
@@ -69,17 +70,19 @@ impl Core {
             self.set_gpr(to.full_register().number(), value & width);
         } else if to.is_dr() {
             let value = self.gpr(from.full_register().number()) & width;
-            let number = debug_register(to);
+            let number = self.debug_register(to.number())?;
             if number >= 6 && value >> 32 != 0 {
                 return Err(Fault::gp().into());
             }
             self.cpu.dr[number] = match number {
                 6 => value & 0xe00f | 0xffff_0ff0,
-                7 => value & 0xffff_2bff | 0x400,
+                7 => value & 0xffff_23ff | 0x400,
                 _ => value,
             };
+            self.mode = None;
         } else {
-            let value = self.cpu.dr[debug_register(from)];
+            let number = self.debug_register(from.number())?;
+            let value = self.cpu.dr[number];
             self.set_gpr(to.full_register().number(), value & width);
         }
         Ok(Step::Next)
@@ -235,13 +238,4 @@ impl Core {
 fn cr4_announced() -> u64 {
     let xsave = engine_core::cpuid::pinned(1, 0)[2] >> 26 & 1 == 1;
     CR4_ANNOUNCED | if xsave { CR4_OSXSAVE } else { 0 }
-}
-
-fn debug_register(register: Register) -> usize {
-    match register.number() {
-        // DR4 and DR5 are aliases while CR4.DE is clear (SDM 3B 19.2.2).
-        4 => 6,
-        5 => 7,
-        number => number & 7,
-    }
 }

@@ -34,6 +34,9 @@ impl Core {
                 if instr.mnemonic() == Int && self.cpu.virtual_8086() && self.cpu.iopl() < 3 {
                     return Err(Fault::gp().into());
                 }
+                if instr.mnemonic() == Int1 {
+                    self.forget_traps();
+                }
                 let (vector, cause) = match instr.mnemonic() {
                     Int => (instr.immediate8(), Cause::Software),
                     Int3 => (fault::BP, Cause::Software),
@@ -63,7 +66,12 @@ impl Core {
     fn software_interrupt(&mut self, vector: u8, cause: Cause, next_ip: u64) -> Result<(), Fault> {
         let ip = std::mem::replace(&mut self.rip, next_ip);
         self.deliver(vector, None, cause)
-            .inspect_err(|_| self.rip = ip)
+            .inspect_err(|_| self.rip = ip)?;
+        self.forget_step();
+        if vector == fault::DB {
+            self.debug_delivered();
+        }
+        Ok(())
     }
 
     fn iret(&mut self, instr: &Instruction) -> Result<(), Trap> {
@@ -127,8 +135,7 @@ impl Core {
             writable &= 0xffff;
         }
         let old = self.rflags();
-        // RF takes effect for one instruction and no breakpoint is armed: it isn't kept.
-        self.set_rflags((old & !writable | image & writable) & !FLAG_RF);
+        self.set_rflags(old & !writable | image & writable);
         if rpl > cpl {
             self.drop_data_segments(rpl);
         }
@@ -169,7 +176,7 @@ impl Core {
         }
         let [esp, ss, es, ds, fs, gs] = values;
         let writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS | FLAG_VM;
-        self.set_rflags(image & writable & !FLAG_RF);
+        self.set_rflags(image & writable);
         let selectors = [es, cs.into(), ss, ds, fs, gs];
         for (index, selector) in selectors.into_iter().enumerate() {
             let segment = self.real_segment(index, selector as u16);
@@ -224,6 +231,9 @@ impl Core {
         self.set_gpr(11, flags & !FLAG_RF);
         self.rip = self.cpu.lstar;
         self.set_rflags(flags & !self.cpu.fmask & !FLAG_RF);
+        if self.cpu.flags & FLAG_TF == 0 {
+            self.forget_step();
+        }
         let selector = (self.cpu.star >> 32) as u16 & !3;
         self.set_segment(Seg::CS, flat(selector, 0xa09b));
         self.set_segment(Seg::SS, flat(selector.wrapping_add(8), 0xc093));

@@ -6,6 +6,7 @@
 //! | file | what |
 //! |---|---|
 //! | `control` | control registers, MSRs |
+//! | `debug` | single steps, breakpoints, alignment checks |
 //! | `deliver` | interrupts and exceptions through IDT and IVT |
 //! | `flow` | far transfers, iret, syscall and sysenter |
 //! | `gate` | call gates, task gates, TSSs as branch targets |
@@ -21,6 +22,7 @@
 //! [`Context`]: crate::context::Context
 
 mod control;
+mod debug;
 mod deliver;
 mod flow;
 mod gate;
@@ -35,6 +37,7 @@ mod xstate;
 
 pub(crate) use xstate::stores_x87_pointers;
 
+pub(crate) use debug::Debugging;
 use engine_core::ExitReason;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
@@ -434,7 +437,9 @@ impl Core {
 
     /// IOPL, then the TSS's I/O permission bitmap (SDM 1 19.5).
     fn check_port(&self, port: u16, size: u8) -> Result<(), Fault> {
-        if self.cpu.cpl() <= self.cpu.iopl() {
+        self.watch_port(port, size);
+        // Virtual-8086 mode always asks the map.
+        if self.cpu.cpl() <= self.cpu.iopl() && !self.cpu.virtual_8086() {
             return Ok(());
         }
         let tr = &self.cpu.tr;

@@ -71,7 +71,9 @@ impl Core {
         write: bool,
     ) -> Result<u64, Fault> {
         self.check_segment(segment_index(segment), offset, size, write)?;
-        Ok(self.linear(offset, segment))
+        let address = self.linear(offset, segment);
+        self.check_alignment(address, size)?;
+        Ok(address)
     }
 
     /// Adds the segment's base, as the current mode does.
@@ -139,6 +141,7 @@ impl Core {
     }
 
     pub(super) fn load(&self, address: u64, size: u32) -> Result<u64, Fault> {
+        self.watch(address, size.into(), false);
         let mut bytes = [0; 8];
         self.mmu
             .read(&self.cpu, address, &mut bytes[..size as usize], self.user())?;

@@ -125,6 +125,7 @@ impl Core {
                 let rsp = self.gpr(4).wrapping_add(size.into());
                 self.set_gpr_sized(4, rsp, width);
                 self.cpu.shadow = index == Seg::SS;
+                self.debug.blocked = index == Seg::SS;
             }
             OpKind::Register => {
                 self.pop_bytes(size.into());

@@ -162,8 +162,11 @@ impl Core {
         self.data(self.gpr(7) & form.mask, Register::ES, form.size, write)
     }
 
-    /// True if every element has to be held against its segment by itself.
+    /// True if every element has to be looked at by itself.
     fn elementwise(&self, form: &Form) -> bool {
+        if self.watching() || self.stepping() {
+            return true;
+        }
         let limited = self.cpu.limited_segments();
         limited >> Seg::ES & 1 == 1 || limited >> segment_index(form.source) & 1 == 1
     }
@@ -189,7 +192,8 @@ impl Core {
         one: impl Fn(&mut Core, &Form) -> Result<bool, Fault>,
     ) -> Result<Step, Trap> {
         let flags = self.rflags();
-        for _ in 0..BATCH {
+        let batch = if self.stepping() { 1 } else { BATCH };
+        for _ in 0..batch {
             // A fault in the middle of scas or cmps brings back the flags from before the
             // instruction (SDM 2B, REP).
             let again = one(self, form).inspect_err(|_| self.set_arithmetic(ARITHMETIC, flags))?;
@@ -236,8 +240,10 @@ impl Core {
         let size = form.size as usize;
         let value = self.gpr(0).to_le_bytes();
         let elementwise = self.elementwise(form);
+        // A step is one element.
+        let batch = if self.stepping() { 1 } else { BATCH };
         let mut done = 0;
-        while done < BATCH {
+        while done < batch {
             let address = self.destination(form, true)?;
             let most = if elementwise { 1 } else { self.count(form) };
             let run = Self::run_length(form, address, self.gpr(7), most);
@@ -248,6 +254,7 @@ impl Core {
                 done += 1;
             } else {
                 let (low, bytes) = Self::span(form, address, run);
+                self.watch(low, bytes as u64, true);
                 let host = self.writable(address, low, bytes)?;
                 if host.is_none() {
                     let value = self.gpr(0);
@@ -276,8 +283,10 @@ impl Core {
     fn copy(&mut self, form: &Form) -> Result<Step, Trap> {
         let size = form.size as usize;
         let elementwise = self.elementwise(form);
+        // A step is one element.
+        let batch = if self.stepping() { 1 } else { BATCH };
         let mut done = 0;
-        while done < BATCH {
+        while done < batch {
             let (from, to) = (self.source(form)?, self.destination(form, true)?);
             let most = if elementwise { 1 } else { self.count(form) };
             let run = Self::run_length(form, to, self.gpr(7), most);
@@ -286,9 +295,11 @@ impl Core {
                 None
             } else {
                 let (low, bytes) = Self::span(form, from, run);
+                self.watch(low, bytes as u64, false);
                 let page = self.mmu.walk(&self.cpu, from, Access::Read, self.user())?;
                 let source = self.mmu.host(page.phys | low & 0xfff, bytes as u64);
                 let (low, bytes) = Self::span(form, to, run);
+                self.watch(low, bytes as u64, true);
                 let target = self.writable(to, low, bytes)?;
                 source
                     .zip(target)

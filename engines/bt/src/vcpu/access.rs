@@ -74,7 +74,16 @@ impl BtVcpu {
             let index = usize::from(segment);
             let offset = ea.wrapping_sub(self.core.cpu.segments[index].base);
             let size = slow.size.into();
-            let checked = self.core.check_segment(index, offset, size, slow.write);
+            let checked = self
+                .core
+                .check_segment(index, offset, size, slow.write)
+                .and_then(|()| self.core.check_alignment(ea, size));
+            if slow.read {
+                self.core.watch(ea, size.into(), false);
+            }
+            if slow.write {
+                self.core.watch(ea, size.into(), true);
+            }
             if let Err(fault) = checked {
                 self.settle(site.homes, site.ip);
                 return self.raise(fault);

@@ -55,6 +55,9 @@ impl BtVcpu {
             Step::Jump | Step::Again => {}
             Step::Halt => {
                 self.core.rip = next;
+                if self.core.trap_due() {
+                    return Ok(());
+                }
                 return Err(Stop::Halt);
             }
             Step::In { port, size } => {

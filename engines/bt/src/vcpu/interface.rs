@@ -110,6 +110,7 @@ impl Vcpu for BtVcpu {
             && matches!(self.pending, Pending::Nothing | Pending::In { .. })
             && self.core.interrupts_enabled()
             && !self.core.cpu.shadow
+            && !self.core.trap_due()
     }
 
     fn interrupt(&mut self, vector: u8) -> Result<(), Error> {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `kernel`, `run` | the guest around each test, and the ways to run it |
 //! | `exceptions` | frames, stacks, error codes, double and triple faults |
+//! | `debug` | single steps, breakpoints, alignment checks |
 //! | `paging` | accessed and dirty bits, permissions, invalidation |
 //! | `privilege` | rings, system registers, segments |
 //! | `code` | self-modifying and remapped code, instructions across pages |
@@ -15,6 +16,7 @@
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
 
 mod code;
+mod debug;
 mod exceptions;
 mod interrupts;
 mod kernel;
