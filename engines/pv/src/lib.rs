@@ -15,6 +15,8 @@ mod clock;
 mod console;
 mod count;
 mod filter;
+#[cfg(test)]
+mod filter_lists;
 pub mod floor;
 mod guest;
 mod image;
