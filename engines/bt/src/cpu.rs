@@ -96,7 +96,6 @@ pub(crate) struct Cpu {
     pub tsc_aux: u64,
     pub pat: u64,
     pub misc_enable: u64,
-    pub apic_base: u64,
     pub mtrr_def_type: u64,
     pub xcr0: u64,
     /// Debug registers.
@@ -123,7 +122,6 @@ impl Cpu {
             flags: state.rflags & SYSTEM_FLAGS,
             pat: 0x0007_0406_0007_0406,
             misc_enable: 1,
-            apic_base: 0xfee0_0900,
             xcr0: XCR0_X87,
             dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
             ..Cpu::default()
@@ -143,7 +141,6 @@ impl Cpu {
             tsc_aux: old.tsc_aux,
             pat: old.pat,
             misc_enable: old.misc_enable,
-            apic_base: old.apic_base,
             mtrr_def_type: old.mtrr_def_type,
             xcr0: old.xcr0.max(XCR0_X87),
             dr: old.dr,

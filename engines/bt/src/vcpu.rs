@@ -84,6 +84,13 @@ enum Stop {
         port: u16,
         size: u8,
     },
+    ReadMsr {
+        index: u32,
+    },
+    WriteMsr {
+        index: u32,
+        value: u64,
+    },
     Read {
         phys: u64,
         len: usize,
@@ -121,6 +128,10 @@ pub struct BtVcpu {
     /// Instructions to execute one by one.
     steps: u16,
     pending: Pending,
+    /// The machine's answer to `rdmsr`.
+    msr: Option<u64>,
+    /// The machine's answer to `wrmsr`.
+    accepted: bool,
     /// Data of the exit under way.
     data: [u8; 8],
     /// Data of the exit under way, for `ins` and `outs`.
@@ -173,6 +184,8 @@ impl BtVcpu {
             resume: Resume::Boundary,
             steps: 0,
             pending: Pending::Nothing,
+            msr: None,
+            accepted: false,
             data: [0; 8],
             strings: Vec::new(),
             stale: false,

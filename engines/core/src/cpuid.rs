@@ -3,7 +3,7 @@
 //! A translator's block counts and a guest's choice of code path depend on what CPUID says, so it
 //! is a constant here. The model is an x86-64 processor with everything of x86-64-v3: SSE to
 //! SSE4.2, AVX, AVX2, FMA, F16C, BMI, LZCNT, MOVBE, XSAVE, and with AES, PCLMULQDQ, SHA, ADX,
-//! RDRAND, FSGSBASE and an invariant TSC. It has no AVX-512, PCID, MTRRs, SYSENTER or machine
+//! RDRAND, FSGSBASE, x2APIC, TSC-deadline and an invariant TSC. It has no AVX-512, PCID, MTRRs, SYSENTER or machine
 //! checks, and no hypervisor bit: an `unaware` guest is not told.
 //!
 //! Instructions run as themselves in every mode, so one that the host lacks can't be announced: a
@@ -48,7 +48,9 @@ const ECX_1: u32 = bits(&[
     13, // CMPXCHG16B
     19, // SSE4.1
     20, // SSE4.2
+    21, // x2APIC
     23, // POPCNT
+    24, // TSC-deadline
 ]);
 /// Where the host has them too.
 const ECX_1_HOSTED: u32 = bits(&[
@@ -96,6 +98,8 @@ const XCR0: u32 = 7;
 /// Size and place of the AVX state in an XSAVE area, and size of the area with and without it.
 const AVX_BYTES: u32 = 256;
 const AVX_AT: u32 = 576;
+/// The features of leaf 1's ECX whose MSRs the machine keeps: x2APIC and TSC-deadline.
+pub const MACHINE_MSRS: u32 = bits(&[21, 24]);
 const EDX_8000_0001: u32 = bits(&[
     11, // SYSCALL
     20, // NX

@@ -41,6 +41,24 @@ pub enum Exit<'a> {
         /// What was written.
         data: &'a [u8],
     },
+    /// `rdmsr` of a register that the machine keeps ([`crate::devices::lapic::owns_msr`]).
+    MsrRead {
+        /// Which.
+        index: u32,
+        /// To be filled; left empty, the guest gets #GP.
+        answer: &'a mut Option<u64>,
+    },
+    /// `wrmsr` to a register that the machine keeps.
+    MsrWrite {
+        /// Which.
+        index: u32,
+        /// What was written.
+        value: u64,
+        /// The guest's time-stamp counter now; only of meaning for IA32_TSC_DEADLINE.
+        tsc: u64,
+        /// To be set if that is allowed; left clear, the guest gets #GP.
+        accepted: &'a mut bool,
+    },
     /// The guest executed `hlt` with nothing pending.
     Hlt,
     /// Interrupts can be taken now; asked for by [`crate::Vcpu::request_interrupt_window`].
@@ -89,6 +107,10 @@ reasons! {
     MmioRead = Mmio, "mmio-read";
     /// Device memory write.
     MmioWrite = Mmio, "mmio-write";
+    /// Model-specific register read.
+    MsrRead = Msr, "rdmsr";
+    /// Model-specific register write.
+    MsrWrite = Msr, "wrmsr";
     /// Halt.
     Hlt = Hlt, "hlt";
     /// Interrupt window opened.
@@ -103,7 +125,7 @@ reasons! {
     Helper = Helper, "helper";
     /// bt: `cpuid` emulated.
     Cpuid = Cpuid, "cpuid";
-    /// bt: `rdmsr` or `wrmsr` emulated.
+    /// bt: `rdmsr` or `wrmsr` emulated or handed to the machine.
     Msr = Msr, "msr";
     /// bt: control register access emulated.
     ControlRegister = Cr, "cr";
@@ -237,6 +259,8 @@ impl Exit<'_> {
             Exit::PioOut { .. } => ExitReason::PioOut,
             Exit::MmioRead { .. } => ExitReason::MmioRead,
             Exit::MmioWrite { .. } => ExitReason::MmioWrite,
+            Exit::MsrRead { .. } => ExitReason::MsrRead,
+            Exit::MsrWrite { .. } => ExitReason::MsrWrite,
             Exit::Hlt => ExitReason::Hlt,
             Exit::InterruptWindow => ExitReason::InterruptWindow,
             Exit::Shutdown => ExitReason::Shutdown,

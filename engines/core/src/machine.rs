@@ -7,14 +7,15 @@
 //! Time. The machine has one clock and one host timer, which is set to the earliest deadline of all
 //! devices just before the guest is entered ([`Machine::arm`]), or slept until when it is halted.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::bus::{AddressMap, Slot};
 use crate::clock::Clock;
 use crate::devices::irqchip::{Irqchip, Wires};
-use crate::devices::{Action, Device, Serial, board, serial};
+use crate::devices::{Action, Device, Pit, Serial, board, pit, serial};
+use crate::dma::WriteLog;
 use crate::host::console::{Output, Sink};
 use crate::host::events::Events;
 use crate::host::input::Input;
@@ -43,6 +44,12 @@ pub struct MachineOptions {
     pub signals: bool,
     /// The interrupt controllers and the timer that the engine brings along, if it does.
     pub controller: Option<Arc<dyn Interrupts>>,
+    /// Guest RAM as (start, size), for what tells a guest of it.
+    pub memory: Vec<(GuestPhys, u64)>,
+    /// The guest's command line, for fw_cfg.
+    pub command_line: String,
+    /// Where the debug console goes, if anywhere.
+    pub debug: Option<Box<dyn Write>>,
 }
 
 impl Default for MachineOptions {
@@ -53,6 +60,9 @@ impl Default for MachineOptions {
             output: Sink::Memory(Vec::new()),
             signals: false,
             controller: None,
+            memory: Vec::new(),
+            command_line: String::new(),
+            debug: None,
         }
     }
 }
@@ -94,6 +104,8 @@ pub struct Machine {
     watched: u64,
     /// Those whose descriptor is not watched until the guest's next access.
     held: u64,
+    /// What devices write to memory, for engines that must be told.
+    write_log: Option<Arc<WriteLog>>,
     marks: Marks,
     observer: Observer,
 }
@@ -165,11 +177,21 @@ impl Machine {
             map,
             watched: 0,
             held: 0,
+            write_log: None,
             marks: Marks::default(),
             observer: Box::new(|_| ()),
         };
-        for (ports, device) in board::ports() {
+        for (ports, device) in board::devices(
+            &machine,
+            &options.memory,
+            &options.command_line,
+            options.debug,
+        ) {
             machine.add_ports(ports, device)?;
+        }
+        if own_controllers {
+            let pit = Pit::new(machine.clock.clone(), machine.line(pit::IRQ));
+            machine.add_ports(board::PIT, Box::new(pit))?;
         }
         Ok(machine)
     }
@@ -177,6 +199,18 @@ impl Machine {
     /// The wire to interrupt input `number`. One device has it.
     pub fn line(&self, number: u8) -> Line {
         Line::new(Arc::clone(&self.controller), number)
+    }
+
+    /// Tells the engine of the pages in `log` before it runs the guest again
+    /// ([`Vcpu::memory_written`]).
+    pub fn log_writes(&mut self, log: Arc<WriteLog>) {
+        self.write_log = Some(log);
+    }
+
+    /// Moves the pages that devices have written into `pages`; false if there are none.
+    #[inline]
+    pub(crate) fn written(&self, pages: &mut Vec<u64>) -> bool {
+        self.write_log.as_ref().is_some_and(|log| log.take(pages))
     }
 
     /// The guest's clock.
@@ -330,6 +364,19 @@ impl Machine {
         found.map_or(Action::None, |(slot, offset)| {
             self.access(slot, |device| device.write(offset, data))
         })
+    }
+
+    /// Answers `rdmsr`; `None` is #GP.
+    pub(crate) fn read_msr(&mut self, index: u32) -> Option<u64> {
+        self.irqchip.lapic.read_msr(index)
+    }
+
+    /// Takes a `wrmsr` while the guest's time-stamp counter stands at `tsc`. False is #GP.
+    pub(crate) fn write_msr(&mut self, index: u32, value: u64, tsc: u64) -> bool {
+        let accepted = self.irqchip.lapic.write_msr(index, value, tsc);
+        // What follows is the same as for the register page.
+        self.access(LAPIC, |_| Action::None);
+        accepted
     }
 
     /// Lets `access` at a device, and takes over what it has changed: its deadline, and what the

@@ -73,6 +73,8 @@ pub enum Outcome {
     Success,
     /// The guest wrote this to the exit port.
     Failure(u32),
+    /// The guest reset the machine, which ends the run: one machine serves one.
+    Reset,
     /// The guest is beyond help.
     Crashed {
         /// The vCPU at that point, if it can still be read.
@@ -115,6 +117,7 @@ pub fn drive(vcpu: &mut dyn Vcpu, machine: &mut Machine, limits: &Limits) -> Out
         naps: 0,
         window_wanted: false,
         recheck: None,
+        pages: Vec::new(),
     })
     .run()
     {
@@ -150,6 +153,8 @@ struct Run<'a> {
     window_wanted: bool,
     /// When to look at the task priority again, while it holds an interrupt back.
     recheck: Option<u64>,
+    /// Pages that devices wrote.
+    pages: Vec<u64>,
 }
 
 impl Run<'_> {
@@ -165,6 +170,9 @@ impl Run<'_> {
                 return Ok(Outcome::Limit(Limit::Exits));
             }
             self.interrupts()?;
+            if self.machine.written(&mut self.pages) {
+                self.vcpu.memory_written(&self.pages);
+            }
             let exit = self.vcpu.run()?;
             let reason = exit.reason();
             self.machine.tally.exit(reason);
@@ -369,6 +377,19 @@ fn answer(machine: &mut Machine, exit: Exit<'_>) -> Next {
         Exit::PioOut { port, size, data } => machine.port_out(port, size, data),
         Exit::MmioRead { addr, data } => machine.memory_read(addr, data),
         Exit::MmioWrite { addr, data } => machine.memory_write(addr, data),
+        Exit::MsrRead { index, answer } => {
+            *answer = machine.read_msr(index);
+            Action::None
+        }
+        Exit::MsrWrite {
+            index,
+            value,
+            tsc,
+            accepted,
+        } => {
+            *accepted = machine.write_msr(index, value, tsc);
+            Action::None
+        }
         Exit::Hlt => return Next::Halt,
         Exit::InterruptWindow | Exit::Interrupted => Action::None,
         Exit::Shutdown => return crashed("triple fault".into()),
@@ -386,6 +407,7 @@ fn next(action: Action) -> Next {
         Action::Mark(value) => Next::Mark(value),
         Action::Exit(0) => Next::End(Outcome::Success),
         Action::Exit(code) => Next::End(Outcome::Failure(code)),
+        Action::Reset => Next::End(Outcome::Reset),
         Action::ConsoleClosed => {
             let signal = libc::SIGPIPE as u32;
             Next::End(Outcome::Interrupted { signal })

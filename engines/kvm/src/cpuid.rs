@@ -6,8 +6,11 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 /// Every leaf of [`engine_core::cpuid`]. What follows from the vCPU's state (OSXSAVE, the sizes of
 /// leaf 0xd) KVM keeps up to date itself; leaves that are not listed it answers as an Intel
 /// processor does, with the last basic leaf.
-pub(crate) fn entries() -> CpuId {
-    let entries: Vec<kvm_cpuid_entry2> = engine_core::cpuid::leaves()
+///
+/// The features that need MSRs of the machine ([`engine_core::cpuid::MACHINE_MSRS`]) are left out
+/// unless the guest's accesses to those reach it.
+pub(crate) fn entries(machine_msrs: bool) -> CpuId {
+    let mut entries: Vec<kvm_cpuid_entry2> = engine_core::cpuid::leaves()
         .map(
             |Leaf {
                  leaf,
@@ -25,5 +28,10 @@ pub(crate) fn entries() -> CpuId {
             },
         )
         .collect();
+    if !machine_msrs {
+        for entry in entries.iter_mut().filter(|entry| entry.function == 1) {
+            entry.ecx &= !engine_core::cpuid::MACHINE_MSRS;
+        }
+    }
     CpuId::from_entries(&entries).expect("fewer leaves than KVM_MAX_CPUID_ENTRIES")
 }

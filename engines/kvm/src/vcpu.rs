@@ -90,7 +90,7 @@ impl KvmVcpu {
         }
         map_ram(&vm, &ram)?;
         let vcpu = vm.create_vcpu(0).map_err(host("KVM_CREATE_VCPU"))?;
-        vcpu.set_cpuid2(&cpuid::entries())
+        vcpu.set_cpuid2(&cpuid::entries(false))
             .map_err(host("KVM_SET_CPUID2"))?;
         let statistics = if found.statistics {
             // A kernel may know the capability and still refuse, under a seccomp filter say:
@@ -296,6 +296,8 @@ impl Vcpu for KvmVcpu {
             ExitReason::PioOut => "KVM_EXIT_IO out",
             ExitReason::MmioRead => "KVM_EXIT_MMIO read",
             ExitReason::MmioWrite => "KVM_EXIT_MMIO write",
+            ExitReason::MsrRead => "KVM_EXIT_X86_RDMSR",
+            ExitReason::MsrWrite => "KVM_EXIT_X86_WRMSR",
             ExitReason::Hlt => "KVM_EXIT_HLT",
             ExitReason::InterruptWindow => "KVM_EXIT_IRQ_WINDOW_OPEN",
             ExitReason::Shutdown => "KVM_EXIT_SHUTDOWN",

@@ -146,7 +146,6 @@ impl Core {
         Ok(match index {
             // SAFETY: reads a counter.
             0x10 => unsafe { std::arch::x86_64::_rdtsc() },
-            0x1b => cpu.apic_base,
             // Microcode revision, platform id, feature control: nothing to report.
             0x8b | 0x17 => 0,
             // MTRRs: none variable, fixed ones off.
@@ -183,8 +182,6 @@ impl Core {
         match index {
             // The guest reads the host's counter; it can't be set.
             0x10 => {}
-            // The APIC stays where it is.
-            0x1b if value & !0xd00 == cpu.apic_base & !0xd00 => cpu.apic_base = value,
             0x8b | 0x17a => {}
             0x2ff => cpu.mtrr_def_type = value & 0xcff,
             0x174..=0x176 => cpu.sysenter[index as usize - 0x174] = value,

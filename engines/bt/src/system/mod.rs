@@ -39,6 +39,7 @@ pub(crate) use xstate::stores_x87_pointers;
 
 pub(crate) use debug::Debugging;
 use engine_core::ExitReason;
+use engine_core::devices::lapic::owns_msr;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use crate::{
@@ -69,12 +70,27 @@ pub(crate) enum Step {
     Yield,
     /// It isn't finished: execute it again.
     Again,
+    /// A register that the machine keeps.
+    ReadMsr {
+        index: u32,
+    },
+    WriteMsr {
+        index: u32,
+        value: u64,
+    },
     /// Wait for an interrupt, after it.
     Halt,
     /// Read a port into AL, AX or EAX, after it.
-    In { port: u16, size: u8 },
+    In {
+        port: u16,
+        size: u8,
+    },
     /// Write to a port, after it.
-    Out { port: u16, size: u8, value: u32 },
+    Out {
+        port: u16,
+        size: u8,
+        value: u32,
+    },
     /// Read `count` items from a port for `ins`, into memory from `address` on; then it isn't
     /// finished if it repeats.
     InString {
@@ -84,9 +100,16 @@ pub(crate) enum Step {
         count: u64,
     },
     /// Write an element of a string to device memory; registers have moved past it.
-    WriteDevice { phys: u64, size: u8, value: u64 },
+    WriteDevice {
+        phys: u64,
+        size: u8,
+        value: u64,
+    },
     /// Read an element of a string from device memory, for `finish_device_read`.
-    ReadDevice { phys: u64, size: u8 },
+    ReadDevice {
+        phys: u64,
+        size: u8,
+    },
     /// Write `count` items to a port for `outs`, from memory at `address`, which can be read.
     OutString {
         port: u16,
@@ -325,13 +348,21 @@ impl Core {
             }
             Invd | Wbinvd => {}
             Rdmsr => {
-                let value = self.read_msr(self.gpr(1) as u32)?;
+                let index = self.gpr(1) as u32;
+                if owns_msr(index) {
+                    return Ok(Step::ReadMsr { index });
+                }
+                let value = self.read_msr(index)?;
                 self.set_gpr(0, value & 0xffff_ffff);
                 self.set_gpr(2, value >> 32);
             }
             Wrmsr => {
                 let value = self.gpr(0) & 0xffff_ffff | self.gpr(2) << 32;
-                self.write_msr(self.gpr(1) as u32, value)?;
+                let index = self.gpr(1) as u32;
+                if owns_msr(index) {
+                    return Ok(Step::WriteMsr { index, value });
+                }
+                self.write_msr(index, value)?;
             }
             Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase => self.segment_base(instr)?,
             Rdpid => {

@@ -3,6 +3,7 @@
 use iced_x86::Instruction;
 
 use super::{BtVcpu, Stop, access::Transfer};
+use crate::fault::Fault;
 use crate::system::{self, Step, Trap};
 
 /// An exit that waits for its answer.
@@ -23,6 +24,14 @@ pub(super) enum Pending {
         instr: Instruction,
     },
     Device(Transfer),
+    /// `rdmsr` waits for its value, at the instruction still.
+    ReadMsr {
+        next: u64,
+    },
+    /// `wrmsr` waits to be allowed, at the instruction still.
+    WriteMsr {
+        next: u64,
+    },
 }
 
 impl BtVcpu {
@@ -59,6 +68,16 @@ impl BtVcpu {
                     return Ok(());
                 }
                 return Err(Stop::Halt);
+            }
+            Step::ReadMsr { index } => {
+                self.msr = None;
+                self.pending = Pending::ReadMsr { next };
+                return Err(Stop::ReadMsr { index });
+            }
+            Step::WriteMsr { index, value } => {
+                self.accepted = false;
+                self.pending = Pending::WriteMsr { next };
+                return Err(Stop::WriteMsr { index, value });
             }
             Step::In { port, size } => {
                 self.core.rip = next;
@@ -137,6 +156,22 @@ impl BtVcpu {
             Pending::In { size } => {
                 let value = u64::from_le_bytes(self.data);
                 self.core.set_gpr_sized(0, value, size.into());
+                None
+            }
+            Pending::ReadMsr { next } => {
+                let Some(value) = self.msr else {
+                    return self.raise(Fault::gp()).err();
+                };
+                self.core.set_gpr(0, value & 0xffff_ffff);
+                self.core.set_gpr(2, value >> 32);
+                self.core.rip = next;
+                None
+            }
+            Pending::WriteMsr { next } => {
+                if !self.accepted {
+                    return self.raise(Fault::gp()).err();
+                }
+                self.core.rip = next;
                 None
             }
             Pending::InString {

@@ -17,6 +17,8 @@ impl Vcpu for BtVcpu {
             Stop::InString { .. }
             | Stop::OutString { .. }
             | Stop::Write { .. }
+            | Stop::ReadMsr { .. }
+            | Stop::WriteMsr { .. }
             | Stop::Halt
             | Stop::Window
             | Stop::Shutdown
@@ -53,6 +55,17 @@ impl Vcpu for BtVcpu {
                 addr: GuestPhys(phys),
                 data: &self.data[..len],
             },
+            Stop::ReadMsr { index } => Exit::MsrRead {
+                index,
+                answer: &mut self.msr,
+            },
+            Stop::WriteMsr { index, value } => Exit::MsrWrite {
+                index,
+                value,
+                // The guest reads the host's counter.
+                tsc: engine_core::clock::tsc(),
+                accepted: &mut self.accepted,
+            },
             Stop::Halt => Exit::Hlt,
             Stop::Window => Exit::InterruptWindow,
             Stop::Shutdown => Exit::Shutdown,
@@ -76,6 +89,8 @@ impl Vcpu for BtVcpu {
             | Pending::Shutdown
             | Pending::In { .. }
             | Pending::InString { .. }
+            | Pending::ReadMsr { .. }
+            | Pending::WriteMsr { .. }
             | Pending::StringRead { .. } => {
                 let (gpr, flags) = self.core.seen_from(Homes::default());
                 (gpr, flags, self.core.rip)
@@ -107,7 +122,16 @@ impl Vcpu for BtVcpu {
 
     fn interruptible(&mut self) -> bool {
         matches!(self.resume, Resume::Boundary)
-            && matches!(self.pending, Pending::Nothing | Pending::In { .. })
+            && match self.pending {
+                Pending::Nothing | Pending::In { .. } => true,
+                // Over, unless it is going to fault.
+                Pending::ReadMsr { .. } => self.msr.is_some(),
+                Pending::WriteMsr { .. } => self.accepted,
+                Pending::Shutdown
+                | Pending::InString { .. }
+                | Pending::StringRead { .. }
+                | Pending::Device(_) => false,
+            }
             && self.core.interrupts_enabled()
             && !self.core.cpu.shadow
             && !self.core.trap_due()
@@ -119,7 +143,7 @@ impl Vcpu for BtVcpu {
                 "vector {vector} while not interruptible"
             )));
         }
-        // An `in` that waits for its value is architecturally over.
+        // An `in` or `rdmsr` that waits for its value is architecturally over.
         self.answer();
         self.counts.add(ExitReason::Interrupt);
         if let Err(fault) = self.core.deliver(vector, None, Cause::External)

@@ -94,6 +94,8 @@ impl BtVcpu {
             | Stop::Read { .. }
             | Stop::Write { .. }
             | Stop::Window
+            | Stop::ReadMsr { .. }
+            | Stop::WriteMsr { .. }
             | Stop::Shutdown => Err(Error::Engine("ring 3 reached a device".into())),
         }
     }

@@ -1,7 +1,13 @@
 //! What lies where on every machine's board.
 
-use super::{Device, ExitPort, Ignored, MarkPort, ioapic, lapic};
+use std::io::Write;
+
+use super::{
+    DebugConsole, Device, ExitPort, FwCfg, Ignored, Keyboard, MarkPort, PmTimer, Rtc,
+    debug_console, fw_cfg, i8042, ioapic, lapic, pm_timer, rtc,
+};
 use crate::bus::{AddressMap, Slot};
+use crate::{GuestPhys, Machine};
 
 /// First and number of some ports.
 pub(crate) type Ports = &'static [(u16, u16)];
@@ -16,11 +22,40 @@ pub(crate) fn controllers(map: &mut AddressMap, lapic: Slot, pics: Slot, ioapic:
     }
 }
 
-/// The devices that every machine has besides the console and the interrupt controllers.
-pub(crate) fn ports() -> Vec<(Ports, Box<dyn Device>)> {
+/// Counters and control of the timer, and the system control port.
+pub(crate) const PIT: Ports = &[(0x40, 4), (0x61, 1)];
+const RTC: Ports = &[(0x70, 2)];
+const KEYBOARD: Ports = &[(0x60, 1), (0x64, 1)];
+
+/// The devices that every machine has besides the console, the interrupt controllers and their
+/// timer.
+pub(crate) fn devices(
+    machine: &Machine,
+    memory: &[(GuestPhys, u64)],
+    command_line: &str,
+    debug: Option<Box<dyn Write>>,
+) -> Vec<(Ports, Box<dyn Device>)> {
+    let clock = machine.clock();
     vec![
         (&[(abi::port::EXIT, 1)], Box::new(ExitPort)),
         (&[(abi::port::MARK, 1)], Box::new(MarkPort)),
         (&[(0x80, 1)], Box::new(Ignored("post"))),
+        (
+            RTC,
+            Box::new(Rtc::new(clock.clone(), machine.line(rtc::IRQ), memory)),
+        ),
+        (KEYBOARD, Box::new(Keyboard::new(machine.line(i8042::IRQ)))),
+        (
+            &[(debug_console::PORT, 1)],
+            Box::new(DebugConsole::new(debug)),
+        ),
+        (
+            &[(pm_timer::PORT, 4)],
+            Box::new(PmTimer::new(clock.clone())),
+        ),
+        (
+            &[(fw_cfg::PORT, 2)],
+            Box::new(FwCfg::new(memory, command_line)),
+        ),
     ]
 }

@@ -5,25 +5,37 @@
 //! what a guest does wrong reads as ones or is ignored.
 
 pub(crate) mod board;
+mod debug_console;
 mod exit;
+mod fw_cfg;
+mod i8042;
 mod ignored;
 pub mod ioapic;
 pub mod irqchip;
 pub mod lapic;
 mod mark;
 pub mod pic;
+pub mod pit;
+mod pm_timer;
+pub mod rtc;
 pub mod serial;
 pub mod virtio;
 
 use std::os::fd::BorrowedFd;
 
+pub use debug_console::DebugConsole;
 pub use exit::ExitPort;
+pub use fw_cfg::FwCfg;
+pub use i8042::Keyboard;
 pub use ignored::Ignored;
 pub use ioapic::IoApic;
 pub use irqchip::Irqchip;
 pub use lapic::Lapic;
 pub use mark::MarkPort;
 pub use pic::Pics;
+pub use pit::Pit;
+pub use pm_timer::PmTimer;
+pub use rtc::Rtc;
 pub use serial::Serial;
 
 /// What the run loop has to do after an access.
@@ -35,6 +47,8 @@ pub enum Action {
     Poll,
     /// The guest ends with this code.
     Exit(u32),
+    /// The guest pulled the reset line.
+    Reset,
     /// The guest wrote this value to the mark port.
     Mark(u8),
     /// The host's end of the console is gone.

@@ -159,6 +159,8 @@ fn run_mode(
         input: Source::Descriptor(std::io::stdin().as_fd().try_clone_to_owned()?),
         output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
         signals: true,
+        memory: engine_core::memory::regions(&ram),
+        command_line: command_line.to_string(),
         ..MachineOptions::default()
     })?;
     let mut vcpu = match boot(ram).and_then(|mut vcpu| {
@@ -296,6 +298,11 @@ fn conclude(
         Outcome::Failure(code) => (
             "failure",
             format!("the guest failed with code {code}"),
+            status::FAILURE,
+        ),
+        Outcome::Reset => (
+            "reset",
+            "the guest reset the machine".to_owned(),
             status::FAILURE,
         ),
         Outcome::Crashed { state, message } => {
