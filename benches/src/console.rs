@@ -2,17 +2,21 @@
 //!
 //! A pure state machine: it reads no clock and no file. Grammar and words stand in [`abi`].
 //! Invariant: a [`Done`] is made only from `begin`, `end`, `done` in this order with nothing but
-//! [`abi::DATA`] lines between `begin` and `end`; a guest that says anything else gets no figure.
+//! [`abi::DATA`] lines between `begin` and `end`; a guest that says anything else gets no figure, and
+//! neither does one whose histogram doesn't add up.
 
 use std::time::{Duration, Instant};
 
 use abi::word;
+use reports_data::Histogram;
+
+use crate::latencies::Latencies;
 
 /// Longest line that a guest may send. The longest of the protocol has under 100 bytes.
 const MAX_LINE: usize = 4096;
 
 /// A run that ended well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Done {
     /// From the arrival of `begin`'s newline to the arrival of `end`'s first byte.
     pub window: Duration,
@@ -20,6 +24,8 @@ pub struct Done {
     pub checksum: u64,
     /// Guest TSC ticks of the window.
     pub cycles: u64,
+    /// How long single requests took, if the guest says so. The ends are exact.
+    pub latencies: Option<Histogram>,
 }
 
 /// What a guest has said.
@@ -62,13 +68,31 @@ pub enum Violation {
 }
 
 /// Where the conversation stands.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 enum State {
     Greeting,
     Idle,
     Begin,
-    End { opened: Instant },
-    Done { window: Duration },
+    End {
+        opened: Instant,
+    },
+    Done {
+        window: Duration,
+        latencies: Option<Latencies>,
+    },
+}
+
+impl State {
+    /// The word that comes next.
+    fn waiting_for(&self) -> &'static str {
+        match self {
+            State::Greeting => word::READY,
+            State::Idle => "nothing",
+            State::Begin => word::BEGIN,
+            State::End { .. } => word::END,
+            State::Done { .. } => word::DONE,
+        }
+    }
 }
 
 /// The receiving side of one guest's console.
@@ -105,13 +129,7 @@ impl Console {
 
     /// What the harness waits for, for messages about time limits.
     pub fn waiting_for(&self) -> &'static str {
-        match self.state {
-            State::Greeting => word::READY,
-            State::Idle => "nothing",
-            State::Begin => word::BEGIN,
-            State::End { .. } => word::END,
-            State::Done { .. } => word::DONE,
-        }
+        self.state.waiting_for()
     }
 
     /// The last line that was no message: a guest kernel's last words, or a firmware's banner.
@@ -166,24 +184,52 @@ impl Console {
             word::UNKNOWN => Some(Message::Unknown(rest.to_owned())),
             _ => None,
         };
-        let next = match (self.state, refusal) {
+        let state = std::mem::replace(&mut self.state, State::Idle);
+        // For a violation's words, should the line be out of place.
+        let waiting_for = state.waiting_for();
+        let out_of_place = |line: &str| Violation::OutOfPlace {
+            line: shorten(line),
+            waiting_for,
+        };
+        let next = match (state, refusal) {
             (State::Begin | State::End { .. } | State::Done { .. }, Some(refusal)) => {
-                self.state = State::Idle;
                 return Ok(Some(refusal));
             }
             (State::Greeting, _) if head == word::READY => {
-                let ready = greeting(rest).ok_or_else(|| self.out_of_place(line))?;
-                self.state = State::Idle;
+                let ready = greeting(rest).ok_or_else(|| out_of_place(line))?;
                 self.unanswered_bytes = 0;
                 return Ok(Some(ready));
             }
             (State::Begin, None) if line == word::BEGIN => State::End { opened: newline },
             (State::End { opened }, None) if line == word::END => State::Done {
                 window: first.saturating_duration_since(opened),
+                latencies: None,
             },
-            (State::Done { window }, None) if head == word::DONE => {
-                let done = answer(rest, window).ok_or_else(|| self.out_of_place(line))?;
-                self.state = State::Idle;
+            (
+                State::Done {
+                    window,
+                    latencies: None,
+                },
+                None,
+            ) if head == word::LATENCY => State::Done {
+                window,
+                latencies: Some(Latencies::open(rest).ok_or_else(|| out_of_place(line))?),
+            },
+            (
+                State::Done {
+                    window,
+                    latencies: Some(mut latencies),
+                },
+                None,
+            ) if head == word::BUCKET => {
+                latencies.take(rest).ok_or_else(|| out_of_place(line))?;
+                State::Done {
+                    window,
+                    latencies: Some(latencies),
+                }
+            }
+            (State::Done { window, latencies }, None) if head == word::DONE => {
+                let done = answer(rest, window, latencies).ok_or_else(|| out_of_place(line))?;
                 return Ok(Some(Message::Done(done)));
             }
             // Its bytes are the work of this window, however many they are.
@@ -192,8 +238,8 @@ impl Console {
                 state
             }
             // Other bytes inside the window mean that the window is not what it says.
-            (State::End { .. }, _) => return Err(self.out_of_place(line)),
-            (_, _) if is_word(head) => return Err(self.out_of_place(line)),
+            (State::End { .. }, _) => return Err(out_of_place(line)),
+            (_, _) if is_word(head) => return Err(out_of_place(line)),
             // A firmware's banner or a guest kernel's report: kept for the reason, no answer.
             (state, _) => {
                 if !line.trim().is_empty() {
@@ -204,13 +250,6 @@ impl Console {
         };
         self.state = next;
         Ok(None)
-    }
-
-    fn out_of_place(&self, line: &str) -> Violation {
-        Violation::OutOfPlace {
-            line: shorten(line),
-            waiting_for: self.waiting_for(),
-        }
     }
 }
 
@@ -223,6 +262,8 @@ fn is_word(head: &str) -> bool {
         word::FAILED,
         word::UNSUPPORTED,
         word::UNKNOWN,
+        word::LATENCY,
+        word::BUCKET,
     ]
     .contains(&head)
 }
@@ -235,7 +276,7 @@ fn greeting(rest: &str) -> Option<Message> {
     })
 }
 
-fn answer(rest: &str, window: Duration) -> Option<Done> {
+fn answer(rest: &str, window: Duration, latencies: Option<Latencies>) -> Option<Done> {
     let (checksum, cycles) = rest.split_once(' ')?;
     if checksum.len() != 16 {
         return None;
@@ -244,6 +285,10 @@ fn answer(rest: &str, window: Duration) -> Option<Done> {
         window,
         checksum: u64::from_str_radix(checksum, 16).ok()?,
         cycles: cycles.parse().ok()?,
+        latencies: match latencies {
+            Some(latencies) => Some(latencies.close()?),
+            None => None,
+        },
     })
 }
 
@@ -296,9 +341,57 @@ mod tests {
             Ok(Some(Message::Done(Done {
                 window: Duration::from_millis(1),
                 checksum: 0xff,
-                cycles: 1234
+                cycles: 1234,
+                latencies: None,
             })))
         );
+    }
+
+    /// A run that says these lines between `end` and `done`.
+    fn check_latencies(lines: &str) -> Result<Option<Histogram>, Violation> {
+        let text = format!("{lines}done 00000000000000ff 1\n");
+        match check(&["begin\n", "end\n", &text])? {
+            Some(Message::Done(done)) => Ok(done.latencies),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_histogram_has_exact_ends() {
+        let lines = "latency 5 105 399\nbucket 100 120 4\nbucket 390 400 1\n";
+        let latencies = check_latencies(lines).unwrap().unwrap();
+        let ranges: Vec<(u64, u64, u64)> = latencies
+            .ranges()
+            .iter()
+            .map(|range| (range.low, range.high, range.count))
+            .collect();
+        assert_eq!(ranges, [(105, 120, 4), (390, 399, 1)]);
+        assert_eq!(check_latencies(""), Ok(None));
+    }
+
+    #[test]
+    fn histograms_that_do_not_add_up_are_violations() {
+        for lines in [
+            "latency 5 105 399\n",
+            "latency 0 0 0\n",
+            "latency 2 9 8\nbucket 8 9 2\n",
+            "latency 5 105 399\nbucket 100 120 4\n",
+            "latency 4 105 399\nbucket 100 120 4\n",
+            "latency 5 105 399\nbucket 390 400 1\nbucket 100 120 4\n",
+            "latency 5 105 399\nbucket 100 120 4\nbucket 120 400 1\n",
+            "latency 4 99 120\nbucket 100 120 4\n",
+            "latency 4 100 121\nbucket 100 120 4\n",
+            "latency 4 100 120 7\nbucket 100 120 4\n",
+            "latency 4 100 120\nlatency 4 100 120\nbucket 100 120 4\n",
+            "latency 4 100 120\nbucket 100 120 0\nbucket 121 125 4\n",
+            "bucket 100 120 4\n",
+            "latency 18446744073709551615 1 9\nbucket 1 8 18446744073709551615\nbucket 9 9 1\n",
+        ] {
+            assert!(
+                matches!(check_latencies(lines), Err(Violation::OutOfPlace { .. })),
+                "{lines}"
+            );
+        }
     }
 
     #[test]

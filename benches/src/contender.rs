@@ -1,13 +1,15 @@
 //! Who takes part in a comparison: modes, the native baseline, peers and floors, and how each is
 //! started.
 //!
-//! Starts nothing itself. Invariant: all contenders run the same program logic and speak the same
+//! Starts no virtual machine itself. Invariant: all contenders run the same program logic and speak the same
 //! protocol; a name stands for one command line.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use reports_data::{FLOOR, ModeInfo, NATIVE, Role};
 
+use crate::devices::Devices;
 use crate::process::{CommandLine, STATS_FD};
 use crate::verdict::{Traits, software_backend};
 use crate::vm::Launch;
@@ -28,7 +30,7 @@ pub const QEMU: &str = "qemu-system-x86_64";
 pub const PEERS: &[&str] = &["qemu-tcg", "qemu-kvm"];
 
 /// One participant.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Contender {
     /// Value of column `mode`.
     pub name: String,
@@ -44,6 +46,8 @@ pub struct Contender {
     pub launch: Launch,
     /// How its faults are read.
     pub traits: Traits,
+    /// What its devices stand on; shared with nobody but its own copies.
+    pub devices: Option<Arc<Devices>>,
 }
 
 /// What contenders are made from.
@@ -84,6 +88,7 @@ impl Contender {
                     native: true,
                     ..Traits::default()
                 },
+                devices: None,
             });
         }
         let mode = engines::find(name).ok_or_else(|| UnknownContender {
@@ -107,6 +112,7 @@ impl Contender {
                 software_kvm: software_backend(parts.kvm_backend.as_deref()).filter(|_| kvm),
                 ..Traits::default()
             },
+            devices: None,
         })
     }
 
@@ -147,6 +153,7 @@ impl Contender {
                 install,
                 native: false,
             },
+            devices: None,
         })
     }
 
@@ -166,7 +173,27 @@ impl Contender {
                 counts_windows: false,
             },
             traits: Traits::default(),
+            devices: None,
         }
+    }
+
+    /// Whether it has a use for devices: floors have none, and neither have guests of engine `pv`,
+    /// which drive none yet.
+    pub fn takes_devices(&self) -> bool {
+        match self.role {
+            Role::Floor => false,
+            Role::Baseline | Role::Mode | Role::Peer => self.engine != PV,
+        }
+    }
+
+    /// Gives it devices, from its next start on.
+    pub fn attach(&mut self, devices: Devices) {
+        let arguments = match self.role {
+            Role::Baseline | Role::Mode | Role::Floor => trapline_devices(&devices),
+            Role::Peer => qemu_devices(&devices),
+        };
+        self.launch.command.args.extend(arguments);
+        self.devices = Some(Arc::new(devices));
     }
 
     /// Whether the floors say something about it.
@@ -215,6 +242,39 @@ fn trapline_run(trapline: &Path, mode: &str, flavour: &str) -> Launch {
         },
         counts_windows,
     }
+}
+
+fn trapline_devices(devices: &Devices) -> Vec<String> {
+    let disk = devices.disk().display().to_string();
+    let net = format!("unix:{}", devices.peer().display());
+    vec!["--disk".to_owned(), disk, "--net".to_owned(), net]
+}
+
+/// The disk goes through the page cache and honours flushes, as ours does.
+fn qemu_devices(devices: &Devices) -> Vec<String> {
+    // In QEMU's options a comma that is doubled is none.
+    let quoted = |path: &Path| path.display().to_string().replace(',', ",,");
+    let drive = format!(
+        "if=none,id=disk,format=raw,cache=writeback,file={}",
+        quoted(&devices.disk())
+    );
+    let net = format!(
+        "dgram,id=net,local.type=unix,local.path={},remote.type=unix,remote.path={}",
+        quoted(&devices.station()),
+        quoted(devices.peer())
+    );
+    [
+        "-drive",
+        &drive,
+        "-device",
+        "ide-hd,drive=disk,bus=ide.0",
+        "-netdev",
+        &net,
+        "-device",
+        "ne2k_isa,netdev=net",
+    ]
+    .map(str::to_owned)
+    .to_vec()
 }
 
 /// The image is entered through PVH; port 0xf4 ends the guest as in our own machine.
@@ -281,6 +341,29 @@ mod tests {
         let message = format!("unknown mode \"fast\", known: {known}");
         assert_eq!(error.to_string(), message);
         assert!(Contender::peer("full", &parts).is_err());
+    }
+
+    #[test]
+    fn devices_stand_on_every_command_line_that_takes_them() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let parts = parts(None);
+        let named = |name: &str| match name {
+            "qemu-tcg" => Contender::peer(name, &parts),
+            _ => Contender::mode(name, &parts),
+        };
+        for name in ["full", "native", "qemu-tcg"] {
+            let mut contender = named(name).expect("known");
+            assert!(contender.takes_devices(), "{name}");
+            let devices = Devices::create(dir.path(), dir.path(), name).expect("writable");
+            let (disk, peer) = (devices.disk(), devices.peer().to_owned());
+            contender.attach(devices);
+            for path in [disk, peer] {
+                let path = path.display().to_string();
+                let mut arguments = contender.launch.command.args.iter();
+                assert!(arguments.any(|argument| argument.contains(&path)), "{name}");
+            }
+        }
+        assert!(!Contender::floors(&parts).takes_devices());
     }
 
     #[test]

@@ -11,9 +11,13 @@
 pub mod calibrate;
 pub mod console;
 pub mod contender;
+pub mod devices;
+pub mod disk;
 pub mod glob;
 pub mod interrupt;
+mod latencies;
 pub mod oracle;
+pub mod peer;
 pub mod plan;
 pub mod priority;
 pub mod process;

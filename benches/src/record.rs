@@ -6,7 +6,8 @@
 use std::path::Path;
 
 use reports_data::{
-    EXITS, Error, ExitRow, ExitWriter, Metric, Phase, SAMPLES, Sample, SampleWriter, Status,
+    EXITS, Error, ExitRow, ExitWriter, Histogram, LATENCY, LatencyRow, LatencyWriter, Metric,
+    Phase, SAMPLES, Sample, SampleWriter, Status,
 };
 
 use crate::contender::Contender;
@@ -26,12 +27,13 @@ pub struct Place<'a> {
     pub round: u32,
 }
 
-/// Writes samples and exits.
+/// Writes samples, exits and latencies.
 #[derive(Debug)]
 pub struct Recorder {
     run: String,
     samples_file: SampleWriter,
     exits_file: ExitWriter,
+    latency_file: LatencyWriter,
     samples: Vec<Sample>,
 }
 
@@ -45,6 +47,7 @@ impl Recorder {
             run: run.to_owned(),
             samples_file: SampleWriter::create(dir.join(SAMPLES))?,
             exits_file: ExitWriter::create(dir.join(EXITS))?,
+            latency_file: LatencyWriter::create(dir.join(LATENCY))?,
             samples: Vec::new(),
         })
     }
@@ -100,6 +103,33 @@ impl Recorder {
                 count: count.count,
                 per_iteration: count.count as f64 / iterations as f64,
             })?;
+        }
+        Ok(())
+    }
+
+    /// Writes how long requests took, and the percentiles. No values write nothing.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn latencies(&mut self, place: Place<'_>, latencies: &Histogram) -> Result<(), Error> {
+        for range in latencies.ranges() {
+            self.latency_file.append(&LatencyRow {
+                run: self.run.clone(),
+                workload: place.workload.to_owned(),
+                mode: place.contender.name.clone(),
+                phase: place.phase,
+                round: place.round,
+                range: *range,
+            })?;
+        }
+        for (metric, share) in [
+            (&Metric::LATENCY_P50, 0.5),
+            (&Metric::LATENCY_P99, 0.99),
+            (&Metric::LATENCY_MAX, 1.0),
+        ] {
+            if let Some(ns) = latencies.percentile(share) {
+                self.value(place, metric, ns as f64, None)?;
+            }
         }
         Ok(())
     }

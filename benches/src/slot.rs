@@ -148,6 +148,12 @@ impl Slot {
     /// [`out`](Slot::out) from now on.
     pub fn boot(&mut self, limit: Duration) -> Result<Duration, Failure> {
         self.drop_vm();
+        if let Some(devices) = &self.contender.devices {
+            devices.settle().map_err(|error| {
+                let reason = format!("disk of this contender: {error}");
+                Failure::lasting(Refusal::new(Status::Failed, reason))
+            })?;
+        }
         match Vm::boot(&self.contender.launch, limit) {
             Ok(vm) => {
                 vm.pause();
@@ -217,6 +223,16 @@ impl Slot {
         if done.checksum != expected {
             let refusal = self.traits.wrong_checksum(done.checksum, expected);
             return Err(Failure::lasting(refusal));
+        }
+        if let Some(latencies) = &done.latencies {
+            let (values, requests) = (latencies.total(), task.timed(iterations));
+            if requests != Some(values) {
+                let reason = format!(
+                    "a histogram of {values} values, expected {}",
+                    requests.map_or("none".to_owned(), |requests| requests.to_string())
+                );
+                return Err(Failure::lasting(Refusal::new(Status::Failed, reason)));
+            }
         }
         let delay = match (before, after) {
             (Some(before), Some(after)) => after.saturating_sub(before),

@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 
+use programs::Group;
 use reports_data::held_against::{self, FLOORS, standings};
 use reports_data::{FLOOR, Manifest, Metric, ModeInfo, NATIVE, Phase, Role, Summary, SummaryRow};
 
@@ -160,14 +161,16 @@ fn cell(summary: &Summary, row: &SummaryRow) -> String {
     }
 }
 
-/// Geometric means of the slowdowns, each with how many workloads stand behind it.
+/// Geometric means of the compute workloads' slowdowns, each with how many stand behind it. Devices
+/// are no part of it: a mean over processor and disk says nothing about either.
 fn means(summary: &Summary, modes: &[&str]) -> Vec<String> {
-    let mut line = vec!["geomean".to_owned()];
+    let mut line = vec!["compute, geomean".to_owned()];
     for mode in modes {
         let rows: Vec<&SummaryRow> = summary
             .rows
             .iter()
             .filter(|row| row.mode == *mode && row.metric == Metric::SLOWDOWN.name)
+            .filter(|row| programs::find(&row.workload).is_some_and(|w| w.group == Group::Compute))
             .collect();
         let logs: Vec<f64> = rows
             .iter()

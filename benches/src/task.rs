@@ -10,6 +10,9 @@ use reports_data::{EMPTY, Role};
 /// translator's or a hypervisor's first-time work still shows.
 const COLD_NANO_ITERATIONS: u64 = 1000;
 
+/// The same for a request to a device: one alone would drown in the marks.
+const COLD_IO_ITERATIONS: u64 = 20;
+
 /// One thing to measure.
 #[derive(Clone, Copy, Debug)]
 pub enum Task {
@@ -60,9 +63,30 @@ impl Task {
         match self {
             Task::Workload(workload) => match workload.group {
                 Group::Nano => COLD_NANO_ITERATIONS,
-                Group::Compute | Group::Micro | Group::Io | Group::Empty => 1,
+                Group::Io => COLD_IO_ITERATIONS,
+                Group::Compute | Group::Micro | Group::Empty => 1,
             },
             Task::Floor(_) => COLD_NANO_ITERATIONS,
+        }
+    }
+
+    /// Whether it wants a disk, a network, or anything else that a machine has besides its processor.
+    pub fn uses_devices(self) -> bool {
+        match self {
+            Task::Workload(workload) => match workload.group {
+                Group::Io => true,
+                Group::Compute | Group::Nano | Group::Micro | Group::Empty => false,
+            },
+            Task::Floor(_) => false,
+        }
+    }
+
+    /// How many values the histogram of that many iterations must hold, if there is one; `None` for
+    /// a task that has none.
+    pub fn timed(self, iterations: u64) -> Option<u64> {
+        match self {
+            Task::Workload(workload) => workload.timed(0, iterations),
+            Task::Floor(_) => None,
         }
     }
 

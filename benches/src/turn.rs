@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use reports_data::{Error, Metric, Phase, Status};
+use reports_data::{Error, Histogram, Metric, Phase, Status};
 
 use crate::calibrate::{MAX_TRIES, Step, first_try, step};
 use crate::interrupt;
@@ -98,6 +98,23 @@ impl Session<'_> {
             self.recorder
                 .value(place, metric, iterations as f64, None)?;
         }
+        let mut latencies = Histogram::default();
+        let measured = self.windows(index, workload, iterations, empty, &mut latencies)?;
+        let place = self.slots[index].place(task.name(), Phase::Warm, self.round);
+        self.recorder.latencies(place, &latencies)?;
+        Ok(measured)
+    }
+
+    /// Measures the windows that count; `latencies` takes their histograms.
+    fn windows(
+        &mut self,
+        index: usize,
+        workload: usize,
+        iterations: u64,
+        empty: Empty,
+        latencies: &mut Histogram,
+    ) -> Result<Attempt<()>, Error> {
+        let task = self.tasks[workload];
         for window in 0..self.plan.windows {
             if interrupt::requested() {
                 break;
@@ -109,6 +126,9 @@ impl Session<'_> {
                 };
                 if !warm.is_disturbed() {
                     self.write_warm(index, task, iterations, &warm, empty, window)?;
+                    if let Some(own) = &warm.done.latencies {
+                        latencies.merge(own);
+                    }
                     break;
                 }
                 self.skip(index, workload, &disturbed(&warm))?;
@@ -140,7 +160,10 @@ impl Session<'_> {
         cold_window: Duration,
         empty: Empty,
     ) -> Attempt<u64> {
-        let target = self.plan.target;
+        let target = match task.uses_devices() {
+            true => self.plan.device_target,
+            false => self.plan.target,
+        };
         let mut tried = first_try(cold_iterations, cold_window, target);
         for _ in 0..MAX_TRIES {
             let mut run = self.once(index, task, tried)?;
@@ -292,6 +315,7 @@ mod tests {
                 window: Duration::from_micros(window_us),
                 checksum: 0,
                 cycles: 0,
+                latencies: None,
             },
             counts: None,
             delay: Duration::ZERO,

@@ -26,8 +26,8 @@ use reports_data::{
 /// Exit status of a run that the user cut short: 128 + SIGINT, as shells have it.
 const INTERRUPTED: u8 = 130;
 
-/// Measures workloads in every mode and writes manifest.json, samples.csv, exits.csv and
-/// summary.json.
+/// Measures workloads in every mode and writes manifest.json, samples.csv, exits.csv,
+/// latency.csv and summary.json.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES)]
 struct Arguments {

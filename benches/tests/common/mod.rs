@@ -54,6 +54,7 @@ pub fn contender(script: &str) -> Contender {
             counts_windows: false,
         },
         traits: Traits::default(),
+        devices: None,
     }
 }
 
@@ -65,6 +66,7 @@ pub fn plan() -> Plan {
         windows: 2,
         empty_windows: 3,
         target: Duration::from_millis(5),
+        device_target: Duration::from_millis(5),
         command_limit: LIMIT,
         boot_limit: Duration::from_secs(20),
         budget: None,

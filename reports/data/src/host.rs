@@ -111,6 +111,27 @@ fn line(path: impl AsRef<Path>) -> Option<String> {
     (!line.is_empty()).then(|| line.to_owned())
 }
 
+/// Type of the file system that a path lies on: the last mount in /proc/self/mountinfo whose mount
+/// point the path begins with (proc_pid_mountinfo(5)).
+pub fn file_system(path: &Path) -> Option<String> {
+    let path = path.canonicalize().ok()?;
+    type_of(&fs::read_to_string("/proc/self/mountinfo").ok()?, &path)
+}
+
+fn type_of(mounts: &str, path: &Path) -> Option<String> {
+    let mounts = mounts.lines().filter_map(|line| {
+        // Optional fields end with a hyphen; the type follows.
+        let (place, kind) = line.split_once(" - ")?;
+        let point = Path::new(place.split(' ').nth(4)?);
+        let depth = point.components().count();
+        path.starts_with(point)
+            .then(|| (depth, kind.split(' ').next()))
+    });
+    // The last of the deepest covers the others.
+    let (_, kind) = mounts.max_by_key(|(depth, _)| *depth)?;
+    kind.map(str::to_owned)
+}
+
 /// First line that `program argument` prints, if it ends well; `None` if it is not installed.
 pub fn tool_version(program: &str, argument: &str) -> Option<String> {
     let mut command = Command::new(program);
@@ -168,6 +189,17 @@ pub(crate) fn rfc3339(unix_s: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_lies_on_the_deepest_mount_that_covers_it() {
+        let mounts = "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n\
+                      40 22 0:30 / /tmp rw - tmpfs tmpfs rw\n\
+                      41 22 0:31 / /tm rw - btrfs none rw\n\
+                      42 22 0:32 / /tmp rw master:2 - xfs /dev/vdb rw\n";
+        for (path, kind) in [("/tmp/a", "xfs"), ("/tmpfile", "ext4"), ("/tm", "btrfs")] {
+            assert_eq!(type_of(mounts, Path::new(path)).as_deref(), Some(kind));
+        }
+    }
 
     #[test]
     fn dates_cross_leap_days_and_year_ends() {

@@ -10,6 +10,7 @@
 //! | [`MANIFEST`] | [`Manifest`] | before the first sample, and again at the end |
 //! | [`SAMPLES`] | [`Sample`], by [`SampleWriter`] | row by row |
 //! | [`EXITS`] | [`ExitRow`], by [`ExitWriter`] | row by row |
+//! | [`LATENCY`] | [`LatencyRow`], by [`LatencyWriter`] | row by row |
 //! | [`SUMMARY`] | [`Summary`], by [`summarise`] | at the end |
 //!
 //! # Conventions for whoever measures
@@ -23,11 +24,14 @@
 //!   warm times, and nothing derived.
 //! - Metrics that a mode does not have (counters of a foreign VMM) are simply not written.
 
+mod advantage;
 mod error;
 mod exit_row;
 pub mod held_against;
+pub mod histogram;
 mod host;
 mod json;
+mod latency_row;
 pub mod manifest;
 mod metric;
 mod run;
@@ -37,12 +41,18 @@ mod summary;
 mod table;
 mod words;
 
+pub use advantage::{Advantage, Decision};
 pub use error::{Error, Fault};
 pub use exit_row::ExitRow;
-pub use host::{sha256_hex, tool_version};
-pub use manifest::{Circumstances, Manifest, ModeInfo, Role};
+pub use histogram::Histogram;
+pub use host::{file_system, sha256_hex, tool_version};
+pub use latency_row::LatencyRow;
+pub use manifest::{Backing, Circumstances, Manifest, ModeInfo, Role};
 pub use metric::Metric;
-pub use run::{EXITS, ExitWriter, MANIFEST, REPORT, Run, SAMPLES, SUMMARY, SampleWriter};
+pub use run::{
+    EXITS, ExitWriter, LATENCY, LatencyWriter, MANIFEST, REPORT, Run, SAMPLES, SUMMARY,
+    SampleWriter,
+};
 pub use sample::Sample;
 pub use summary::{EMPTY, FLOOR, NATIVE, Summary, SummaryRow, summarise};
 pub use table::{Row, TableWriter, read_table};

@@ -38,6 +38,9 @@ pub struct Manifest {
     pub images: BTreeMap<String, String>,
     /// Every mode, peer and the baseline that the run was asked for, in the order to show them.
     pub modes: Vec<ModeInfo>,
+    /// What the devices of every contender stand on; `None` in a run without I/O workloads.
+    #[serde(default)]
+    pub backing: Option<Backing>,
     /// Name of a tool -> its version ("qemu-system-x86_64" -> "QEMU emulator version ...").
     pub tools: BTreeMap<String, String>,
 }
@@ -100,6 +103,20 @@ pub struct Build {
     pub profile: String,
 }
 
+/// What devices stand on, the same for every contender.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Backing {
+    /// File system of the disks' files, from /proc/self/mountinfo.
+    pub filesystem: Option<String>,
+    /// What stands between a device and the file system.
+    pub caching: String,
+    /// What the network cards are connected to.
+    pub network: String,
+    /// Mebibytes of each disk.
+    pub disk_mib: u64,
+}
+
 /// One column of the report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModeInfo {
@@ -148,7 +165,7 @@ pub struct Circumstances<'a> {
 
 impl Manifest {
     /// A manifest with the facts of this host, source tree and toolchain. Never fails: what can't
-    /// be read is `None`. `modes`, `images` and `tools` are empty, for the caller to fill.
+    /// be read is `None`. `modes`, `images`, `backing` and `tools` are empty, for the caller to fill.
     pub fn collect(circumstances: Circumstances<'_>) -> Manifest {
         Manifest {
             schema_version: SCHEMA_VERSION,
@@ -166,6 +183,7 @@ impl Manifest {
             },
             images: BTreeMap::new(),
             modes: Vec::new(),
+            backing: None,
             tools: BTreeMap::new(),
         }
     }

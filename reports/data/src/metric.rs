@@ -46,6 +46,12 @@ impl Metric {
     /// Peak resident memory of the VMM's process.
     pub const PEAK_MEMORY: Metric =
         metric("peak_memory", Unit::Mib, Direction::Lower, Class::Noisy);
+    /// Half of the values of a round's histogram do not exceed this; see [`crate::LatencyRow`].
+    pub const LATENCY_P50: Metric = metric("latency_p50", Unit::Ns, Direction::Lower, Class::Noisy);
+    /// 99 % of the values of a round's histogram do not exceed this.
+    pub const LATENCY_P99: Metric = metric("latency_p99", Unit::Ns, Direction::Lower, Class::Noisy);
+    /// The greatest value of a round's histogram.
+    pub const LATENCY_MAX: Metric = metric("latency_max", Unit::Ns, Direction::Lower, Class::Noisy);
     /// Derived by [`crate::summarise`]: median warm time over native's median warm time.
     pub const SLOWDOWN: Metric = metric("slowdown", Unit::Ratio, Direction::Lower, Class::Noisy);
 
@@ -75,6 +81,21 @@ impl Metric {
             Metric::PEAK_MEMORY,
             "peak resident memory of the VMM's process",
             "harness, from the kernel's accounting of the child",
+        ),
+        (
+            Metric::LATENCY_P50,
+            "median of a request's time or a timer's lateness",
+            "guest, in its `latency` and `bucket` lines",
+        ),
+        (
+            Metric::LATENCY_P99,
+            "99th percentile of the same",
+            "guest, in its `latency` and `bucket` lines",
+        ),
+        (
+            Metric::LATENCY_MAX,
+            "greatest of the same",
+            "guest, in its `latency` and `bucket` lines",
         ),
         (
             Metric::SLOWDOWN,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::table::{TableWriter, read_table};
-use crate::{Error, ExitRow, Manifest, Sample, Summary, summarise};
+use crate::{Error, ExitRow, LatencyRow, Manifest, Sample, Summary, summarise};
 
 /// Name of the manifest in a run's directory.
 pub const MANIFEST: &str = "manifest.json";
@@ -11,6 +11,8 @@ pub const MANIFEST: &str = "manifest.json";
 pub const SAMPLES: &str = "samples.csv";
 /// Name of the exits' table.
 pub const EXITS: &str = "exits.csv";
+/// Name of the latencies' table.
+pub const LATENCY: &str = "latency.csv";
 /// Name of the summary.
 pub const SUMMARY: &str = "summary.json";
 /// Name of the rendered page.
@@ -20,6 +22,8 @@ pub const REPORT: &str = "report.html";
 pub type SampleWriter = TableWriter<Sample>;
 /// Appends to `exits.csv`.
 pub type ExitWriter = TableWriter<ExitRow>;
+/// Appends to `latency.csv`.
+pub type LatencyWriter = TableWriter<LatencyRow>;
 
 /// All that a run left behind.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,13 +34,16 @@ pub struct Run {
     pub samples: Vec<Sample>,
     /// Every count.
     pub exits: Vec<ExitRow>,
+    /// Every range of every histogram.
+    pub latencies: Vec<LatencyRow>,
     /// The samples brought together.
     pub summary: Summary,
 }
 
 impl Run {
-    /// Reads a run's directory. A run that was cut off may lack `exits.csv` (no counts then) and
-    /// `summary.json` (made from the samples then, with the manifest's seed).
+    /// Reads a run's directory. A run that was cut off may lack `exits.csv` (no counts then),
+    /// `latency.csv` (no histograms then) and `summary.json` (made from the samples then, with the
+    /// manifest's seed).
     ///
     /// # Errors
     /// Whatever is wrong with the first file at fault; `manifest.json` and `samples.csv` must be there.
@@ -44,6 +51,7 @@ impl Run {
         let manifest = Manifest::read(&dir.join(MANIFEST))?;
         let samples = read_table(&dir.join(SAMPLES))?;
         let exits = unless_absent(read_table(&dir.join(EXITS)))?.unwrap_or_default();
+        let latencies = unless_absent(read_table(&dir.join(LATENCY)))?.unwrap_or_default();
         let summary = match unless_absent(Summary::read(&dir.join(SUMMARY)))? {
             Some(summary) => summary,
             None => summarise(&samples, manifest.seed),
@@ -52,6 +60,7 @@ impl Run {
             manifest,
             samples,
             exits,
+            latencies,
             summary,
         })
     }

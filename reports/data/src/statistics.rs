@@ -36,6 +36,18 @@ impl Rng {
     }
 }
 
+/// A generator of a key's own: FNV-1a of the key, mixed into the seed. So an interval does not depend
+/// on which others are computed.
+pub fn keyed(seed: u64, key: &[&str]) -> Rng {
+    let hash = key
+        .join("\0")
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    Rng::new(seed ^ hash)
+}
+
 /// The median; the mean of the two middle values for an even number. `None` without values.
 pub fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();

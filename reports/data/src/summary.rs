@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Fault};
 use crate::sample::check_state;
-use crate::statistics::{Rng, median, median_interval, ratio_interval};
+use crate::statistics::{Rng, keyed, median, median_interval, ratio_interval};
 use crate::{Metric, Phase, SCHEMA_VERSION, Sample, Status, Unit, json};
 
 /// Name of the baseline in column `mode`.
@@ -269,11 +269,10 @@ fn slowdown(
     Some(row)
 }
 
-/// A generator of the row's own: FNV-1a of its key, mixed into the seed.
+/// A generator of the row's own.
 fn row_rng(seed: u64, row: &SummaryRow) -> Rng {
-    let key = [&row.workload, &row.mode, row.phase.as_str(), &row.metric].join("\0");
-    let hash = key.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    Rng::new(seed ^ hash)
+    keyed(
+        seed,
+        &[&row.workload, &row.mode, row.phase.as_str(), &row.metric],
+    )
 }

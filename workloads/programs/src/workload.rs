@@ -98,6 +98,47 @@ impl Workload {
     }
 }
 
+impl Workload {
+    /// Whether it reads or writes a disk.
+    #[inline]
+    pub fn uses_disk(&self) -> bool {
+        match self.program {
+            Program::Io(Io::Block(_)) => true,
+            Program::Io(
+                Io::Console
+                | Io::Echo
+                | Io::Stream
+                | Io::Timer(_)
+                | Io::HaltWake
+                | Io::SelfInterrupt,
+            )
+            | Program::Empty
+            | Program::Compute { .. }
+            | Program::Nano(_)
+            | Program::Micro(_) => false,
+        }
+    }
+
+    /// How many values the histogram of a run holds, where the machine has a clock for one; `None`
+    /// for a workload whose requests are not timed one by one. Size 0 and iterations 0 stand for the
+    /// catalogue's defaults.
+    #[inline]
+    pub fn timed(&self, size: u64, iterations: u64) -> Option<u64> {
+        let (size, iterations) = self.resolve(size, iterations);
+        match self.program {
+            Program::Io(Io::Block(block)) => Some(block.batches(size, iterations)),
+            Program::Io(
+                Io::Console | Io::Echo | Io::Timer(_) | Io::HaltWake | Io::SelfInterrupt,
+            ) => Some(iterations),
+            Program::Io(Io::Stream)
+            | Program::Empty
+            | Program::Compute { .. }
+            | Program::Nano(_)
+            | Program::Micro(_) => None,
+        }
+    }
+}
+
 /// A workload that can run now: sizes checked, data laid out, operation tried.
 #[derive(Debug)]
 pub struct Prepared {

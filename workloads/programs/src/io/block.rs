@@ -197,6 +197,16 @@ impl Block {
     }
 }
 
+impl Block {
+    /// Batches of a run. Written so that it costs a host no more than a division: rounds over the
+    /// span are all alike.
+    #[inline]
+    pub(crate) fn batches(self, span: u64, iterations: u64) -> u64 {
+        let depth = self.depth as u64;
+        iterations / span * span.div_ceil(depth) + (iterations % span).div_ceil(depth)
+    }
+}
+
 /// A permutation of `0..span`: steps that can be undone on the next power of two, repeated until
 /// the place lies inside (cycle walking).
 #[inline(always)]
@@ -367,9 +377,10 @@ mod tests {
                     order,
                     depth: DEPTH,
                 };
-                let mut number = 0;
+                let (mut number, mut batches) = (0, 0);
                 while number < 333 {
                     let count = block.batch(span, number, 333) as u64;
+                    batches += 1;
                     assert!((1..=DEPTH as u64).contains(&count));
                     let mut blocks: Vec<u64> = (number..number + count)
                         .map(|n| block.block(span, n))
@@ -381,6 +392,7 @@ mod tests {
                     number += count;
                 }
                 assert_eq!(number, 333);
+                assert_eq!(block.batches(span, 333), batches);
             }
         }
     }
