@@ -16,7 +16,7 @@ mod workloads;
 
 use std::path::{Path, PathBuf};
 
-use reports_data::{EXITS, REPORT, Run, SAMPLES};
+use reports_data::{EXITS, LATENCY, REPORT, Run, SAMPLES};
 
 /// A page could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +55,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// [`Error::Data`] if the run's files can't be read, [`Error::Chart`].
 pub fn render(run_dir: &Path) -> Result<String> {
     let run = Run::read(run_dir)?;
-    let files = [SAMPLES, EXITS]
+    let files = [SAMPLES, EXITS, LATENCY]
         .into_iter()
         .filter_map(|name| match std::fs::read(run_dir.join(name)) {
             Ok(bytes) => Some(Ok((name, bytes))),

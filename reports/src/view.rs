@@ -3,7 +3,7 @@
 //! Invariant: figures leave here only from rows whose status is `ok`.
 
 use reports_data::statistics::geomean;
-use reports_data::{BOOT, FLOOR, Metric, NATIVE, Phase, Role, Run, Status, SummaryRow};
+use reports_data::{Advantage, BOOT, FLOOR, Metric, NATIVE, Phase, Role, Run, Status, SummaryRow};
 
 use crate::workloads::{self, Group};
 
@@ -17,6 +17,8 @@ pub(crate) struct Column<'a> {
     pub(crate) role: Role,
     /// Engine, where the manifest names it.
     pub(crate) engine: &'a str,
+    /// Flavour, where the manifest names it.
+    pub(crate) flavour: &'a str,
     /// Index of its colour and marker.
     pub(crate) series: usize,
 }
@@ -94,6 +96,7 @@ impl<'a> View<'a> {
                     label: &info.label,
                     role: info.role,
                     engine: &info.engine,
+                    flavour: &info.flavour,
                     series: 0,
                 });
             }
@@ -110,6 +113,7 @@ impl<'a> View<'a> {
                     label: &row.mode,
                     role,
                     engine: "",
+                    flavour: "",
                     series: 0,
                 });
             }
@@ -183,6 +187,42 @@ impl<'a> View<'a> {
         workloads.filter(|workload| workloads::group(workload) != Group::Empty)
     }
 
+    /// The workloads whose time is a speed: a timer's is mostly what it was armed with.
+    pub(crate) fn raced(&self) -> impl Iterator<Item = &'a str> + '_ {
+        let compared = self.compared();
+        compared.filter(|workload| workloads::group(workload) != Group::Timers)
+    }
+
+    /// Privileged operations and acts of a kernel that no process can do. Devices are not among
+    /// them: what a process lacks there is the device, not the right.
+    pub(crate) fn without_native(&self) -> impl Iterator<Item = &'a str> + '_ {
+        self.compared().filter(|workload| {
+            let of_a_kernel = match workloads::group(workload) {
+                Group::Compute | Group::Nano | Group::Micro | Group::Unlisted => true,
+                Group::Io | Group::Timers | Group::Empty => false,
+            };
+            of_a_kernel && !self.has_native(workload)
+        })
+    }
+
+    /// How `mode` stands to `other` at a workload.
+    pub(crate) fn advantage(
+        &self,
+        workload: &str,
+        metric: &Metric,
+        mode: &str,
+        other: &str,
+    ) -> Option<Advantage> {
+        let Run {
+            manifest,
+            samples,
+            summary,
+            ..
+        } = self.run;
+        let pair = (mode, other);
+        Advantage::of(samples, summary, manifest.seed, (workload, metric), pair)
+    }
+
     /// True if a slowdown against native can be given for this workload.
     pub(crate) fn has_native(&self, workload: &str) -> bool {
         self.warm(workload, NATIVE).is_some_and(|f| f.value > 0.0)
@@ -208,9 +248,7 @@ impl<'a> View<'a> {
     /// first mode, that has a figure for any of them.
     pub(crate) fn reference(&self) -> Option<&Column<'a>> {
         let measured = |column: &&Column<'a>| {
-            let mut without = self
-                .compared()
-                .filter(|workload| !self.has_native(workload));
+            let mut without = self.without_native();
             without.any(|workload| self.warm(workload, column.name).is_some())
         };
         let peers = self.guests().filter(|column| column.role == Role::Peer);

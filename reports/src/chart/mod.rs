@@ -5,9 +5,11 @@
 //! the drawing gets a role, a title and a description. Invariant: text from the run's files
 //! reaches the SVG through plotters' own escaping or maud's.
 
+mod curves;
 mod dots;
 mod stack;
 
+pub(crate) use curves::{CurvePanel, curves};
 pub(crate) use dots::{Dot, DotRow, Reference, dot_plot};
 pub(crate) use stack::{Bar, Panel, stacked_bars};
 

@@ -1,7 +1,7 @@
 //! The run's csv files inside the page, as links that save them.
 
 use maud::{Markup, html};
-use reports_data::EXITS;
+use reports_data::{EXITS, LATENCY};
 
 use crate::format;
 use crate::view::View;
@@ -13,7 +13,11 @@ pub(super) fn content(view: &View<'_>, files: &[(&str, Vec<u8>)]) -> Markup {
             @for (name, bytes) in files {
                 li {
                     a download=(name) href={ "data:text/csv;base64," (base64(bytes)) } { (name) }
-                    @let rows = if *name == EXITS { view.run.exits.len() } else { view.run.samples.len() };
+                    @let rows = match *name {
+                        EXITS => view.run.exits.len(),
+                        LATENCY => view.run.latencies.len(),
+                        _ => view.run.samples.len(),
+                    };
                     ", " (format::plural(rows, "row")) ", " (format::count(bytes.len() as f64)) " bytes"
                 }
             }

@@ -92,6 +92,16 @@ pub(super) fn content(view: &View<'_>) -> Markup {
             }
         },
     );
+    if let Some(backing) = &manifest.backing {
+        facts.push((
+            "Disks",
+            html! {
+                (backing.disk_mib) " MiB each, files on " (or_unknown(&backing.filesystem)) ", "
+                (backing.caching)
+            },
+        ));
+        facts.push(("Network", html! { (backing.network) }));
+    }
     for (tool, version) in &manifest.tools {
         facts.push(("Tool", html! { (tool) ": " (version) }));
     }

@@ -47,7 +47,15 @@ pub(super) fn content(view: &View<'_>) -> Markup {
             }
             li {
                 "Workloads are small programs with one idea each. No operating system runs in the guest, \
-                so scheduling, paging under pressure and device queues are not covered."
+                so scheduling and paging under pressure are not covered."
+            }
+            li {
+                "Disks are files in a warm page cache, and the network's other end is a thread on this \
+                host: figures are costs of devices and of the ways to them, not of media."
+            }
+            li {
+                "A guest's latencies are read from its own time stamp counter, scaled as the guest has \
+                calibrated it; a foreign clock can't be checked. Rates come from the host's clock."
             }
         }
     }

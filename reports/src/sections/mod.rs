@@ -4,6 +4,7 @@ mod boot;
 mod download;
 mod environment;
 mod exits;
+mod io;
 mod limits;
 mod nano;
 mod para;
@@ -65,6 +66,12 @@ pub(crate) fn all(view: &View<'_>, files: &[(&str, Vec<u8>)]) -> Result<Vec<Sect
             "Time of one operation",
             "Operations",
             nano::content(view)?,
+        ),
+        section(
+            "io",
+            "I/O: emulated against paravirtual devices",
+            "I/O",
+            io::content(view)?,
         ),
         section(
             "exits",

@@ -9,7 +9,7 @@ use crate::table::{Tools, cell, column_heads, head, reasons, spread, table};
 use crate::view::{Column, View};
 
 pub(super) fn content(view: &View<'_>) -> Markup {
-    let rows: Vec<&str> = view.compared().filter(|w| !view.has_native(w)).collect();
+    let rows: Vec<&str> = view.without_native().collect();
     if rows.is_empty() {
         return nothing("Every workload of this run has a native figure.");
     }

@@ -12,7 +12,13 @@ use crate::table::{
 use crate::view::{Cell, Slowdowns, View};
 use crate::workloads::Group;
 
-const GROUPS: &[Group] = &[Group::Compute, Group::Nano, Group::Micro, Group::Unlisted];
+const GROUPS: &[Group] = &[
+    Group::Compute,
+    Group::Nano,
+    Group::Micro,
+    Group::Io,
+    Group::Unlisted,
+];
 
 pub(super) fn content(view: &View<'_>) -> Markup {
     let rows = || view.compared().filter(|workload| view.has_native(workload));

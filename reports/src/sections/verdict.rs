@@ -6,13 +6,21 @@
 use maud::{Markup, html};
 use reports_data::{Role, Status};
 
+use super::io::claim;
 use super::nothing;
 use crate::format::{self, plural};
 use crate::table::{self, Tools, head, number_head, table};
 use crate::view::{Column, Duel, Slowdowns, View, clearly_faster};
 use crate::workloads::Group;
 
-const GROUPS: &[Group] = &[Group::Compute, Group::Nano, Group::Micro, Group::Unlisted];
+/// Timers are not here: see [`View::raced`].
+const GROUPS: &[Group] = &[
+    Group::Compute,
+    Group::Nano,
+    Group::Micro,
+    Group::Io,
+    Group::Unlisted,
+];
 
 pub(super) fn content(view: &View<'_>) -> Markup {
     let measured = view.compared().any(|workload| {
@@ -38,7 +46,7 @@ pub(super) fn content(view: &View<'_>) -> Markup {
             h3 { (group.title()) }
             ul.verdict { @for statement in statements { li { (statement) } } }
         }
-        p { (hybrid(view)) }
+        (claim::answer(view))
         p { (state_of_rows(view)) }
         (glance(view))
         (duels(view))
@@ -165,59 +173,6 @@ fn times(factor: f64) -> String {
     format!("{} times", format::figure(factor))
 }
 
-/// The claim that PV drivers under full virtualization often beat both.
-fn hybrid(view: &View<'_>) -> Markup {
-    let mut hybrids = view
-        .guests()
-        .filter(|c| c.role == Role::Mode && c.name.starts_with("hybrid"))
-        .filter(|c| view.compared().any(|w| view.warm(w, c.name).is_some()))
-        .peekable();
-    let claim = html! {
-        b { "The hybrid claim" } " (full virtualization for privileged instructions with PV drivers \
-        for I/O often beats both): "
-    };
-    if hybrids.peek().is_none() {
-        return html! { (claim) "not measured in this run." };
-    }
-    html! {
-        (claim)
-        @for (index, column) in hybrids.enumerate() {
-            @if index > 0 { "; " }
-            @let (ahead, behind, of) = against_others(view, column);
-            (column.label) " beats every other mode that has a figure in " b { (ahead) " of " (of) }
-            " workloads and is beaten by at least one in " (behind)
-        }
-        "."
-    }
-}
-
-/// Workloads where a hybrid mode beats every mode that is not hybrid, is beaten by one, and all
-/// where it meets one.
-fn against_others(view: &View<'_>, hybrid: &Column<'_>) -> (usize, usize, usize) {
-    let (mut ahead, mut behind, mut of) = (0, 0, 0);
-    for workload in view.compared() {
-        let Some(own) = view.warm(workload, hybrid.name) else {
-            continue;
-        };
-        let verdicts: Vec<Option<bool>> = view
-            .guests()
-            .filter(|c| c.role == Role::Mode && !c.name.starts_with("hybrid"))
-            .filter_map(|c| view.warm(workload, c.name))
-            .map(|other| clearly_faster(own, other))
-            .collect();
-        if verdicts.is_empty() {
-            continue;
-        }
-        of += 1;
-        if verdicts.iter().all(|verdict| *verdict == Some(true)) {
-            ahead += 1;
-        } else if verdicts.contains(&Some(false)) {
-            behind += 1;
-        }
-    }
-    (ahead, behind, of)
-}
-
 fn state_of_rows(view: &View<'_>) -> Markup {
     let rows = &view.run.summary.rows;
     let counts: Vec<String> = Status::ALL
@@ -251,7 +206,7 @@ fn state_of_rows(view: &View<'_>) -> Markup {
 fn glance(view: &View<'_>) -> Markup {
     let compute = || view.group(Group::Compute);
     let reference = view.reference();
-    let ring0 = || view.compared().filter(|w| !view.has_native(w));
+    let ring0 = || view.without_native();
     let head = html! {
         tr {
             (head("Mode"))
@@ -299,7 +254,7 @@ fn glance(view: &View<'_>) -> Markup {
                     (mean(duel.ratio, duel.shared, duel.of))
                 }
                 @if column.role == Role::Mode {
-                    td.num data-v=(wins) { (wins) " of " (view.compared().count()) }
+                    td.num data-v=(wins) { (wins) " of " (view.raced().count()) }
                 } @else {
                     td.num { span.note { "not a mode" } }
                 }
