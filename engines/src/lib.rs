@@ -7,6 +7,7 @@ pub mod floors;
 
 use std::sync::Arc;
 
+use engine_core::peripherals::Family;
 use engine_core::{Error, GuestRam, Unavailable, Vcpu};
 
 /// An engine that this host can run.
@@ -46,6 +47,16 @@ pub struct Mode {
     pub probe: fn() -> Result<Available, Unavailable>,
     /// What runs it.
     pub runs: Runs,
+}
+
+impl Mode {
+    /// The devices that the flavour's drivers are for.
+    pub fn family(&self) -> Family {
+        match self.flavour {
+            "hybrid" => Family::Virtio,
+            _ => Family::Emulated,
+        }
+    }
 }
 
 /// Every mode, in the order in which reports name them.

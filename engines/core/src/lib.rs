@@ -19,6 +19,7 @@ pub mod loader;
 pub mod machine;
 pub mod memory;
 pub mod net;
+pub mod peripherals;
 pub mod run;
 mod schedule;
 pub mod state;

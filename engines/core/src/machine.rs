@@ -95,6 +95,9 @@ pub struct Machine {
     pub(crate) schedule: Schedule,
     /// Something is to be done before the guest is entered: a cheap look for the run loop.
     pub(crate) attention: bool,
+    pub(crate) input: Arc<Input>,
+    /// The paravirtual console, if there is one.
+    console: Option<Slot>,
     clock: Clock,
     wires: Arc<Wires>,
     controller: Arc<dyn Interrupts>,
@@ -149,7 +152,13 @@ impl Machine {
         let resume = Arc::clone(&pump);
         let output = Output::new(options.output, Arc::clone(&events));
         let line = Line::new(Arc::clone(&controller), serial::IRQ);
-        let serial = Serial::new(output, input, line, Box::new(move || resume.resume_input()));
+        let serial_input = Arc::clone(&input);
+        let serial = Serial::new(
+            output,
+            serial_input,
+            line,
+            Box::new(move || resume.resume_input()),
+        );
 
         let mut map = AddressMap::default();
         if own_controllers {
@@ -170,6 +179,8 @@ impl Machine {
             tally: Tally::new(names.into_iter()),
             schedule: Schedule::new(usize::from(FIRST_OTHER)),
             attention: false,
+            input,
+            console: None,
             clock,
             wires,
             controller,
@@ -248,10 +259,24 @@ impl Machine {
         start: GuestPhys,
         size: u64,
         device: Box<dyn Device>,
-    ) -> io::Result<()> {
+    ) -> io::Result<Slot> {
         let slot = self.add(device)?;
         self.map.assign_memory(start, size, slot);
-        Ok(())
+        Ok(slot)
+    }
+
+    /// Names the device that is the guest's paravirtual console.
+    pub(crate) fn set_console(&mut self, slot: Slot) {
+        self.console = Some(slot);
+    }
+
+    /// Console input has come or ended.
+    pub(crate) fn take_input(&mut self) -> Action {
+        self.serial.refill();
+        match self.console {
+            Some(slot) => self.access(slot, |device| device.host_ready()),
+            None => Action::None,
+        }
     }
 
     fn add(&mut self, device: Box<dyn Device>) -> io::Result<Slot> {
@@ -315,11 +340,7 @@ impl Machine {
             if data.len() == usize::from(size) {
                 return device.read(offset, data);
             }
-            let mut action = Action::None;
-            for item in data.chunks_exact_mut(usize::from(size)) {
-                action = device.read(offset, item);
-            }
-            action
+            device.read_items(offset, size.into(), data)
         })
     }
 
@@ -334,14 +355,7 @@ impl Machine {
             if data.len() == usize::from(size) {
                 return device.write(offset, data);
             }
-            let mut action = Action::None;
-            for item in data.chunks_exact(usize::from(size)) {
-                action = device.write(offset, item);
-                if action != Action::None {
-                    break;
-                }
-            }
-            action
+            device.write_items(offset, size.into(), data)
         })
     }
 
@@ -471,7 +485,10 @@ impl Machine {
 
     /// True when something outside of the vCPU may still interrupt it.
     pub(crate) fn may_wake(&mut self) -> bool {
-        self.schedule.next().is_some() || self.watched != 0 || self.serial.may_interrupt()
+        self.schedule.next().is_some()
+            || self.watched != 0
+            || self.input.claimed() && !self.input.exhausted()
+            || self.serial.may_interrupt()
     }
 
     /// The guest wrote `value` to the mark port.

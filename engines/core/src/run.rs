@@ -217,11 +217,18 @@ impl Run<'_> {
             .machine
             .events
             .take(flag::INPUT | flag::TIMER | flag::LINES | flag::DEVICES);
-        if flags & flag::INPUT != 0 {
-            self.machine.serial.refill();
-        }
-        if flags & flag::DEVICES != 0 {
-            match next(self.machine.host_ready()) {
+        let input = if flags & flag::INPUT != 0 {
+            self.machine.take_input()
+        } else {
+            Action::None
+        };
+        let devices = if flags & flag::DEVICES != 0 {
+            self.machine.host_ready()
+        } else {
+            Action::None
+        };
+        for action in [input, devices] {
+            match next(action) {
                 Next::End(outcome) => return Some(outcome),
                 Next::Continue | Next::Poll | Next::Mark(_) | Next::Halt => {}
             }
@@ -343,6 +350,9 @@ impl Run<'_> {
                 return Ok(None);
             }
             if !self.machine.may_wake() {
+                if self.machine.input.claimed() {
+                    return Ok(Some(Outcome::Limit(Limit::Input)));
+                }
                 return crashed(
                     self.vcpu,
                     "halted with no interrupt source armed: nothing can wake it",

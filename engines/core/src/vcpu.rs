@@ -45,6 +45,12 @@ pub trait Vcpu {
     /// The engine's.
     fn set_task_priority(&mut self, priority: u8) -> Result<(), Error>;
 
+    /// True if the engine keeps code that it made from guest memory, and so has to hear of what
+    /// devices write there.
+    fn keeps_code(&self) -> bool {
+        false
+    }
+
     /// Devices have written these pages of guest memory (page numbers) since the last call: code
     /// kept of them is out of date. Called between two exits, before the guest runs on.
     fn memory_written(&mut self, _pages: &[u64]) {}

@@ -154,6 +154,10 @@ impl Vcpu for BtVcpu {
         Ok(())
     }
 
+    fn keeps_code(&self) -> bool {
+        true
+    }
+
     fn memory_written(&mut self, pages: &[u64]) {
         for &page in pages {
             let phys = page << 12;

@@ -4,6 +4,7 @@
 //! [`Action`] what else must happen. It never blocks on guest progress and never fails the VMM:
 //! what a guest does wrong reads as ones or is ignored.
 
+pub mod ata;
 pub(crate) mod board;
 mod debug_console;
 mod exit;
@@ -14,6 +15,7 @@ pub mod ioapic;
 pub mod irqchip;
 pub mod lapic;
 mod mark;
+pub mod ne2000;
 pub mod pic;
 pub mod pit;
 mod pm_timer;
@@ -23,6 +25,7 @@ pub mod virtio;
 
 use std::os::fd::BorrowedFd;
 
+pub use ata::Ata;
 pub use debug_console::DebugConsole;
 pub use exit::ExitPort;
 pub use fw_cfg::FwCfg;
@@ -32,6 +35,7 @@ pub use ioapic::IoApic;
 pub use irqchip::Irqchip;
 pub use lapic::Lapic;
 pub use mark::MarkPort;
+pub use ne2000::Ne2000;
 pub use pic::Pics;
 pub use pit::Pit;
 pub use pm_timer::PmTimer;
@@ -72,6 +76,27 @@ pub trait Device {
 
     /// Writes one item of 1 to 8 bytes.
     fn write(&mut self, offset: u64, data: &[u8]) -> Action;
+
+    /// Reads many items of `size` bytes at the same offset (`rep ins`). For devices with a data
+    /// register that can do better than one by one.
+    fn read_items(&mut self, offset: u64, size: usize, data: &mut [u8]) -> Action {
+        let mut action = Action::None;
+        for item in data.chunks_exact_mut(size) {
+            action = self.read(offset, item);
+        }
+        action
+    }
+
+    /// Writes many items (`rep outs`). An action ends it early.
+    fn write_items(&mut self, offset: u64, size: usize, data: &[u8]) -> Action {
+        for item in data.chunks_exact(size) {
+            let action = self.write(offset, item);
+            if action != Action::None {
+                return action;
+            }
+        }
+        Action::None
+    }
 
     /// When [`advance`](Device::advance) is wanted next, if ever. Asked after each access to the
     /// device, so it must be cheap.

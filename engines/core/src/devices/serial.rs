@@ -83,7 +83,7 @@ impl Serial {
 
     /// Moves waiting input into the receive FIFO.
     pub fn refill(&mut self) {
-        if self.input.is_empty() {
+        if self.input.is_empty() || self.input.claimed() {
             return;
         }
         let room = self.uart.fifo_capacity();

@@ -18,6 +18,8 @@ pub struct Input {
     ended: AtomicBool,
     /// The pump waits for room.
     starved: AtomicBool,
+    /// A paravirtual console takes the input, and the UART gets none.
+    claimed: AtomicBool,
 }
 
 impl Input {
@@ -52,6 +54,17 @@ impl Input {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         queue.extend(bytes);
         self.length.store(queue.len(), Ordering::Release);
+    }
+
+    /// Gives the input to a paravirtual console, or back to the UART.
+    pub fn claim(&self, claimed: bool) {
+        self.claimed.store(claimed, Ordering::Release);
+    }
+
+    /// True while a paravirtual console takes the input.
+    #[inline]
+    pub fn claimed(&self) -> bool {
+        self.claimed.load(Ordering::Acquire)
     }
 
     /// No byte follows.

@@ -86,6 +86,15 @@ impl UnixSocket {
         })
     }
 
+    /// The socket alone, for another process, as one that waits.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn into_blocking(self) -> io::Result<UnixDatagram> {
+        self.socket.set_nonblocking(false)?;
+        Ok(self.socket)
+    }
+
     fn try_send(&mut self, frame: &[Buffer<'_>]) -> io::Result<()> {
         if !self.connected {
             self.socket.connect(&self.peer)?;

@@ -188,6 +188,11 @@ impl RawFile {
         })
     }
 
+    /// The file alone, for another process; it stays locked.
+    pub fn into_file(self) -> File {
+        self.file
+    }
+
     /// Repeats `call` (preadv or pwritev) until all of `buffers` is done.
     fn all(
         mut offset: u64,

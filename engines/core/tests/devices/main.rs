@@ -5,10 +5,13 @@
 //! | `backing` | disks in memory with faults to order, networks in memory |
 //! | `virtio` | a small virtio driver over MMIO |
 //! | `block`, `net`, `console`, `transport` | what virtio devices promise |
+//! | `ata`, `ne2000` | what a PC's disk and network card promise |
 
+mod ata;
 mod backing;
 mod block;
 mod console;
+mod ne2000;
 mod net;
 mod transport;
 mod virtio;

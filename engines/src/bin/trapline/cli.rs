@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
+use crate::devices::{Disk, Net};
+
 /// The baseline's name on the command line.
 pub(crate) const NATIVE: &str = "native";
 /// Names an embedded image instead of a file.
@@ -19,6 +21,7 @@ Examples:
   trapline run --mode hardware --image builtin:unaware        (then type: run alu 0 0, quit 0)
   trapline run --mode para --workload sieve
   trapline run --mode full --kernel test.elf --cmdline 'all' --exit-port raw --timeout 60
+  trapline run --mode full --workload blk_seqread --disk disk.img,readonly
   trapline run --mode hardware --image vmlinux --cmdline 'console=ttyS0' --stats-fd 3 3>stats.json
 
 Exit status:
@@ -77,6 +80,12 @@ pub(crate) struct Run {
     /// Write counters as JSON lines to this descriptor
     #[arg(long, value_name = "FD")]
     pub(crate) stats_fd: Option<i32>,
+    /// Disk: a raw image or block device; with ,readonly and ,direct (past the page cache)
+    #[arg(long, value_name = "FILE[,OPTION]...")]
+    pub(crate) disk: Option<Disk>,
+    /// Network: a TAP device, or the datagram socket that a peer has bound
+    #[arg(long, value_name = "tap:NAME|unix:PATH")]
+    pub(crate) net: Option<Net>,
     /// Command line for the guest
     #[arg(long, value_name = "TEXT", conflicts_with = "workload")]
     pub(crate) cmdline: Option<String>,

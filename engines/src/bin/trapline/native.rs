@@ -20,7 +20,7 @@ use rustix::process::{Pid, PidfdFlags};
 
 use crate::run::{Order, report_end, watch};
 use crate::wire::{Event, Stats};
-use crate::{cli, status};
+use crate::{cli, devices, status};
 
 /// Runs the baseline.
 pub(crate) fn run(
@@ -69,6 +69,7 @@ pub(crate) fn run(
             }
         });
     }
+    let _inherited = devices::hand_over(arguments, &mut command)?;
     let mut child = command.spawn().context("start of the native program")?;
     let reader = order.map(|order| converse(&mut child, order)).transpose()?;
     let ended = wait(&mut child, arguments.timeout)?;

@@ -12,6 +12,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -25,7 +26,7 @@ use engine_core::{
 use engines::{Mode, Runs};
 
 use crate::wire::{Counter, Event, Stats};
-use crate::{cli, native, say, status};
+use crate::{cli, devices, native, say, status};
 
 /// An engine that has not stopped this long after its time limit never will.
 const GRACE: Duration = Duration::from_secs(5);
@@ -151,6 +152,8 @@ fn run_mode(
     let ram = engine_core::memory::create(arguments.memory)?;
     let entry = load(&ram, mode, arguments, &command_line)?;
 
+    let peripherals = devices::open(arguments, mode.family())?;
+
     let found = match (mode.probe)() {
         Ok(found) => found,
         Err(unavailable) => return Ok(report_unavailable(mode, &unavailable, &mut stats)),
@@ -163,7 +166,7 @@ fn run_mode(
         command_line: command_line.to_string(),
         ..MachineOptions::default()
     })?;
-    let mut vcpu = match boot(ram).and_then(|mut vcpu| {
+    let mut vcpu = match boot(Arc::clone(&ram)).and_then(|mut vcpu| {
         vcpu.set_state(&entry)?;
         Ok(vcpu)
     }) {
@@ -174,6 +177,7 @@ fn run_mode(
             return Ok(report_end(&mut stats, "crashed", &message, &[], code));
         }
     };
+    machine.attach(peripherals, &ram, vcpu.keeps_code())?;
     stats.write(&Event::Start {
         mode: mode.name,
         engine: mode.engine,
@@ -218,6 +222,7 @@ fn run_processes(
     mut stats: Stats,
 ) -> anyhow::Result<ExitCode> {
     pv::check(image)?;
+    devices::refuse(arguments, mode.name)?;
     let found = match (mode.probe)() {
         Ok(found) => found,
         Err(unavailable) => return Ok(report_unavailable(mode, &unavailable, &mut stats)),

@@ -1,4 +1,6 @@
 //! The console (5.3): one port, bytes out and in.
+//!
+//! While a driver has it, the machine's console input is its own: the UART gets none.
 
 use std::sync::Arc;
 
@@ -82,9 +84,13 @@ impl VirtioDevice for Console {
         data.fill(0);
     }
 
-    fn activate(&mut self, _features: u64) {}
+    fn activate(&mut self, _features: u64) {
+        self.input.claim(true);
+    }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.input.claim(false);
+    }
 
     fn notified(&mut self, index: usize, rings: &mut [Ring]) -> Result<(), Broken> {
         if index == RECEIVE {
