@@ -69,7 +69,7 @@ pub static MODES: &[Mode] = &[
         image: images::unaware,
         // Translation needs nothing that an ordinary process doesn't have.
         probe: || Ok(Available { backend: None }),
-        runs: Runs::Vcpu(|ram| Ok(Box::new(bt::BtVcpu::new(ram, bt::Options::default())?))),
+        runs: Runs::Vcpu(translated),
     },
     Mode {
         name: "hardware",
@@ -77,12 +77,8 @@ pub static MODES: &[Mode] = &[
         flavour: "unaware",
         about: "privileged instructions run in the processor's virtual context, through /dev/kvm",
         image: images::unaware,
-        probe: || {
-            kvm::probe().map(|host| Available {
-                backend: Some(host.backend.name()),
-            })
-        },
-        runs: Runs::Vcpu(|ram| Ok(Box::new(kvm::KvmVcpu::new(ram, kvm::Options::default())?))),
+        probe: kvm_host,
+        runs: Runs::Vcpu(in_hardware),
     },
     Mode {
         name: "para",
@@ -93,7 +89,42 @@ pub static MODES: &[Mode] = &[
         probe: || pv::probe().map(|()| Available { backend: None }),
         runs: Runs::Processes,
     },
+    Mode {
+        name: "hybrid",
+        engine: "kvm",
+        flavour: "hybrid",
+        about: "as hardware for privileged instructions, with paravirtual drivers for I/O",
+        image: images::hybrid,
+        probe: kvm_host,
+        runs: Runs::Vcpu(in_hardware),
+    },
+    Mode {
+        name: "hybrid-bt",
+        engine: "bt",
+        flavour: "hybrid",
+        about: "as full for privileged instructions, with paravirtual drivers for I/O",
+        image: images::hybrid,
+        probe: || Ok(Available { backend: None }),
+        runs: Runs::Vcpu(translated),
+    },
 ];
+
+/// The translator's vCPU.
+fn translated(ram: Arc<GuestRam>) -> Result<Box<dyn Vcpu>, Error> {
+    Ok(Box::new(bt::BtVcpu::new(ram, bt::Options::default())?))
+}
+
+/// KVM's vCPU.
+fn in_hardware(ram: Arc<GuestRam>) -> Result<Box<dyn Vcpu>, Error> {
+    Ok(Box::new(kvm::KvmVcpu::new(ram, kvm::Options::default())?))
+}
+
+/// Whether KVM runs guests here.
+fn kvm_host() -> Result<Available, Unavailable> {
+    kvm::probe().map(|host| Available {
+        backend: Some(host.backend.name()),
+    })
+}
 
 /// The mode called `name`.
 pub fn find(name: &str) -> Option<&'static Mode> {

@@ -14,7 +14,7 @@ use std::{
 };
 
 /// One image for each.
-const FLAVOURS: &[&str] = &["unaware", "aware"];
+const FLAVOURS: &[&str] = &["unaware", "hybrid", "aware"];
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -53,7 +53,13 @@ fn main() {
     );
     for flavour in FLAVOURS {
         let guest = build.flavour(flavour, &abi, &programs);
-        let script = build.workloads.join(format!("guest/image/{flavour}.ld"));
+        // Images that are entered alike are laid out alike.
+        let layout = if *flavour == "aware" {
+            "aware"
+        } else {
+            "unaware"
+        };
+        let script = build.workloads.join(format!("guest/image/{layout}.ld"));
         build.program(
             &format!("guest/image/{flavour}.rs"),
             &format!("{flavour}.elf"),
@@ -129,11 +135,16 @@ impl Build {
     /// Compiles the kernel in one flavour.
     fn flavour(&self, flavour: &str, abi: &Path, programs: &Path) -> PathBuf {
         let feature = format!("--cfg=feature=\"{flavour}\"");
+        let mut flags = vec![NO_REDZONE, NO_SSE, feature.as_str()];
+        if *flavour != *"aware" {
+            // As the features of the crate imply it.
+            flags.push("--cfg=feature=\"privileged\"");
+        }
         let compiled = self.library(
             "guest",
             "guest/src/lib.rs",
             &[("abi", abi), ("programs", programs)],
-            &[NO_REDZONE, NO_SSE, &feature],
+            &flags,
         );
         // The next flavour's has the same name.
         let own = self.out.join(format!("libguest-{flavour}.rlib"));

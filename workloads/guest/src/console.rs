@@ -4,6 +4,19 @@ use crate::cpu::{self, port_in, port_out};
 use abi::port::COM1;
 use programs::session::{Console, LINE};
 
+/// The console of this flavour.
+#[cfg(feature = "hybrid")]
+pub(crate) use crate::virtio::Terminal;
+#[cfg(not(feature = "hybrid"))]
+pub(crate) type Terminal = Serial;
+
+/// The flavour's name in the greeting.
+pub(crate) const FLAVOUR: &str = if cfg!(feature = "hybrid") {
+    "hybrid"
+} else {
+    "unaware"
+};
+
 /// Register offsets from the first port.
 const DATA: u16 = 0;
 const INTERRUPT_ENABLE: u16 = 1;
@@ -47,9 +60,15 @@ impl Serial {
         Serial { room: 0 }
     }
 
-    /// A console that is set up already, for last words.
+    /// A console that is set up already.
     pub(crate) fn again() -> Self {
         Serial { room: 0 }
+    }
+
+    /// A console that is set up already, for last words.
+    #[cfg(not(feature = "hybrid"))]
+    pub(crate) fn last_words() -> Self {
+        Self::again()
     }
 
     fn receive(&mut self) -> u8 {

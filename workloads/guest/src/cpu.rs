@@ -34,6 +34,34 @@ pub(crate) fn port_out(port: u16, value: u8) {
     };
 }
 
+/// Reads 16-bit words from a port to memory, as one string instruction.
+///
+/// # Safety
+/// `words` words from `address` on can be written, and nobody else uses them meanwhile.
+#[cfg(not(feature = "hybrid"))]
+#[inline(always)]
+pub(crate) unsafe fn ports_in(port: u16, address: u64, words: u64) {
+    // SAFETY: the caller's contract; the direction flag is clear in Rust code.
+    unsafe {
+        asm!("rep insw", in("dx") port, inout("rdi") address => _, inout("rcx") words => _,
+            options(nostack, preserves_flags));
+    }
+}
+
+/// Writes 16-bit words from memory to a port, as one string instruction.
+///
+/// # Safety
+/// `words` words from `address` on can be read.
+#[cfg(not(feature = "hybrid"))]
+#[inline(always)]
+pub(crate) unsafe fn ports_out(port: u16, address: u64, words: u64) {
+    // SAFETY: the caller's contract; the direction flag is clear in Rust code.
+    unsafe {
+        asm!("rep outsw", in("dx") port, inout("rsi") address => _, inout("rcx") words => _,
+            options(nostack, preserves_flags));
+    }
+}
+
 /// The time-stamp counter.
 #[inline(always)]
 pub(crate) fn time_stamp() -> u64 {
@@ -53,6 +81,29 @@ pub(crate) fn feature_flags() -> u32 {
             out("edx") edx, out("r8") _, options(nomem, nostack, preserves_flags));
     }
     edx
+}
+
+/// EAX, EBX, ECX and EDX of a CPUID leaf.
+pub(crate) fn leaf(number: u32) -> [u32; 4] {
+    let (eax, ebx, ecx, edx);
+    // SAFETY: reads registers; rbx, which the compiler keeps for itself, is put back.
+    unsafe {
+        asm!("mov r8, rbx", "cpuid", "xchg r8, rbx", inout("eax") number => eax,
+            inout("ecx") 0 => ecx, out("edx") edx, out("r8") ebx, options(nomem, nostack));
+    }
+    let ebx: u64 = ebx;
+    [eax, ebx as u32, ecx, edx]
+}
+
+/// Reads a model-specific register that exists.
+pub(crate) fn read_msr(register: u32) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: reading has no effect.
+    unsafe {
+        asm!("rdmsr", in("ecx") register, out("eax") low, out("edx") high,
+            options(nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
 }
 
 /// Writes a model-specific register.
@@ -127,6 +178,21 @@ pub(crate) fn mask() {
 pub(crate) fn mask_unmask() {
     // SAFETY: both PICs are masked, so no interrupt arrives.
     unsafe { asm!("cli", "sti", options(nostack)) };
+}
+
+/// Takes the interrupts that are pending, and masks again.
+#[inline(always)]
+pub(crate) fn take_interrupts() {
+    // SAFETY: every vector that a controller may deliver has a handler that comes back.
+    unsafe { asm!("sti", "nop", "cli", options(nostack)) };
+}
+
+/// Halts until an interrupt has been taken; masked before and after. One that is pending already
+/// wakes at once: sti lets nothing through before the next instruction.
+#[inline(always)]
+pub(crate) fn halt() {
+    // SAFETY: as above.
+    unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
 }
 
 /// RFLAGS.

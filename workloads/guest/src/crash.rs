@@ -1,6 +1,6 @@
 //! The guest's ends: asked for, or by a fault of the kernel itself.
 
-use crate::{console::Serial, cpu, traps::Frame};
+use crate::{console::Terminal, cpu, traps::Frame};
 use core::{
     panic::PanicInfo,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
@@ -23,14 +23,14 @@ pub(crate) fn exit(code: u8) -> ! {
     triple_fault()
 }
 
-fn begin() -> Serial {
+fn begin() -> Terminal {
     if CRASHING.swap(true, Relaxed) {
         triple_fault();
     }
-    Serial::again()
+    Terminal::last_words()
 }
 
-fn end(mut console: Serial) -> ! {
+fn end(mut console: Terminal) -> ! {
     console.write(b"\n");
     console.flush();
     exit(1)

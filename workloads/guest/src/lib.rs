@@ -30,6 +30,7 @@
 //! | 0x7fa0_0000 + up to 1 MiB | 4 MiB - 5 MiB | the storm's pages, mapped one by one at their first touch, RW NX | RW |
 //! | 0x7fc0_0000 + 2 MiB | 2 MiB - 4 MiB | stack of ring 3, one 2 MiB page, RW NX | RW |
 //! | 0x7fe0_0000 + 4 KiB | one of two frames in the image | probe page | - |
+//! | 0xfea0_0000 + 6 MiB | same | device memory, uncached, RW NX | - |
 //! | 0x8000_0000 + up to 256 KiB | from the pool, 5 MiB - 6 MiB | own pages of a space, beside the first one, RW NX | RW |
 //!
 //! # Rules
@@ -45,29 +46,43 @@
 // A test binary of this crate is an ordinary position-independent process: it holds the modules
 // that are plain logic. The rest needs the linker script and a bare machine, and is tested by
 // booting the image.
+#[cfg(all(not(test), feature = "unaware", not(feature = "hybrid")))]
+mod ata;
 #[cfg(all(not(test), feature = "aware"))]
 pub mod aware;
-#[cfg(all(not(test), feature = "unaware"))]
+#[cfg(all(not(test), feature = "privileged"))]
+mod clock;
+#[cfg(all(not(test), feature = "privileged"))]
 pub mod console;
 #[cfg(not(test))]
 #[cfg_attr(
-    not(feature = "unaware"),
+    not(feature = "privileged"),
     allow(dead_code, reason = "an aware kernel uses few of the instructions")
 )]
 mod cpu;
-#[cfg(all(not(test), feature = "unaware"))]
+#[cfg(all(not(test), feature = "privileged"))]
 pub mod crash;
-#[cfg(all(not(test), feature = "unaware"))]
+#[cfg(all(not(test), feature = "privileged"))]
+mod devices;
+#[cfg(all(not(test), feature = "privileged"))]
+mod interrupts;
+#[cfg(all(not(test), feature = "privileged"))]
 mod memory;
-#[cfg(all(not(test), feature = "unaware"))]
+#[cfg(all(not(test), feature = "privileged"))]
 mod nano;
-#[cfg(all(not(test), feature = "unaware"))]
+#[cfg(all(not(test), feature = "unaware", not(feature = "hybrid")))]
+mod ne2000;
+#[cfg(all(not(test), feature = "privileged"))]
 mod spaces;
-#[cfg(feature = "unaware")]
+#[cfg(feature = "privileged")]
 pub mod start_info;
-#[cfg(all(not(test), feature = "unaware"))]
+#[cfg(all(not(test), feature = "privileged"))]
+mod timers;
+#[cfg(all(not(test), feature = "privileged"))]
 mod traps;
-#[cfg(all(not(test), feature = "unaware"))]
+#[cfg(all(not(test), feature = "privileged"))]
 pub mod unaware;
-#[cfg(all(not(test), feature = "unaware"))]
+#[cfg(all(not(test), feature = "privileged"))]
 mod user;
+#[cfg(all(not(test), feature = "hybrid"))]
+mod virtio;

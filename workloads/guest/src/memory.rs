@@ -25,6 +25,8 @@ const ARENA_LEAST: u64 = 56 << 20;
 pub(crate) const PROBE: u64 = 0x7fe0_0000;
 /// Where the storm's pages start; asm/traps.s knows the address.
 pub(crate) const STORM: u64 = 0x7fa0_0000;
+/// Where device memory starts that is mapped as itself, in large pages.
+const DEVICES: u64 = 0xfea0_0000;
 /// Physical memory that is mapped as itself.
 const REACH: u64 = 1 << 30;
 
@@ -35,6 +37,8 @@ pub(crate) const PRESENT: u64 = 1;
 pub(crate) const WRITABLE: u64 = 2;
 pub(crate) const USER: u64 = 4;
 const LARGE: u64 = 0x80;
+/// Not cached: write-through and cache-disable (SDM 3A 4.9.2).
+const UNCACHED: u64 = 0x18;
 pub(crate) const NO_EXECUTE: u64 = 1 << 63;
 /// The bits of an entry that are an address.
 pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -42,6 +46,8 @@ pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 pub(crate) type Table = [AtomicU64; 512];
 
 unsafe extern "C" {
+    static boot_pdpt: Table;
+    static device_directory: Table;
     static low_directory: Table;
     static low_table: Table;
     static user_directory: Table;
@@ -115,6 +121,46 @@ pub(crate) fn protect() {
     directory[0].store(table.as_ptr() as u64 | PRESENT | WRITABLE | USER, Relaxed);
     // SAFETY: the same root; the new rights let this code execute and its stack be written.
     unsafe { cpu::set_root(cpu::root()) };
+}
+
+/// Maps the memory of devices: virtio-mmio, I/O APIC and local APIC lie in 6 MiB from [`DEVICES`] on, in
+/// every space: whatever space is current, the console may be a device there.
+pub(crate) fn map_devices() {
+    // SAFETY: the tables are written here and read by the processor's walker alone.
+    let (upper, directory) = unsafe { (&boot_pdpt, &device_directory) };
+    for (index, entry) in (0..3).zip(&directory[(DEVICES >> 21 & 511) as usize..]) {
+        let rights = PRESENT | WRITABLE | LARGE | UNCACHED | NO_EXECUTE;
+        entry.store((DEVICES + index * LARGE_PAGE) | rights, Relaxed);
+    }
+    upper[3].store(directory.as_ptr() as u64 | PRESENT | WRITABLE, Relaxed);
+}
+
+/// Reads a register of a device that [`map_devices`] maps.
+#[inline(always)]
+pub(crate) fn register(address: u64) -> u32 {
+    let value;
+    // SAFETY: device memory, mapped; reading it changes no memory that Rust knows of.
+    unsafe {
+        core::arch::asm!("mov {:e}, [{}]", out(reg) value, in(reg) address,
+            options(nostack, preserves_flags));
+    }
+    value
+}
+
+/// Writes a register of a device that [`map_devices`] maps.
+#[inline(always)]
+pub(crate) fn set_register(address: u64, value: u32) {
+    // SAFETY: device memory, mapped. What the device does to memory then is its driver's to know.
+    unsafe {
+        core::arch::asm!("mov [{}], {:e}", in(reg) address, in(reg) value,
+            options(nostack, preserves_flags));
+    }
+}
+
+/// Physical address of a word of the arena, which is its address in ring 0.
+#[inline(always)]
+pub(crate) fn arena_word(word: u64) -> u64 {
+    ARENA_PHYSICAL + 8 * word
 }
 
 /// Maps the arena and the stack of ring 3, given the end of the usable memory from

@@ -3,7 +3,9 @@
 
 use crate::{
     console::SCRATCH_PORT,
-    cpu, memory, spaces,
+    cpu,
+    devices::Devices,
+    memory, spaces,
     traps::{self, NO_FAULT, divide_armed, expected_fault, trap_count},
     user,
 };
@@ -13,6 +15,7 @@ use core::{
 };
 use programs::{
     Kernel, Platform, Refusal, Ring,
+    io::{Direction, Histogram, Io, Timer, histogram::Scale},
     micro::Micro,
     nano::{Operation, WORD_A, WORD_B, cpuid, port_in, syscall},
 };
@@ -38,6 +41,8 @@ const INTERRUPTS: u64 = 1 << 9;
 pub(crate) struct Machine {
     /// Size of the arena.
     pub(crate) words: u64,
+    /// What does I/O.
+    pub(crate) devices: Devices,
 }
 
 impl Platform for Machine {
@@ -58,7 +63,11 @@ impl Platform for Machine {
         }
         // The probe page is known to work before its operations are tried.
         start(operation);
-        let tried = traps::guard(trial, &raw const operation as u64);
+        let mut parts = Trial {
+            operation,
+            machine: self,
+        };
+        let tried = traps::guard(trial, &raw mut parts as u64);
         disarm();
         let (expected, otherwise) = expectation(operation);
         match tried {
@@ -195,6 +204,83 @@ impl Platform for Machine {
     fn space(&mut self, pages: u64, life: u64) -> Result<u64, Refusal> {
         spaces::space(pages, life)
     }
+
+    fn open(&mut self, io: Io, size: u64) -> Result<(), Refusal> {
+        self.devices.open(io, size)
+    }
+
+    fn close(&mut self, _io: Io) -> u64 {
+        self.devices.close()
+    }
+
+    #[inline(always)]
+    fn peek(&mut self, word: u64) -> u64 {
+        // SAFETY: the arena is mapped as itself; devices and ring 3 use it besides, while this
+        // code waits for them.
+        unsafe { (memory::arena_word(word) as *const u64).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn poke(&mut self, word: u64, value: u64) {
+        // SAFETY: as above.
+        unsafe { (memory::arena_word(word) as *mut u64).write_volatile(value) };
+    }
+
+    #[inline(always)]
+    fn ticks(&mut self) -> u64 {
+        cpu::time_stamp()
+    }
+
+    #[inline(always)]
+    fn latencies(&mut self) -> Option<&mut Histogram> {
+        Some(self.devices.latencies())
+    }
+
+    fn scale(&self) -> Option<Scale> {
+        self.devices.scale()
+    }
+
+    #[inline(always)]
+    fn transfer(&mut self, direction: Direction, blocks: &[u64], slot: u64) -> Result<(), Refusal> {
+        self.devices.transfer(direction, blocks, slot)
+    }
+
+    fn flush_disk(&mut self) -> Result<(), Refusal> {
+        self.devices.flush_disk()
+    }
+
+    fn station(&mut self) -> u64 {
+        self.devices.station()
+    }
+
+    #[inline(always)]
+    fn transmit(&mut self, slot: u64, count: u64, bytes: u64) -> Result<(), Refusal> {
+        self.devices.transmit(slot, count, bytes)
+    }
+
+    #[inline(always)]
+    fn receive(&mut self) -> Result<(u64, u64), Refusal> {
+        self.devices.receive()
+    }
+
+    fn send_line(&mut self, line: &[u8]) -> Result<(), Refusal> {
+        self.devices.send_line(line)
+    }
+
+    #[inline(always)]
+    fn expire(&mut self, _timer: Timer, microseconds: u64) -> Result<u64, Refusal> {
+        self.devices.expire(microseconds, false)
+    }
+
+    #[inline(always)]
+    fn wake(&mut self, microseconds: u64) -> Result<u64, Refusal> {
+        self.devices.expire(microseconds, true)
+    }
+
+    #[inline(always)]
+    fn self_interrupt(&mut self) -> Result<u64, Refusal> {
+        self.devices.self_interrupt()
+    }
 }
 
 /// The paging root that the cr3_reload workload loads.
@@ -298,13 +384,17 @@ fn expectation(operation: Operation) -> (u64, &'static str) {
     }
 }
 
-/// Does the operation once. `operation` is the address of an [`Operation`].
-extern "C" fn trial(operation: u64) -> u64 {
-    // SAFETY: `arm` passes the address of its argument.
-    let operation = unsafe { *(operation as *const Operation) };
-    // The arena is not used here.
-    let mut machine = Machine { words: 0 };
-    match operation {
+/// What [`trial`] needs.
+struct Trial<'a> {
+    operation: Operation,
+    machine: &'a mut Machine,
+}
+
+/// Does the operation once. `trial` is the address of a [`Trial`].
+extern "C" fn trial(trial: u64) -> u64 {
+    // SAFETY: `arm` passes the address of one that lives until this has ended.
+    let Trial { operation, machine } = unsafe { &mut *(trial as *mut Trial<'_>) };
+    match *operation {
         Operation::Syscall | Operation::Hypercall => 0,
         Operation::In => machine.port_in().into(),
         Operation::Out => {

@@ -1,6 +1,6 @@
 //! Address spaces beside the kernel's own, and the pages of the storm.
 //!
-//! A space shares the kernel's low memory and ring 3's stack with the first one; its own pages lie
+//! A space shares the kernel's low memory, device memory and ring 3's stack with the first one; its own pages lie
 //! at [`OWN`], below three tables of its own and a root. Frames come from a pool and go back to it.
 //!
 //! Invariant: a frame of the pool is all zero but for its first word, so that it can become a
@@ -50,6 +50,7 @@ static storm_left: AtomicU64 = AtomicU64::new(0);
 unsafe extern "C" {
     static low_directory: Table;
     static user_directory: Table;
+    static device_directory: Table;
     static storm_table: Table;
 }
 
@@ -87,16 +88,18 @@ fn give(address: u64) {
 fn create(pages: u64, content: impl Fn(u64) -> u64) -> u64 {
     let (root, upper, directory, table) = (take(), take(), take(), take());
     // SAFETY: tables of the kernel's space, which every space shares.
-    let (low, user) = unsafe {
+    let (low, user, devices) = unsafe {
         (
             low_directory.as_ptr() as u64,
             user_directory.as_ptr() as u64,
+            device_directory.as_ptr() as u64,
         )
     };
     frame(root)[0].store(upper | TABLE, Relaxed);
     frame(upper)[0].store(low | TABLE, Relaxed);
     frame(upper)[1].store(user | TABLE, Relaxed);
     frame(upper)[2].store(directory | TABLE, Relaxed);
+    frame(upper)[3].store(devices | PRESENT | WRITABLE, Relaxed);
     frame(directory)[0].store(table | TABLE, Relaxed);
     for (page, entry) in (0..pages).zip(frame(table)) {
         let address = take();
@@ -118,6 +121,7 @@ fn destroy(root: u64) {
     let upper = below(root, 0);
     let directory = below(upper, 2);
     frame(upper)[1].store(0, Relaxed);
+    frame(upper)[3].store(0, Relaxed);
     let table = below(directory, 0);
     for index in 0..aspace::MOST as usize {
         match below(table, index) {

@@ -1,7 +1,8 @@
 //! Traps: descriptor tables, and what happens on a trap that asm/traps.s does not mend itself.
 //!
 //! There is one rule: a trap while ring 3 or a guarded call runs ends that; any other is a crash.
-//! So no interrupt frame is ever returned to here, and the trap stack can be dropped as it is.
+//! So no trap's frame is ever returned to here, and the trap stack can be dropped as it is.
+//! Interrupts do return: see `interrupts`. They are taken in ring 0 alone, where a driver waits.
 
 use crate::{cpu, crash};
 use core::{
@@ -14,9 +15,9 @@ use programs::{Fault, Ring};
 global_asm!(include_str!("asm/entry.s"));
 global_asm!(include_str!("asm/traps.s"));
 
-/// Vectors with an entry; the IDT ends there. Interrupts are never enabled, so a higher vector
-/// comes as a general-protection fault.
-const VECTORS: usize = 32;
+/// Vectors with an entry; the IDT ends there. No controller is given a higher vector, which would
+/// come as a general-protection fault.
+const VECTORS: usize = 64;
 /// Vectors that end the guest whatever was running: NMI, double fault, machine check.
 const FATAL: [u64; 3] = [2, 8, 18];
 

@@ -1,9 +1,10 @@
-//! The `unaware` flavour: privileged instructions, emulated devices, entered by PVH. It knows of
-//! no VMM.
+//! The flavours with privileged instructions, entered by PVH. `unaware` has emulated devices and
+//! knows of no VMM; `hybrid` is the same kernel, with virtio drivers.
 
 use crate::{
-    console::Serial,
+    console::{FLAVOUR, Terminal},
     cpu, crash,
+    devices::Devices,
     memory::{self, ARENA_PHYSICAL, Physical},
     nano::Machine,
     spaces,
@@ -11,9 +12,6 @@ use crate::{
     traps,
 };
 use programs::session::{self, Console, LINE, Next};
-
-/// The flavour's name in the greeting.
-const FLAVOUR: &str = "unaware";
 
 /// Interrupt mask registers of the two PICs.
 const PIC_MASKS: [u16; 2] = [0x21, 0xa1];
@@ -26,7 +24,8 @@ extern "C" fn kernel_start(start_info: u64) -> ! {
     for port in PIC_MASKS {
         cpu::port_out(port, 0xff);
     }
-    let mut console = Serial::set_up();
+    memory::map_devices();
+    let mut console = Terminal::set_up();
     let info = match StartInfo::read(&Physical, start_info, ARENA_PHYSICAL) {
         Ok(info) => info,
         Err(reason) => fail(console, reason),
@@ -37,7 +36,11 @@ extern "C" fn kernel_start(start_info: u64) -> ! {
         Err(reason) => fail(console, reason),
     };
     spaces::set_up();
-    let mut machine = Machine { words };
+    let mut machine = Machine {
+        words,
+        // SAFETY: this function is entered once.
+        devices: unsafe { Devices::new() },
+    };
     session::greet(&mut console, FLAVOUR);
     let ordered = session::answer_command_line(&mut console, &mut machine, info.command_line());
     let code = match ordered {
@@ -49,7 +52,7 @@ extern "C" fn kernel_start(start_info: u64) -> ! {
 }
 
 /// Answers lines until `quit`; returns its code.
-fn serve(console: &mut Serial, machine: &mut Machine) -> u8 {
+fn serve(console: &mut Terminal, machine: &mut Machine) -> u8 {
     let mut buffer = [0; LINE];
     loop {
         match console.line(&mut buffer) {
@@ -62,7 +65,7 @@ fn serve(console: &mut Serial, machine: &mut Machine) -> u8 {
     }
 }
 
-fn fail(mut console: Serial, reason: &str) -> ! {
+fn fail(mut console: Terminal, reason: &str) -> ! {
     session::fail(&mut console, reason);
     console.flush();
     crash::exit(1)

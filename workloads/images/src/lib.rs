@@ -8,6 +8,11 @@ pub fn unaware() -> &'static [u8] {
     include_bytes!(concat!(env!("OUT_DIR"), "/unaware.elf"))
 }
 
+/// The `hybrid` flavour: an ELF with a PVH entry point, as [`unaware`], with virtio drivers.
+pub fn hybrid() -> &'static [u8] {
+    include_bytes!(concat!(env!("OUT_DIR"), "/hybrid.elf"))
+}
+
 /// The `aware` flavour: an ELF with a Trapline note, entered as `abi::hypercall::Start`
 /// says.
 pub fn aware() -> &'static [u8] {

@@ -114,7 +114,12 @@ impl<'a> Elf<'a> {
 
 #[test]
 fn the_image_has_a_pvh_note_with_its_entry() {
-    let elf = Elf::new(images::unaware());
+    for image in [images::unaware(), images::hybrid()] {
+        check_pvh(&Elf::new(image));
+    }
+}
+
+fn check_pvh(elf: &Elf<'_>) {
     let segments = elf.segments();
     let note = segments.iter().find(|s| s.kind == NOTE).expect("a note");
     let at = note.offset;
@@ -157,7 +162,12 @@ fn the_aware_image_has_a_note_with_its_abi_version() {
 
 #[test]
 fn no_segment_is_writable_and_executable() {
-    for bytes in [images::unaware(), images::aware(), images::native()] {
+    for bytes in [
+        images::unaware(),
+        images::hybrid(),
+        images::aware(),
+        images::native(),
+    ] {
         for segment in Elf::new(bytes).segments() {
             assert_ne!(segment.flags & (WRITE | EXECUTE), WRITE | EXECUTE);
         }
@@ -166,7 +176,7 @@ fn no_segment_is_writable_and_executable() {
 
 #[test]
 fn the_images_lie_between_1_and_2_mib_in_order() {
-    for image in [images::unaware(), images::aware()] {
+    for image in [images::unaware(), images::hybrid(), images::aware()] {
         let mut end = 0x10_0000;
         for segment in Elf::new(image).segments() {
             if segment.kind != LOAD {
@@ -198,6 +208,7 @@ fn images_and_native_process_run_the_same_machine_code() {
         assert!(compared >= least, "only {compared} functions");
     };
     check(images::unaware(), images::native(), |f| f.is_kernel(), 11);
+    check(images::hybrid(), images::native(), |f| f.is_kernel(), 11);
     check(images::aware(), images::native(), |f| f.is_kernel(), 11);
     check(
         images::unaware(),
@@ -263,7 +274,8 @@ fn shape(function: &Symbol<'_>) -> Vec<String> {
 #[test]
 fn the_kernel_has_no_sse() {
     let mut seen = 0;
-    for function in Elf::new(images::unaware()).functions() {
+    let images = [images::unaware(), images::hybrid()];
+    for function in images.iter().flat_map(|image| Elf::new(image).functions()) {
         if function.section != ".text" || function.name.contains("4core") {
             continue;
         }
@@ -287,7 +299,7 @@ fn the_kernel_has_no_sse() {
 /// Ring 3 can execute one section; what it calls must lie there.
 #[test]
 fn compute_kernels_lie_where_ring_3_may_execute() {
-    for image in [images::unaware(), images::aware()] {
+    for image in [images::unaware(), images::hybrid(), images::aware()] {
         let mut seen = 0;
         for function in Elf::new(image).functions() {
             if function.is_application() {

@@ -19,7 +19,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     thread,
 };
-use support::{Guest, file};
+use support::{Guest, MICROVM, file, qemu_image, qemu_status};
 
 /// A disk with the content that reads are verified against.
 fn disk() -> tempfile::NamedTempFile {
@@ -180,6 +180,112 @@ impl Reopen for tempfile::NamedTempFile {
     fn reopen_writable(&self) -> OwnedFd {
         let file = File::options().read(true).write(true).open(self.path());
         file.unwrap().into()
+    }
+}
+
+/// QEMU's end of a network, and ours with its peer. A datagram socket has two names.
+fn network() -> (tempfile::TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let name = |end| dir.path().join(end).display().to_string();
+    let socket = UnixDatagram::bind(name("peer")).unwrap();
+    let qemu = name("qemu");
+    let option = format!(
+        "dgram,id=net,local.type=unix,local.path={qemu},remote.type=unix,remote.path={}",
+        name("peer")
+    );
+    thread::spawn(move || {
+        // QEMU's end is there when the first frame is.
+        let mut peer = Peer::default();
+        let mut frame = [0; 2048];
+        while let Ok(length) = socket.recv(&mut frame) {
+            if let Some(length) = peer.answer(&mut frame, length)
+                && socket.send_to(&frame[..length], &qemu).is_err()
+            {
+                break;
+            }
+        }
+    });
+    (dir, option)
+}
+
+/// No host to ask, and in QEMU's translator no TSC deadline.
+const NO_TIMERS: [(&str, &str); 2] = [
+    ("timer_pv", "this guest knows of no host to ask for a timer"),
+    ("timer_tscdl", "the processor has no TSC-deadline timer"),
+];
+
+#[test]
+fn the_unaware_image_does_io() {
+    let disk = disk();
+    let (_dir, net) = network();
+    let drive = format!("file={},format=raw,if=ide", disk.path().display());
+    let options = [
+        "-serial",
+        "stdio",
+        "-drive",
+        &drive,
+        "-netdev",
+        &net,
+        "-device",
+        "ne2k_isa,netdev=net",
+    ];
+    let image = ("unaware-io.elf", images::unaware());
+    let Some(mut guest) = qemu_image(image, 128, "", &options) else {
+        return;
+    };
+    assert_eq!(guest.line(), "ready 1 unaware");
+    let [host, deadline] = NO_TIMERS;
+    let refused = [host, deadline, ("32", block::NO_DEPTH)];
+    check_io(&mut guest, &refused);
+    guest.send("quit 0");
+    assert_eq!(guest.wait().code(), qemu_status(0));
+}
+
+/// A virtio disk, with these properties of the device.
+fn hybrid(disk: &tempfile::NamedTempFile, properties: &str, net: &str) -> Option<Guest> {
+    let drive = format!("file={},format=raw,if=none,id=disk", disk.path().display());
+    let device = format!("virtio-blk-device,drive=disk{properties}");
+    let mut options = MICROVM.to_vec();
+    options.extend(["-drive", &drive, "-device", &device]);
+    options.extend(["-netdev", net, "-device", "virtio-net-device,netdev=net"]);
+    let image = ("hybrid-io.elf", images::hybrid());
+    let guest = qemu_image(image, 128, "", &options)?;
+    assert_eq!(guest.line(), "ready 1 hybrid");
+    Some(guest)
+}
+
+#[test]
+fn the_hybrid_image_does_io() {
+    let disk = disk();
+    let (_dir, net) = network();
+    let Some(mut guest) = hybrid(&disk, "", &net) else {
+        return;
+    };
+    check_io(&mut guest, &NO_TIMERS);
+    guest.send("quit 0");
+    assert_eq!(guest.wait().code(), qemu_status(0));
+}
+
+#[test]
+fn the_hybrid_image_does_without_indirect_descriptors_and_event_indices() {
+    for properties in [
+        ",indirect_desc=off,event_idx=off",
+        ",indirect_desc=off",
+        ",event_idx=off",
+    ] {
+        let disk = disk();
+        let (_dir, net) = network();
+        let Some(mut guest) = hybrid(&disk, properties, &net) else {
+            return;
+        };
+        for name in ["blk_randread", "blk_randwrite32", "blk_seqread32"] {
+            let sum = oracle(find(name).unwrap(), 500, 300).unwrap();
+            assert_eq!(
+                guest.run(name, 500, 300),
+                format!("done {sum:016x}"),
+                "{properties}"
+            );
+        }
     }
 }
 

@@ -5,7 +5,7 @@ mod support;
 
 use programs::{CATALOGUE, Group, find, oracle};
 use std::{io::Write, os::unix::net::UnixStream, path::PathBuf};
-use support::{Guest, native, qemu, qemu_status, qemu_with};
+use support::{Guest, MICROVM, native, qemu, qemu_image, qemu_status, qemu_with};
 
 /// Every workload with few iterations, twice: a run leaves nothing behind that changes the next.
 fn check_workloads(guest: &mut Guest, ring_0: bool) {
@@ -93,6 +93,27 @@ fn the_image_agrees_with_the_oracle() {
     check_workloads(&mut guest, true);
     guest.send("quit 0");
     assert_eq!(guest.wait().code(), qemu_status(0));
+}
+
+#[test]
+fn the_hybrid_image_agrees_with_the_oracle() {
+    // Over its virtio console, and over the UART where there is none.
+    let uart: Vec<&str> = MICROVM[..4]
+        .iter()
+        .chain(&["-serial", "stdio"])
+        .copied()
+        .collect();
+    for options in [MICROVM, &uart] {
+        let image = ("hybrid.elf", images::hybrid());
+        let Some(mut guest) = qemu_image(image, 128, "", options) else {
+            return;
+        };
+        assert_eq!(guest.line(), "ready 1 hybrid");
+        check_workloads(&mut guest, true);
+        check_protocol(&mut guest);
+        guest.send("quit 0");
+        assert_eq!(guest.wait().code(), qemu_status(0));
+    }
 }
 
 #[test]

@@ -77,6 +77,7 @@ gdt_pointer:
 boot_pml4:
     .quad boot_pdpt + 7
     .fill 511, 8, 0
+    .globl boot_pdpt
 boot_pdpt:
     .quad low_directory + 7     # 0 - 1 GiB
     .quad user_directory + 7    # 1 - 2 GiB
@@ -105,6 +106,9 @@ low_table:
     .balign 4096
     .globl user_directory
 user_directory:
+    .skip 4096
+    .globl device_directory
+device_directory:
     .skip 4096
     .globl probe_table
 probe_table:

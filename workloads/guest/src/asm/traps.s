@@ -96,6 +96,45 @@ trap_\vector:
     entry 30, 1
     entry 31, 0
 
+# Interrupts, 32 to 63: what a function may change is saved around interrupt(vector), which comes
+# back. The processor aligns the stack.
+    .macro interrupt vector
+    .balign 16
+interrupt_\vector:
+    push rdi
+    mov edi, \vector
+    jmp interrupt_common
+    .endm
+
+    .altmacro
+    .set vector, 32
+    .rept 32
+    interrupt %vector
+    .set vector, vector + 1
+    .endr
+
+interrupt_common:
+    push rax
+    push rcx
+    push rdx
+    push rsi
+    push r8
+    push r9
+    push r10
+    push r11
+    cld
+    call interrupt
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rsi
+    pop rdx
+    pop rcx
+    pop rax
+    pop rdi
+    iretq
+
 # Builds the `Frame` of traps.rs.
 trap_common:
     push rax
@@ -224,6 +263,15 @@ trap_entries:
     .quad trap_8, trap_9, trap_10, trap_11, trap_12, trap_13, trap_14, trap_15
     .quad trap_16, trap_17, trap_18, trap_19, trap_20, trap_21, trap_22, trap_23
     .quad trap_24, trap_25, trap_26, trap_27, trap_28, trap_29, trap_30, trap_31
+    .macro interrupt_entry vector
+    .quad interrupt_\vector
+    .endm
+    .set vector, 32
+    .rept 32
+    interrupt_entry %vector
+    .set vector, vector + 1
+    .endr
+    .noaltmacro
 no_idt:
     .quad 0, 0
     .popsection

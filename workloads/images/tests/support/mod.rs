@@ -138,6 +138,26 @@ pub(crate) fn qemu(memory_mib: u32, command_line: &str) -> Option<Guest> {
 
 /// As [`qemu`], with more options.
 pub(crate) fn qemu_with(memory_mib: u32, command_line: &str, options: &[&str]) -> Option<Guest> {
+    let options: Vec<&str> = ["-serial", "stdio"]
+        .iter()
+        .chain(options)
+        .copied()
+        .collect();
+    qemu_image(
+        ("unaware.elf", images::unaware()),
+        memory_mib,
+        command_line,
+        &options,
+    )
+}
+
+/// An image under QEMU's translator, with no device but what the options say.
+pub(crate) fn qemu_image(
+    image: (&str, &[u8]),
+    memory_mib: u32,
+    command_line: &str,
+    options: &[&str],
+) -> Option<Guest> {
     const QEMU: &str = "qemu-system-x86_64";
     if Command::new(QEMU).arg("--version").output().is_err() {
         eprintln!("skipped: {QEMU} is not installed");
@@ -145,14 +165,32 @@ pub(crate) fn qemu_with(memory_mib: u32, command_line: &str, options: &[&str]) -
     }
     let mut command = Command::new(QEMU);
     command
-        .args("-accel tcg -display none -nodefaults -no-reboot -serial stdio".split(' '))
+        .args("-accel tcg -display none -nodefaults -no-reboot".split(' '))
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
         .args(["-m", &memory_mib.to_string(), "-append", command_line])
         .args(options)
         .arg("-kernel")
-        .arg(file("unaware.elf", images::unaware()));
+        .arg(file(image.0, image.1));
     Some(Guest::start(&mut command))
 }
+
+/// The machine that a hybrid image expects, of QEMU's: virtio-mmio, and a PC's timers and UART. The
+/// console is the virtio one.
+pub(crate) const MICROVM: &[&str] = &[
+    "-M",
+    "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off",
+    "-global",
+    "virtio-mmio.force-legacy=false",
+    // A UART that nobody hears: its scratch register is the ports' workloads'.
+    "-serial",
+    "null",
+    "-chardev",
+    "stdio,id=console",
+    "-device",
+    "virtio-serial-device",
+    "-device",
+    "virtconsole,chardev=console",
+];
 
 /// What isa-debug-exit makes of a code.
 pub(crate) fn qemu_status(code: i32) -> Option<i32> {

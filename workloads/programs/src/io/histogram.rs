@@ -27,12 +27,12 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    /// No values.
+    /// No values. All zeros, so that a static one takes no room in an image.
     pub const fn new() -> Self {
         Histogram {
             counts: [0; RANGES],
             total: 0,
-            least: u64::MAX,
+            least: 0,
             most: 0,
         }
     }
@@ -44,7 +44,7 @@ impl Histogram {
             *count = 0;
         }
         self.total = 0;
-        self.least = u64::MAX;
+        self.least = 0;
         self.most = 0;
     }
 
@@ -55,13 +55,13 @@ impl Histogram {
         if let Some(count) = self.counts.get_mut(index(ticks)) {
             *count = count.wrapping_add(1);
         }
-        self.total += 1;
-        if ticks < self.least {
+        if ticks < self.least || self.total == 0 {
             self.least = ticks;
         }
         if ticks > self.most {
             self.most = ticks;
         }
+        self.total += 1;
     }
 
     /// Number of values.
@@ -86,8 +86,7 @@ impl Histogram {
                 continue;
             }
             let low = scale.nanoseconds(first(range));
-            let high = scale.nanoseconds(first(range + 1)).saturating_sub(1);
-            let high = if high < low { low } else { high };
+            let high = scale.nanoseconds(first(range + 1) - 1);
             pending = Some(match pending {
                 Some((start, end, sum)) if low <= end => (
                     start,
