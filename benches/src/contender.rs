@@ -11,6 +11,7 @@ use reports_data::{FLOOR, ModeInfo, NATIVE, Role};
 
 use crate::devices::Devices;
 use crate::process::{CommandLine, STATS_FD};
+use crate::task::Task;
 use crate::verdict::{Traits, software_backend};
 use crate::vm::Launch;
 
@@ -27,7 +28,10 @@ const PV: &str = "pv";
 pub const QEMU: &str = "qemu-system-x86_64";
 
 /// Foreign virtual machine monitors.
-pub const PEERS: &[&str] = &["qemu-tcg", "qemu-kvm"];
+pub const PEERS: &[&str] = &["qemu-tcg", "qemu-tcg-virtio", "qemu-kvm"];
+
+/// Flavour with paravirtual drivers, and of the images that want virtio devices.
+const HYBRID: &str = "hybrid";
 
 /// One participant.
 #[derive(Clone, Debug)]
@@ -46,6 +50,9 @@ pub struct Contender {
     pub launch: Launch,
     /// How its faults are read.
     pub traits: Traits,
+    /// Asked for workloads that use devices and for nothing else: in all others it would be another
+    /// contender under a second name.
+    pub devices_only: bool,
     /// What its devices stand on; shared with nobody but its own copies.
     pub devices: Option<Arc<Devices>>,
 }
@@ -57,6 +64,8 @@ pub struct Parts {
     pub trapline: PathBuf,
     /// A file that holds the unaware image, for peers.
     pub unaware_image: PathBuf,
+    /// A file that holds the hybrid image, for peers.
+    pub hybrid_image: PathBuf,
     /// What stands behind /dev/kvm on this host.
     pub kvm_backend: Option<String>,
 }
@@ -88,6 +97,7 @@ impl Contender {
                     native: true,
                     ..Traits::default()
                 },
+                devices_only: false,
                 devices: None,
             });
         }
@@ -112,6 +122,7 @@ impl Contender {
                 software_kvm: software_backend(parts.kvm_backend.as_deref()).filter(|_| kvm),
                 ..Traits::default()
             },
+            devices_only: false,
             devices: None,
         })
     }
@@ -124,13 +135,14 @@ impl Contender {
         let install = Some(format!(
             "{QEMU} not installed: apt-get install qemu-system-x86"
         ));
-        let (label, accelerator, cpu, software_kvm) = match name {
-            // `max` is everything that TCG implements.
-            "qemu-tcg" => ("QEMU TCG".to_owned(), "tcg", "max", None),
+        let unaware = "unaware";
+        let (label, flavour, accelerator, software_kvm) = match name {
+            "qemu-tcg" => ("QEMU TCG".to_owned(), unaware, "tcg", None),
+            "qemu-tcg-virtio" => ("QEMU TCG, virtio".to_owned(), HYBRID, "tcg", None),
             "qemu-kvm" => (
                 kvm_label("QEMU KVM", "", parts),
+                unaware,
                 "kvm",
-                "host",
                 software_backend(parts.kvm_backend.as_deref()),
             ),
             _ => {
@@ -141,18 +153,23 @@ impl Contender {
                 });
             }
         };
+        let devices_only = flavour == HYBRID;
         Ok(Contender {
             name: name.to_owned(),
             label,
             engine: "qemu".to_owned(),
-            flavour: "unaware".to_owned(),
+            flavour: flavour.to_owned(),
             role: Role::Peer,
-            launch: qemu(&parts.unaware_image, accelerator, cpu),
+            launch: match devices_only {
+                true => qemu(&parts.hybrid_image, accelerator, MICROVM),
+                false => qemu(&parts.unaware_image, accelerator, PC),
+            },
             traits: Traits {
                 software_kvm,
                 install,
                 native: false,
             },
+            devices_only,
             devices: None,
         })
     }
@@ -173,8 +190,14 @@ impl Contender {
                 counts_windows: false,
             },
             traits: Traits::default(),
+            devices_only: false,
             devices: None,
         }
+    }
+
+    /// Whether a task is asked of it.
+    pub fn is_asked(&self, task: Task) -> bool {
+        task.is_for(self.role) && (!self.devices_only || task.uses_devices())
     }
 
     /// Whether it has a use for devices: floors have none, and neither have guests of engine `pv`,
@@ -190,7 +213,7 @@ impl Contender {
     pub fn attach(&mut self, devices: Devices) {
         let arguments = match self.role {
             Role::Baseline | Role::Mode | Role::Floor => trapline_devices(&devices),
-            Role::Peer => qemu_devices(&devices),
+            Role::Peer => qemu_devices(&devices, self.flavour == HYBRID),
         };
         self.launch.command.args.extend(arguments);
         self.devices = Some(Arc::new(devices));
@@ -251,7 +274,7 @@ fn trapline_devices(devices: &Devices) -> Vec<String> {
 }
 
 /// The disk goes through the page cache and honours flushes, as ours does.
-fn qemu_devices(devices: &Devices) -> Vec<String> {
+fn qemu_devices(devices: &Devices, virtio: bool) -> Vec<String> {
     // In QEMU's options a comma that is doubled is none.
     let quoted = |path: &Path| path.display().to_string().replace(',', ",,");
     let drive = format!(
@@ -263,25 +286,45 @@ fn qemu_devices(devices: &Devices) -> Vec<String> {
         quoted(&devices.station()),
         quoted(devices.peer())
     );
+    let (disk, card) = match virtio {
+        true => (
+            "virtio-blk-device,drive=disk",
+            "virtio-net-device,netdev=net",
+        ),
+        false => ("ide-hd,drive=disk,bus=ide.0", "ne2k_isa,netdev=net"),
+    };
     [
-        "-drive",
-        &drive,
-        "-device",
-        "ide-hd,drive=disk,bus=ide.0",
-        "-netdev",
-        &net,
-        "-device",
-        "ne2k_isa,netdev=net",
+        "-drive", &drive, "-device", disk, "-netdev", &net, "-device", card,
     ]
     .map(str::to_owned)
     .to_vec()
 }
 
+/// QEMU's PC, with the console on its UART.
+const PC: &[&str] = &["-M", "pc", "-serial", "stdio"];
+
+/// QEMU's machine with virtio transports where hybrid images look for them; the console is a virtio
+/// one, as in our own.
+const MICROVM: &[&str] = &[
+    "-M",
+    "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off",
+    "-global",
+    "virtio-mmio.force-legacy=false",
+    "-chardev",
+    "stdio,id=console",
+    "-device",
+    "virtio-serial-device",
+    "-device",
+    "virtconsole,chardev=console",
+];
+
 /// The image is entered through PVH; port 0xf4 ends the guest as in our own machine.
-fn qemu(image: &Path, accelerator: &str, cpu: &str) -> Launch {
+fn qemu(image: &Path, accelerator: &str, machine: &[&str]) -> Launch {
+    // `max` is everything that TCG implements.
+    let cpu = if accelerator == "tcg" { "max" } else { "host" };
     let memory = MEMORY_MIB.to_string();
     let image = image.display().to_string();
-    let args = [
+    let common = [
         "-nodefaults",
         "-no-user-config",
         "-no-reboot",
@@ -293,17 +336,16 @@ fn qemu(image: &Path, accelerator: &str, cpu: &str) -> Launch {
         cpu,
         "-m",
         &memory,
-        "-serial",
-        "stdio",
         "-device",
         "isa-debug-exit,iobase=0xf4,iosize=0x04",
         "-kernel",
         &image,
     ];
+    let args = common.iter().chain(machine).copied();
     Launch {
         command: CommandLine {
             program: QEMU.to_owned(),
-            args: args.map(str::to_owned).to_vec(),
+            args: args.map(str::to_owned).collect(),
         },
         counts_windows: false,
     }
@@ -317,6 +359,7 @@ mod tests {
         Parts {
             trapline: "/bin/trapline".into(),
             unaware_image: "/images/unaware".into(),
+            hybrid_image: "/images/hybrid".into(),
             kvm_backend: backend.map(str::to_owned),
         }
     }
@@ -348,10 +391,10 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let parts = parts(None);
         let named = |name: &str| match name {
-            "qemu-tcg" => Contender::peer(name, &parts),
+            "qemu-tcg" | "qemu-tcg-virtio" => Contender::peer(name, &parts),
             _ => Contender::mode(name, &parts),
         };
-        for name in ["full", "native", "qemu-tcg"] {
+        for name in ["full", "hybrid", "native", "qemu-tcg", "qemu-tcg-virtio"] {
             let mut contender = named(name).expect("known");
             assert!(contender.takes_devices(), "{name}");
             let devices = Devices::create(dir.path(), dir.path(), name).expect("writable");

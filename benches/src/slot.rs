@@ -118,7 +118,7 @@ impl Slot {
 
     /// Whether a task is asked of this contender.
     pub fn has(&self, task: Task) -> bool {
-        task.is_for(self.contender.role)
+        self.contender.is_asked(task)
     }
 
     /// Where a row of this contender stands.

@@ -54,7 +54,8 @@ impl Traits {
     pub fn answer(&self, answer: Answer) -> Result<(Done, Option<Vec<Count>>), Refusal> {
         match answer {
             Answer::Done(done, counts) => Ok((done, counts)),
-            Answer::Unsupported(_) if self.native => Err(Refusal::new(
+            // A baseline without words of its own.
+            Answer::Unsupported(reason) if self.native && reason.is_empty() => Err(Refusal::new(
                 Status::Unsupported,
                 "ring-0 operation has no native figure",
             )),
@@ -196,6 +197,11 @@ mod tests {
                 Status::Unsupported,
                 "ring-0 operation has no native figure"
             ))
+        );
+        let own = "a process takes no interrupts";
+        assert_eq!(
+            native.answer(Answer::Unsupported(own.to_owned())),
+            Err(Refusal::new(Status::Unsupported, own))
         );
     }
 }

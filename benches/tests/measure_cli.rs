@@ -91,7 +91,8 @@ fn a_run_leaves_valid_files_and_a_table() {
     let manifest = Manifest::read(&out.join(MANIFEST)).expect("valid");
     assert_eq!(manifest.modes[0].name, "hardware");
     assert!(manifest.duration_s.is_some_and(|seconds| seconds > 0.0));
-    assert_eq!(manifest.images.len(), 2);
+    assert_eq!(manifest.images.len(), 4);
+    assert_eq!(manifest.backing, None);
 }
 
 #[test]
@@ -163,6 +164,42 @@ fn interrupt_keeps_what_was_measured_and_leaves_nothing_running() {
     }
     assert!(dir.path().join("out").join(SUMMARY).is_file());
     assert_nothing_runs(dir.path());
+}
+
+#[test]
+fn devices_are_there_while_a_guest_runs_and_gone_after_an_interrupt() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let trapline = fake_trapline(dir.path(), "echo begin; sleep 60");
+    let noted = dir.path().join("devices");
+    // What the fake finds at the paths that it is told, before it greets.
+    let script = std::fs::read_to_string(&trapline).expect("just written");
+    let note = format!(
+        "#!/bin/sh\nwhile [ $# -gt 0 ]; do case $1 in\n\
+         --disk) wc -c < \"$2\";;\n\
+         --net) socket=${{2#unix:}}; test -S \"$socket\" && echo \"$socket\";;\n\
+         esac; shift; done >> '{}'",
+        noted.display()
+    );
+    std::fs::write(&trapline, script.replacen("#!/bin/sh", &note, 1)).expect("writable");
+    let mut child = measure(dir.path(), &trapline, &["--workloads", "alu,blk_randread"])
+        .spawn()
+        .expect("built");
+    wait_for_boot(dir.path(), &mut child);
+    // SAFETY: kill has no memory effects; the child is ours and not reaped yet.
+    unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    let output = finish(child);
+    assert_eq!(output.status.code(), Some(130), "{output:?}");
+    let noted = std::fs::read_to_string(&noted).expect("noted");
+    let lines: Vec<&str> = noted.lines().collect();
+    assert_eq!(lines[0], benches::disk::DISK_BYTES.to_string(), "{noted}");
+    assert!(lines.len() > 1 && !Path::new(lines[1]).exists(), "{noted}");
+    let out = std::fs::read_dir(dir.path().join("out")).expect("there");
+    let large: u64 = out
+        .map(|file| file.unwrap().metadata().unwrap().len())
+        .sum();
+    assert!(large < 1 << 20, "a disk is left");
+    let manifest = Manifest::read(&dir.path().join("out").join(MANIFEST)).expect("valid");
+    assert_eq!(manifest.backing.expect("devices").disk_mib, 64);
 }
 
 #[test]

@@ -13,9 +13,9 @@ use crate::compare::{self, Format};
 use crate::spawn::{self, cargo};
 
 /// Modes of the short comparison.
-const SMOKE_MODES: &str = "full,hardware,para,native";
-/// Workloads of the short comparison: one per way in which a guest leaves its code.
-const SMOKE_WORKLOADS: &str = "alu,fib,syscall,cpuid,out";
+const SMOKE_MODES: &str = "full,hardware,para,hybrid,hybrid-bt,native";
+/// Workloads of the short comparison: one per way in which a guest leaves its code, and a device.
+const SMOKE_WORKLOADS: &str = "alu,fib,syscall,cpuid,out,blk_randread";
 /// Modes that run on every host, so that their rows must be there.
 const EVERYWHERE: &[&str] = &["full", NATIVE];
 

@@ -18,7 +18,8 @@ pub(crate) const EXAMPLES: &str = "Examples:
   cargo xtask compare --quick --modes full,native --peers none --workloads 'alu,s*'
   cargo xtask compare --peers qemu-tcg,qemu-kvm --out out/thorough
 
-The run's directory holds manifest.json, samples.csv, exits.csv, summary.json and report.html.";
+The run's directory holds manifest.json, samples.csv, exits.csv, latency.csv,
+summary.json and report.html.";
 
 /// What to compare; passed on to `measure`.
 #[derive(Debug, Args)]
@@ -26,11 +27,11 @@ pub(crate) struct Arguments {
     /// Short windows, fewer rounds, and an end within two minutes.
     #[arg(long)]
     pub(crate) quick: bool,
-    /// Modes, comma-separated: full, hardware, para, native; all by default.
+    /// Modes, comma-separated: full, hardware, para, hybrid, hybrid-bt, native; all by default.
     #[arg(long)]
     pub(crate) modes: Option<String>,
-    /// Peers, comma-separated: qemu-tcg, qemu-kvm; `none` for none.
-    #[arg(long, default_value = "qemu-tcg")]
+    /// Peers, comma-separated: qemu-tcg, qemu-tcg-virtio (devices alone), qemu-kvm; `none` for none.
+    #[arg(long, default_value = "qemu-tcg,qemu-tcg-virtio")]
     pub(crate) peers: String,
     /// Workloads by name, comma-separated patterns with * and ?.
     #[arg(long, value_name = "GLOB", default_value = "*")]

@@ -10,6 +10,7 @@ use std::process::{Command, exit};
 use std::time::Duration;
 
 use benches::contender::{Contender, Parts};
+use benches::devices::Devices;
 use benches::interrupt;
 use benches::oracle::Oracle;
 use benches::priority;
@@ -44,9 +45,16 @@ pub(crate) fn bench_mode(mode: &str) {
         trapline: trapline(),
         // Peers alone take their image by path, and there are none here.
         unaware_image: PathBuf::new(),
+        hybrid_image: PathBuf::new(),
         kvm_backend: None,
     };
-    let contender = Contender::mode(mode, &parts).unwrap_or_else(|e| fail(&e.to_string()));
+    let mut contender = Contender::mode(mode, &parts).unwrap_or_else(|e| fail(&e.to_string()));
+    let sockets = tempfile::tempdir().unwrap_or_else(|e| fail(&format!("sockets: {e}")));
+    if contender.takes_devices() {
+        let devices = Devices::create(&target_dir(), sockets.path(), mode)
+            .unwrap_or_else(|e| fail(&format!("devices: {e}")));
+        contender.attach(devices);
+    }
     priority::raise();
     let mut machine = Machine {
         slot: Slot::new(contender, 0),

@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use benches::contender::{Contender, Parts, QEMU, mode_names};
+use benches::devices::{self, Devices};
 use benches::plan::Plan;
 use benches::priority::{self, Priority};
 use benches::progress::Progress;
@@ -37,8 +38,12 @@ struct Arguments {
     /// Modes, comma-separated, of those that `trapline list` names; `none` for none. All by default.
     #[arg(long, value_delimiter = ',', default_values = mode_names())]
     modes: Vec<String>,
-    /// Peers, comma-separated: qemu-tcg, qemu-kvm; `none` for none.
-    #[arg(long, value_delimiter = ',', default_value = "qemu-tcg")]
+    /// Peers, comma-separated: qemu-tcg, qemu-tcg-virtio (devices alone), qemu-kvm; `none` for none.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "qemu-tcg,qemu-tcg-virtio"
+    )]
     peers: Vec<String>,
     /// Workloads by name, comma-separated patterns with * and ?.
     #[arg(long, value_name = "GLOB", default_value = "*")]
@@ -109,7 +114,8 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
     });
     let parts = Parts {
         trapline: find_trapline(arguments.trapline.as_deref())?,
-        unaware_image: images.path.clone(),
+        unaware_image: images.unaware.clone(),
+        hybrid_image: images.hybrid.clone(),
         kvm_backend: manifest.kvm.backend.clone(),
     };
     let mut contenders = choose_contenders(arguments, &parts)?;
@@ -117,10 +123,25 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
         contenders.push(Contender::floors(&parts));
         tasks.extend(Task::floors());
     }
+    contenders.retain(|contender| tasks.iter().any(|task| contender.is_asked(*task)));
+    if tasks.iter().any(|task| task.uses_devices()) {
+        let takers = contenders.iter_mut().filter(|c| c.takes_devices());
+        for (number, contender) in takers.enumerate() {
+            let devices = Devices::create(&arguments.out, images.dir.path(), &number.to_string());
+            let devices = devices.with_context(|| format!("devices of {}", contender.name))?;
+            contender.attach(devices);
+        }
+        manifest.backing = Some(devices::backing(&arguments.out));
+    }
     manifest.modes = contenders.iter().map(Contender::info).collect();
-    manifest.images = [("unaware", images::unaware()), ("native", images::native())]
-        .map(|(name, bytes)| (name.to_owned(), sha256_hex(bytes)))
-        .into();
+    manifest.images = [
+        ("unaware", images::unaware()),
+        ("hybrid", images::hybrid()),
+        ("aware", images::aware()),
+        ("native", images::native()),
+    ]
+    .map(|(name, bytes)| (name.to_owned(), sha256_hex(bytes)))
+    .into();
     if let Some(version) = tool_version(QEMU, "--version") {
         manifest.tools.insert(QEMU.to_owned(), version);
     }
@@ -215,10 +236,12 @@ fn find_trapline(given: Option<&Path>) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-/// The image as a file, because peers take theirs by path. Removed at the end.
+/// The images as files, because peers take theirs by path, and the directory that they lie in. Removed
+/// at the end.
 struct Images {
-    path: PathBuf,
-    _dir: tempfile::TempDir,
+    unaware: PathBuf,
+    hybrid: PathBuf,
+    dir: tempfile::TempDir,
 }
 
 impl Images {
@@ -226,11 +249,17 @@ impl Images {
         let dir = tempfile::Builder::new()
             .prefix("trapline-")
             .tempdir()
-            .context("create a directory for the image")?;
-        let path = dir.path().join("unaware.elf");
-        std::fs::write(&path, images::unaware())
-            .with_context(|| format!("write {}", path.display()))?;
-        Ok(Images { path, _dir: dir })
+            .context("create a directory for the images")?;
+        let write = |name: &str, image: &[u8]| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, image).with_context(|| format!("write {}", path.display()))?;
+            anyhow::Ok(path)
+        };
+        Ok(Images {
+            unaware: write("unaware.elf", images::unaware())?,
+            hybrid: write("hybrid.elf", images::hybrid())?,
+            dir,
+        })
     }
 }
 

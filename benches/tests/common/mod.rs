@@ -54,6 +54,7 @@ pub fn contender(script: &str) -> Contender {
             counts_windows: false,
         },
         traits: Traits::default(),
+        devices_only: false,
         devices: None,
     }
 }

@@ -22,7 +22,6 @@ fn scenarios_find_what_the_interface_promises() {
         "faults",
         "rights",
         "unmap",
-        "follow",
         "spaces",
         "divide",
         "kernel-divide",

@@ -1,0 +1,7 @@
+//! Wall time of every workload in mode `hybrid-bt`: translation for the processor, paravirtual devices.
+
+mod common;
+
+fn main() {
+    common::bench_mode("hybrid-bt");
+}
