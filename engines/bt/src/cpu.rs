@@ -31,8 +31,12 @@ pub(crate) const CR4_UMIP: u64 = 1 << 11;
 pub(crate) const CR4_FSGSBASE: u64 = 1 << 16;
 pub(crate) const CR4_OSXSAVE: u64 = 1 << 18;
 /// CR4 bits that the pinned CPUID announces on every host: VME PVI TSD DE PSE PAE MCE PGE PCE
-/// OSFXSR OSXMMEXCPT UMIP FSGSBASE. OSXSAVE joins them where CPUID has XSAVE.
-pub(crate) const CR4_ANNOUNCED: u64 = 0x7ff | CR4_UMIP | CR4_FSGSBASE;
+/// OSFXSR OSXMMEXCPT UMIP FSGSBASE PCIDE SMEP SMAP. OSXSAVE joins them where CPUID has XSAVE.
+pub(crate) const CR4_ANNOUNCED: u64 =
+    0x7ff | CR4_UMIP | CR4_FSGSBASE | CR4_PCIDE | CR4_SMEP | CR4_SMAP;
+pub(crate) const CR4_PCIDE: u64 = 1 << 17;
+pub(crate) const CR4_SMEP: u64 = 1 << 20;
+pub(crate) const CR4_SMAP: u64 = 1 << 21;
 /// XCR0: x87, SSE and AVX state (SDM 1 13.3).
 pub(crate) const XCR0_X87: u64 = 1;
 pub(crate) const XCR0_SSE: u64 = 2;

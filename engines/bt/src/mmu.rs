@@ -18,7 +18,9 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::{
     arena::Arena,
-    cpu::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, Cpu, EFER_NXE, canonical},
+    cpu::{
+        CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, CR4_SMAP, CR4_SMEP, Cpu, EFER_NXE, FLAG_AC, canonical,
+    },
     fault::Fault,
     tlb::{JumpCache, Span, Tlb, tlb_index},
 };
@@ -49,6 +51,8 @@ pub(crate) struct Page {
     pub phys: u64,
     /// Bytes that the page-table entry maps.
     pub bytes: u64,
+    /// Supervisor accesses depend on EFLAGS.AC (CR4.SMAP): no TLB may hold it for them.
+    pub guarded: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -195,7 +199,7 @@ impl Mmu {
             return false;
         };
         let write = access == Access::Write;
-        if write && self.is_code(page.phys) {
+        if write && self.is_code(page.phys) || page.guarded && !user {
             return false;
         }
         self.note(address, page);
@@ -219,12 +223,15 @@ impl Mmu {
             return Ok(Page {
                 phys: address & 0xffff_f000,
                 bytes: 4096,
+                guarded: false,
             });
         }
         let write = access == Access::Write;
         let nx = cpu.efer & EFER_NXE != 0;
+        let smep = cpu.cr4 & CR4_SMEP != 0;
         let fault = |present: bool, reserved: bool| {
-            let fetch = access == Access::Fetch && nx;
+            let nx = nx && cpu.cr4 & CR4_PAE != 0;
+            let fetch = access == Access::Fetch && (nx || smep);
             Fault::page(
                 address,
                 u32::from(present)
@@ -289,8 +296,10 @@ impl Mmu {
                 continue;
             }
             let span = 1u64 << (12 + (level - 1) * if wide { 9 } else { 10 });
-            // Bits 13 up to the page size are reserved in a large entry (bit 12 is PAT).
-            if large && wide && entry & (span - 1) & !0x1fff != 0 {
+            // Bits 13 up to the page size are reserved in a large entry (bit 12 is PAT); without
+            // PAE, bits 13 to 20 are more of the address.
+            let reserved = if wide { !0x1fff } else { 1 << 21 };
+            if large && entry & (span - 1) & reserved != 0 {
                 return Err(fault(true, true));
             }
             if user && rights & USER == 0 {
@@ -300,7 +309,15 @@ impl Mmu {
             if write && !can_write {
                 return Err(fault(true, false));
             }
-            if access == Access::Fetch && !executable {
+            let of_user = rights & USER != 0;
+            if access == Access::Fetch && (!executable || smep && !user && of_user) {
+                return Err(fault(true, false));
+            }
+            let guarded = cpu.cr4 & CR4_SMAP != 0 && of_user;
+            // Accesses that ring 3 causes without making them (to descriptor tables, say) are
+            // guarded whatever AC says (SDM 3A 4.6.1).
+            let open = cpu.flags & FLAG_AC != 0 && cpu.cpl() != 3;
+            if access != Access::Fetch && !user && guarded && !open {
                 return Err(fault(true, false));
             }
             let set = ACCESSED | if write { DIRTY } else { 0 };
@@ -314,7 +331,11 @@ impl Mmu {
                 entry & 0xffff_f000
             };
             let phys = (base | address & (span - 1)) & !0xfff;
-            return Ok(Page { phys, bytes: span });
+            return Ok(Page {
+                phys,
+                bytes: span,
+                guarded,
+            });
         }
     }
 
@@ -338,6 +359,15 @@ impl Mmu {
             // SAFETY: as in `entry`. Accessed and dirty are in the low word of either format.
             unsafe { &*host.cast::<AtomicU32>() }.fetch_or(bits as u32, Ordering::Relaxed);
         }
+    }
+
+    /// True if a page-directory pointer of PAE paging has reserved bits set: loading CR3 faults.
+    pub(crate) fn bad_pointers(&self, cr3: u64) -> bool {
+        const RESERVED: u64 = 0x1e6 | !((1 << PHYSICAL_BITS) - 1);
+        (0..4).any(|index| {
+            let entry = self.entry((cr3 & 0xffff_ffe0) + index * 8, true);
+            entry & PRESENT != 0 && entry & RESERVED != 0
+        })
     }
 
     /// Copies guest-virtual memory out, with the given privilege.

@@ -3,8 +3,9 @@
 //! A translator's block counts and a guest's choice of code path depend on what CPUID says, so it
 //! is a constant here. The model is an x86-64 processor with everything of x86-64-v3: SSE to
 //! SSE4.2, AVX, AVX2, FMA, F16C, BMI, LZCNT, MOVBE, XSAVE, and with AES, PCLMULQDQ, SHA, ADX,
-//! RDRAND, FSGSBASE, x2APIC, TSC-deadline and an invariant TSC. It has no AVX-512, PCID, MTRRs, SYSENTER or machine
-//! checks, and no hypervisor bit: an `unaware` guest is not told.
+//! RDRAND, FSGSBASE, PCID, SMEP, SMAP, UMIP, 1 GiB pages, x2APIC, TSC-deadline and an invariant TSC.
+//! It has no AVX-512, protection keys, MTRRs or machine checks, and no hypervisor bit: an `unaware`
+//! guest is not told.
 //!
 //! Instructions run as themselves in every mode, so one that the host lacks can't be announced: a
 //! bit of [`HOSTED`] is there if the host has it too. Whoever compares runs of two hosts compares
@@ -33,6 +34,7 @@ const EDX_1: u32 = bits(&[
     6,  // PAE
     8,  // CX8
     9,  // APIC
+    11, // SEP
     13, // PGE
     15, // CMOV
     16, // PAT
@@ -46,6 +48,7 @@ const ECX_1: u32 = bits(&[
     0,  // SSE3
     9,  // SSSE3
     13, // CMPXCHG16B
+    17, // PCID
     19, // SSE4.1
     20, // SSE4.2
     21, // x2APIC
@@ -64,8 +67,11 @@ const ECX_1_HOSTED: u32 = bits(&[
     30, // RDRAND
 ]);
 const EBX_7: u32 = bits(&[
-    0, // FSGSBASE
-    9, // ERMS
+    0,  // FSGSBASE
+    7,  // SMEP
+    9,  // ERMS
+    10, // INVPCID
+    20, // SMAP
 ]);
 const EBX_7_HOSTED: u32 = bits(&[
     3,  // BMI1
@@ -103,6 +109,7 @@ pub const MACHINE_MSRS: u32 = bits(&[21, 24]);
 const EDX_8000_0001: u32 = bits(&[
     11, // SYSCALL
     20, // NX
+    26, // 1 GiB pages
     27, // RDTSCP
     29, // LM
 ]);
@@ -116,6 +123,15 @@ const ECX_8000_0001_HOSTED: u32 = bits(&[
 const EDX_8000_0007: u32 = bits(&[
     8, // invariant TSC
 ]);
+
+/// Features of paging and privilege, [eax, ebx, ecx, edx] of leaf and subleaf 0: no instruction of
+/// the host's stands behind them but its virtualization, where an engine uses that. A host that
+/// can't virtualize one of them can't have it announced.
+pub const VIRTUALIZED: [(u32, [u32; 4]); 3] = [
+    (1, [0, 0, bits(&[17]), bits(&[11])]),
+    (7, [0, bits(&[0, 7, 10, 20]), bits(&[2]), 0]),
+    (0x8000_0001, [0, 0, 0, bits(&[26])]),
+];
 
 const VENDOR: &[u8; 12] = b"GenuineIntel";
 const BRAND: &[u8; 48] = b"Trapline pinned x86-64 processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
@@ -324,9 +340,9 @@ mod tests {
     }
 
     #[test]
-    fn no_hypervisor_bit_osxsave_or_pcid_is_announced() {
+    fn no_hypervisor_bit_and_no_osxsave_is_announced() {
         let ecx = pinned(1, 0)[2];
-        for bit in [17, 27, 31] {
+        for bit in [27, 31] {
             assert_eq!(ecx >> bit & 1, 0, "bit {bit}");
         }
     }

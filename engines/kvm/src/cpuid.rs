@@ -1,6 +1,6 @@
 //! The pinned CPUID as KVM wants it (KVM_SET_CPUID2, api.rst 4.20).
 
-use engine_core::cpuid::Leaf;
+use engine_core::cpuid::{Leaf, VIRTUALIZED};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// Every leaf of [`engine_core::cpuid`]. What follows from the vCPU's state (OSXSAVE, the sizes of
@@ -8,8 +8,9 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 /// processor does, with the last basic leaf.
 ///
 /// The features that need MSRs of the machine ([`engine_core::cpuid::MACHINE_MSRS`]) are left out
-/// unless the guest's accesses to those reach it.
-pub(crate) fn entries(machine_msrs: bool) -> CpuId {
+/// unless the guest's accesses to those reach it. What KVM itself has to virtualize is announced
+/// only if `supported` (KVM_GET_SUPPORTED_CPUID) has it.
+pub(crate) fn entries(machine_msrs: bool, supported: &CpuId) -> CpuId {
     let mut entries: Vec<kvm_cpuid_entry2> = engine_core::cpuid::leaves()
         .map(
             |Leaf {
@@ -31,6 +32,26 @@ pub(crate) fn entries(machine_msrs: bool) -> CpuId {
     if !machine_msrs {
         for entry in entries.iter_mut().filter(|entry| entry.function == 1) {
             entry.ecx &= !engine_core::cpuid::MACHINE_MSRS;
+        }
+    }
+    for entry in entries.iter_mut().filter(|entry| entry.index == 0) {
+        let Some((leaf, bits)) = VIRTUALIZED.iter().find(|(leaf, _)| *leaf == entry.function)
+        else {
+            continue;
+        };
+        let known = supported
+            .as_slice()
+            .iter()
+            .find(|known| known.function == *leaf && known.index == 0);
+        let has = known.map_or([0; 4], |known| [known.eax, known.ebx, known.ecx, known.edx]);
+        let registers = [
+            &mut entry.eax,
+            &mut entry.ebx,
+            &mut entry.ecx,
+            &mut entry.edx,
+        ];
+        for ((register, bits), has) in registers.into_iter().zip(bits).zip(has) {
+            *register &= !bits | has;
         }
     }
     CpuId::from_entries(&entries).expect("fewer leaves than KVM_MAX_CPUID_ENTRIES")

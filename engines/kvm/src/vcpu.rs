@@ -90,7 +90,10 @@ impl KvmVcpu {
         }
         map_ram(&vm, &ram)?;
         let vcpu = vm.create_vcpu(0).map_err(host("KVM_CREATE_VCPU"))?;
-        vcpu.set_cpuid2(&cpuid::entries(false))
+        let supported = kvm
+            .get_supported_cpuid(kb::KVM_MAX_CPUID_ENTRIES)
+            .map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
+        vcpu.set_cpuid2(&cpuid::entries(false, &supported))
             .map_err(host("KVM_SET_CPUID2"))?;
         let statistics = if found.statistics {
             // A kernel may know the capability and still refuse, under a seccomp filter say:

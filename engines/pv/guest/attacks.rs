@@ -29,6 +29,7 @@ pub(crate) const ALL: &[(&str, fn())] = &[
     ("attack-return", forged_return),
     ("attack-revoked-blocked", revoked_blocked),
     ("attack-revoked-nested", revoked_nested),
+    ("attack-revoked-protect", revoked_protect),
 ];
 
 pub(crate) const VA: u64 = 0x4000_0000;
@@ -196,23 +197,27 @@ fn forge(rip: u64, rdi: u64, stack: u64, mask: u64) {
 /// Where the attacker keeps what the gate is to believe: the page below its stack.
 const OWN: u64 = USER_STACK - 2 * PAGE;
 /// The gate's first instruction after it has loaded the address of the command page.
-const GATE_OWN: u64 = GATE + 0x4f;
+const GATE_OWN: u64 = GATE + 0x4c;
 /// The gate's `mov rsp, [r15 + 8]`, and rt_sigreturn after it.
-const GATE_RETURN: u64 = GATE + 0x100;
+const GATE_RETURN: u64 = GATE + 0xf1;
 
-/// Fills the attacker's page by way of its frame.
+/// Fills the attacker's page by way of its frame: the gate is to map the secret.
 fn own_page(root: u64, secret: u64) {
+    own_command(root, [VA2, PAGE, 3 | 0x11 << 32, secret * PAGE]);
+}
+
+/// Fills it with a command.
+fn own_command(root: u64, command: [u64; 4]) {
     let page = unsafe { *word(table(root, OWN), OWN / PAGE % 512) } / PAGE & 0xff_ffff;
     let words = [
-        // The pretended command page: one command, enter, the forged frame.
-        (0, 96 | 1 << 32),
+        // The pretended command page: one command, the forged frame.
+        (0, 96),
         (1, FORGED + 8),
         (2, 0),
-        // The command: map the secret.
-        (8, VA2),
-        (9, PAGE),
-        (10, 3 | 0x11 << 32),
-        (11, secret * PAGE),
+        (8, command[0]),
+        (9, command[1]),
+        (10, command[2]),
+        (11, command[3]),
     ];
     for (index, value) in words {
         unsafe { *word(page, index) = value };
@@ -330,6 +335,8 @@ fn gate_bytes() {
     // rax, rdi, rsi, rdx, r10, r8, r9
     let sets = [
         [9, VA2, PAGE, 3, 0x11, 0, secret * PAGE],
+        [10, VA2, PAGE, 3, 0, 0, 0],
+        [11, OWN, PAGE, 0, 0, 0, 0],
         [GATE_SIGNAL, 11, FORGED, 0, 0, 0, 0],
         [GATE_SIGNAL + 1, 0, 0, 0, 0, 0, 0],
         [15, 0, 0, 0, 0, 0, 0],
@@ -508,6 +515,26 @@ fn revoke() -> u64 {
     expect("unmap", hc(Call::UpdateVaMapping, [VA, 0, 0, 1, 0]), 0);
     unsafe { *word(frame, 0) = SECRET };
     frame
+}
+
+/// Gives itself access again to a page that was taken away, whose mapping the host may still have.
+fn revoked_protect() {
+    space();
+    own_command(info().first_free_frame, [VA, PAGE, 3 | 1 << 63, 0]);
+    start_user(user_write, VA).call(nr::REPORT);
+    // A flushed page keeps its mapping, without rights, also when it goes away afterwards.
+    expect("invlpg", ext(mmuext::INVLPG_LOCAL, VA), 0);
+    let frame = revoke();
+    forge(user_write as *const () as u64, VA, SIGNAL_STACK, 0);
+    let mut registers = registers(user_leap as *const () as u64, 0);
+    registers.gpr[1] = GATE_OWN;
+    registers.gpr[15] = OWN;
+    match start(&registers) {
+        Ok(stopped) if stopped.frame.cause == cause::SYSCALL => {}
+        Ok(stopped) => _ = stopped.exception(8),
+        Err(error) => tell("start", error),
+    }
+    verdict_of_revocation(frame);
 }
 
 fn verdict_of_revocation(frame: u64) {

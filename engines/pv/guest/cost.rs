@@ -1,7 +1,7 @@
 //! What operations cost, in ticks told on the console.
 
 use crate::h::layout::PAGE;
-use crate::h::{Call, MulticallEntry, mmuext};
+use crate::h::{Call, MulticallEntry, Registers, mmuext, vcpu_op};
 use crate::kernel::*;
 use crate::user::*;
 
@@ -18,13 +18,13 @@ fn per(name: &str, count: u64, mut work: impl FnMut()) {
 
 /// 64 pages are touched one after another, each mapped by the kernel's handler, and taken away at
 /// once: the two legs, per page, in the best of many rounds.
-fn faults(name: &str, map: impl Fn(u64) -> i64) {
+fn faults(name: &str, map: impl Fn(u64, u64) -> i64) {
     let mut best = [u64::MAX; 2];
-    for _ in 0..100 {
+    for round in 0..100 {
         let start = now();
         for index in 0..64 {
             resume((VA + index * PAGE) as i64).exception(14);
-            map(index);
+            map(round, index);
             retry().call(nr::REPORT);
         }
         let mid = now();
@@ -56,6 +56,30 @@ fn cost() {
             resume(0);
         }
     });
+    let mut registers = Registers::default();
+    per("syscall that is continued by a frame", 20000, || {
+        for _ in 0..20000 {
+            let at = &raw mut registers as u64;
+            hc(Call::VcpuOp, [vcpu_op::GET_REGISTERS, 0, at, 0, 0]);
+            resume(0);
+        }
+    });
+    let mut legs = [u64::MAX; 2];
+    for _ in 0..20 {
+        let mut sums = [0; 2];
+        for _ in 0..1000 {
+            let start = now();
+            let at = &raw mut registers as u64;
+            hc(Call::VcpuOp, [vcpu_op::GET_REGISTERS, 0, at, 0, 0]);
+            let mid = now();
+            resume(0);
+            sums[0] += mid - start;
+            sums[1] += now() - mid;
+        }
+        legs = [legs[0].min(sums[0]), legs[1].min(sums[1])];
+    }
+    tell("- to the gate", legs[0] as i64 / 1000);
+    tell("- by the frame to the next call", legs[1] as i64 / 1000);
     per("hypercall", 100_000, || {
         for _ in 0..100_000 {
             hc(Call::FpuTaskswitch, [0; 5]);
@@ -66,19 +90,17 @@ fn cost() {
     // A neighbour that stays, as in any process: the host keeps its tables.
     map(VA + 100 * PAGE, page * PAGE | P | U, 1);
     start_user(user_read, VA + 100 * PAGE);
-    faults("page fault", |index| {
+    faults("page fault, the frame as before", |_, index| {
         map(VA + index * PAGE, page * PAGE | P | U, 1)
     });
     let pool = frames(128, 1);
-    faults("page fault of the next frame", |index| {
-        map(VA + index * PAGE, (pool + index) * PAGE | P | W | U, 1)
+    faults("page fault, frames in order", |round, index| {
+        let frame = pool + (round & 1) * 64 + index;
+        map(VA + index * PAGE, frame * PAGE | P | W | U, 1)
     });
-    faults("page fault of another frame", |index| {
-        map(
-            VA + index * PAGE,
-            (pool + 127 - index) * PAGE | P | W | U,
-            1,
-        )
+    faults("page fault, frames in disorder", |round, index| {
+        let frame = pool + (round & 1) * 64 + 63 - index;
+        map(VA + index * PAGE, frame * PAGE | P | W | U, 1)
     });
     map(VA, page * PAGE | P | U, 1);
     resume(VA as i64);
@@ -108,7 +130,7 @@ fn cost() {
                     let index = index as u64;
                     let to = pool + (round & 1) * 64 + index;
                     call.call = Call::UpdateVaMapping as u64;
-                    call.arguments = [VA + index * PAGE, to * PAGE | P | W | U, 0, 1, 0, 0];
+                    call.arguments = [VA + index * PAGE, to * PAGE | P | W | U | A | D, 0, 1, 0, 0];
                 }
                 hc(Call::Multicall, [calls.as_mut_ptr() as u64, 64, 0, 0, 0]);
             }

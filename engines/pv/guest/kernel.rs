@@ -12,6 +12,8 @@ use crate::h::{
 pub(crate) const P: u64 = 1;
 pub(crate) const W: u64 = 2;
 pub(crate) const U: u64 = 4;
+pub(crate) const A: u64 = 1 << 5;
+pub(crate) const D: u64 = 1 << 6;
 pub(crate) const NX: u64 = 1 << 63;
 
 static mut INFO: Option<&'static StartInfo> = None;

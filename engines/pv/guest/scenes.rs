@@ -13,6 +13,7 @@ pub(crate) const ALL: &[(&str, fn())] = &[
     ("faults", faults),
     ("rights", rights),
     ("unmap", unmap),
+    ("follow", follow),
     ("spaces", spaces),
     ("divide", divide),
     ("kernel-divide", kernel_divide),
@@ -183,6 +184,101 @@ fn unmap() {
     expect("invlpg", ext(mmuext::INVLPG_LOCAL, VA + 20 * PAGE), 0);
     stopped = resume((VA + 20 * PAGE) as i64);
     stopped.call(nr::REPORT);
+    say("ok\n");
+}
+
+/// Entries of pages in use change in every way, with the accessed and dirty bits set, which the host
+/// may carry out without a fault, and without them, which takes one that sets them.
+fn follow() {
+    let root = space_with_table();
+    let leaf = leaf(root);
+    let entry = || unsafe { word(leaf, VA / PAGE % 512).read_volatile() };
+    let pages = [frame(), frame()];
+    for (index, page) in pages.into_iter().enumerate() {
+        unsafe { *word(page, 0) = 1000 + index as u64 };
+    }
+    let value = |index: usize, bits: u64| pages[index] * PAGE | P | U | bits;
+    let reads = |expected: u64| {
+        let [word, ..] = start_user(user_read, VA).call(nr::REPORT);
+        expect("word", word as i64, expected as i64);
+    };
+    let writes = || {
+        start_user(user_write, VA).call(nr::REPORT);
+    };
+    let faults = |error: i64| {
+        let frame = start_user(user_write, VA).exception(14);
+        expect("error", frame.error as i64, error);
+    };
+    for bits in [A | D, 0] {
+        let set = |index, more| expect("set", map(VA, value(index, bits | more), 1), 0);
+        set(0, W);
+        reads(1000);
+        // Another frame, to and fro within one iret, and at the end of it the second one.
+        set(1, W);
+        set(0, W);
+        set(1, W);
+        reads(1001);
+        // Less, and more.
+        set(1, 0);
+        reads(1001);
+        faults(7);
+        set(1, W);
+        writes();
+        expect("written", unsafe { *word(pages[1], 0) } as i64, VA as i64);
+        unsafe { *word(pages[1], 0) = 1001 };
+        // No-execute comes and goes.
+        set(1, W | NX);
+        let fault = start_user(user_jump, VA).exception(14);
+        expect("fetch", fault.error as i64, 0x15);
+        reads(1001);
+        // Not the user's, and back.
+        expect("hide", map(VA, pages[1] * PAGE | P | W | bits, 1), 0);
+        faults(7);
+        set(1, W);
+        reads(1001);
+        // Away, and back with the same frame, with fewer rights; then with the other one.
+        expect("unmap", map(VA, 0, 1), 0);
+        faults(6);
+        set(1, 0);
+        reads(1001);
+        faults(7);
+        expect("unmap", map(VA, 0, 1), 0);
+        set(0, 0);
+        faults(7);
+        reads(1000);
+        // Away and back without anything in between, and away.
+        expect("unmap", map(VA, 0, 1), 0);
+        set(0, W);
+        expect("unmap", map(VA, 0, 1), 0);
+        faults(6);
+    }
+    // Bits that the kernel clears come back with the next access, and no sooner.
+    expect("set", map(VA, value(0, W), 1), 0);
+    writes();
+    expect("bits", (entry() & (A | D)) as i64, (A | D) as i64);
+    for _ in 0..3 {
+        expect("clear", map(VA, value(0, W), 1), 0);
+        start_user(user_null, 0).call(nr::NULL);
+        expect("bits", (entry() & (A | D)) as i64, 0);
+        writes();
+        expect("bits", (entry() & (A | D)) as i64, (A | D) as i64);
+    }
+    // Many at once, more than are gathered, every other one.
+    let pool = frames(400, 1);
+    expect("map", map(VA, pool * PAGE | P | W | U, 200), 0);
+    for page in 0..200 {
+        start_user(user_write, VA + page * PAGE).call(nr::REPORT);
+    }
+    for page in (0..200).step_by(2) {
+        let value = (pool + 200 + page) * PAGE | P | W | U | A | D;
+        expect("move", map(VA + page * PAGE, value, 1), 0);
+    }
+    for page in 0..200 {
+        let at = VA + page * PAGE;
+        let expected = if page % 2 == 0 { 0 } else { at };
+        let [word, ..] = start_user(user_read, at).call(nr::REPORT);
+        expect("word", word as i64, expected as i64);
+    }
     say("ok\n");
 }
 

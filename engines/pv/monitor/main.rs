@@ -23,6 +23,7 @@ use abi::hypercall;
 
 mod events;
 mod frame;
+mod held;
 mod hypercalls;
 mod memory;
 mod mmu;
@@ -191,7 +192,7 @@ fn map_everything(check: impl Fn(u64, bool)) {
         check(7, sys::map(k::FRAMES, records, RW, OWN, -1, 0));
         check(
             7,
-            sys::map(k::MAPPED, frames * tables::MAPPED_BYTES, RW, OWN, -1, 0),
+            sys::map(k::MAPPED, frames * held::RECORD, RW, OWN, -1, 0),
         );
         check(8, sys::map(k::UPCALL_FRAME, k::BOOT_SIZE, RW, OWN, -1, 0));
         for segment in plan.segment.iter().take(plan.segments as usize) {

@@ -111,13 +111,11 @@ impl State {
     /// Flushes the translation of an address in a space.
     fn invalidate(&mut self, slot: usize, address: u64) {
         let found = self.find(slot, address);
-        let leaf = found.level <= 2;
-        if leaf && self.is_mapped(found.table, found.index) {
-            self.set_mapped(found.table, found.index, false);
+        if found.level <= 2 {
             let first = address & !(span(found.level) - 1);
-            self.queue_unmap(slot, first, span(found.level));
+            self.revoke(slot, first, found.table, found.index);
         }
-        debug_assert!(leaf || !is_leaf(found.entry, found.level));
+        debug_assert!(found.level <= 2 || !is_leaf(found.entry, found.level));
     }
 
     fn slot_of(&self, root: u64) -> Result<usize, Errno> {

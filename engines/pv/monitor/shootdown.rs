@@ -1,9 +1,10 @@
-//! Unmapping in user processes: queued by hypercalls, carried out before a user process runs again.
+//! Changes to what user processes have mapped: queued by hypercalls, carried out before a user process
+//! runs again.
 //!
 //! What a hypercall revokes must be gone when it returns, in every process. A process that holds it is
 //! stopped then, like all of them: only K's answer lets one go on, in the gate, and the gate carries
 //! out what is queued before it returns to user code. That no user instruction comes in between is
-//! what makes a queue as good as an unmapping at once:
+//! what makes a queue as good as a change at once:
 //!
 //! - a process stopped in the gate goes on with the gate's own instructions, which U cannot write and
 //!   which trust no register. They return into a frame only if every command went well; otherwise
@@ -14,15 +15,15 @@
 //! - a signal in the gate makes it notify again, and K ends the process, with all it had mapped.
 //!
 //! The queue is the slot's command page itself: the commands stand there until the process is let go.
-//! Neighbouring ranges are merged, so a run of pages costs one munmap. When the queue is full the
-//! whole space is unmapped instead: it fills again by faults.
+//! Neighbouring ranges are merged, so a run of pages costs one call of the host. When the queue is
+//! full the whole space is unmapped instead: it fills again by faults.
 
 use crate::hypercall::layout::{USER_END, USER_START};
 use crate::user::commands;
-use crate::wire::{Command, Commands, event};
-use crate::{State, ledger, vmm};
+use crate::wire::{Command, Commands, PAGE, PROTECT, event};
+use crate::{State, ledger, sys, vmm};
 
-/// Ranges that are gathered; the page has room for two more commands.
+/// Commands that are gathered; the page has room for more.
 const MOST: usize = 64;
 
 const NOTHING: Command = Command {
@@ -38,7 +39,43 @@ const EVERYTHING: Command = Command {
     ..NOTHING
 };
 
+impl Command {
+    /// Makes this command do what `next` says also, if they are of one kind and neighbours.
+    fn join(&mut self, next: &Command) -> bool {
+        let alike = self.flags == next.flags && self.rights == next.rights;
+        let maps = self.flags & sys::MAP_SHARED as u32 != 0;
+        if alike
+            && self.address + self.length == next.address
+            && (!maps || self.offset + self.length == next.offset)
+        {
+            self.length += next.length;
+            return true;
+        }
+        if alike && !maps && next.address + next.length == self.address {
+            self.address = next.address;
+            self.length += next.length;
+            return true;
+        }
+        false
+    }
+}
+
 impl State {
+    /// Puts a command behind the others, if it can't be made one with the last of them.
+    fn queue(&mut self, slot: usize, command: Command) {
+        let queued = self.spaces[slot].queued;
+        if let Some(last) = queued.checked_sub(1)
+            && commands(slot).entries[last].join(&command)
+        {
+            return;
+        }
+        if queued >= MOST {
+            self.queue_everything(slot);
+            return;
+        }
+        self.push(slot, command);
+    }
+
     fn push(&mut self, slot: usize, command: Command) {
         let queued = &mut self.spaces[slot].queued;
         commands(slot).entries[*queued] = command;
@@ -50,31 +87,24 @@ impl State {
         if !self.spaces[slot].mapped {
             return;
         }
-        let count = self.spaces[slot].queued;
-        if let Some(last) = count.checked_sub(1) {
-            let last = &mut commands(slot).entries[last];
-            if last.address + last.length == address {
-                last.length += length;
-                return;
-            }
-            if address + length == last.address {
-                last.address = address;
-                last.length += length;
-                return;
-            }
-        }
-        if count >= MOST {
-            self.queue_everything(slot);
-            return;
-        }
-        self.push(
-            slot,
-            Command {
-                address,
-                length,
-                ..NOTHING
-            },
-        );
+        let unmap = Command {
+            address,
+            length,
+            ..NOTHING
+        };
+        self.queue(slot, unmap);
+    }
+
+    /// Queues a change of the rights to a page that is mapped.
+    pub(crate) fn queue_protect(&mut self, slot: usize, address: u64, rights: u32) {
+        let protect = Command {
+            address,
+            length: PAGE,
+            rights,
+            flags: PROTECT,
+            offset: 0,
+        };
+        self.queue(slot, protect);
     }
 
     /// Queues the unmapping of all that a space has mapped.
@@ -98,33 +128,27 @@ impl State {
         self.queue_everything(slot);
     }
 
-    /// Queues a mapping, the last command before the process runs.
-    pub(crate) fn queue_map(&mut self, slot: usize, map: Command) {
-        // It takes the place of what was there.
-        let last = self.spaces[slot].queued;
-        if let Some(last) = last.checked_sub(1) {
-            let unmap = commands(slot).entries[last];
-            let end = unmap.address + unmap.length;
-            if map.address <= unmap.address && end <= map.address + map.length {
-                self.spaces[slot].queued = last;
-            }
-        }
-        self.push(slot, map);
+    /// Queues a mapping or a change of rights for a page that faulted: the last command before the
+    /// process goes on, for which there is always room.
+    pub(crate) fn queue_answer(&mut self, slot: usize, command: Command) {
+        self.push(slot, command);
+    }
+
+    /// Queues a mapping in the place of another one.
+    pub(crate) fn queue_map(&mut self, slot: usize, command: Command) {
+        self.queue(slot, command);
     }
 
     /// Makes what is queued the command page's content.
-    pub(crate) fn post(&mut self, slot: usize, then: u32) -> &'static mut Commands {
+    pub(crate) fn post(&mut self, slot: usize) -> &'static mut Commands {
         let page = commands(slot);
         let queued = self.spaces[slot].queued;
-        if page.entries[..queued]
-            .iter()
-            .any(|command| command.flags == 0)
-        {
+        let takes = |command: &Command| command.flags == 0 || command.rights == 0;
+        if page.entries[..queued].iter().any(takes) {
             vmm::count(&ledger().events[event::SHOOTDOWN]);
         }
         page.end =
             (core::mem::offset_of!(Commands, entries) + queued * size_of::<Command>()) as u32;
-        page.then = then;
         page
     }
 
@@ -132,7 +156,6 @@ impl State {
     pub(crate) fn taken(&mut self, slot: usize) {
         let page = commands(slot);
         page.end = 0;
-        page.then = 0;
         self.spaces[slot].queued = 0;
     }
 }

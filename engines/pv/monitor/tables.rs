@@ -9,6 +9,7 @@
 //! everything here checks bounds again when it reads an entry.
 
 use crate::State;
+use crate::held::Held;
 use crate::hypercall::errno::{EBUSY, EINVAL};
 use crate::hypercall::layout::{DIRECT_MAP, USER_END, USER_START};
 use crate::memory::Errno;
@@ -31,8 +32,6 @@ const ADDRESS: u64 = ((1 << 52) - 1) & !(PAGE - 1);
 const RESERVED: u64 = 0x7ff << 52;
 /// Bytes of a large leaf.
 pub(crate) const LARGE_SIZE: u64 = 2 << 20;
-/// Bytes of the record of what a table's entries have mapped in the process: a bit each.
-pub(crate) const MAPPED_BYTES: u64 = 64;
 
 /// What the monitor knows of a frame. All zero is an ordinary frame that nobody maps writable.
 #[derive(Clone, Copy)]
@@ -42,12 +41,14 @@ pub(crate) struct Frame {
     pub(crate) level: u8,
     /// Slot of the table's space.
     pub(crate) slot: u8,
+    /// Pages of the table that came back with the frame that they had, one after another.
+    pub(crate) returns: u8,
     /// Leaf entries that map it writable.
     writable: u32,
     /// First address that the table translates.
     pub(crate) address: u64,
-    /// The space's epoch for which the bits of [`MAPPED_BYTES`] hold.
-    epoch: u32,
+    /// The space's epoch for which the table's record holds: see `held`.
+    pub(crate) epoch: u32,
 }
 
 /// Bytes that an entry of a table of `level` translates.
@@ -87,38 +88,6 @@ impl State {
     pub(crate) fn store(&self, table: u64, index: u64, value: u64) {
         // SAFETY: as above.
         unsafe { self.place(table, index).write_volatile(value) }
-    }
-
-    fn mapped_word(&self, table: u64, index: u64) -> *mut u64 {
-        assert!(table < self.frames && index < 512);
-        (k::MAPPED + table * MAPPED_BYTES + index / 64 * 8) as *mut u64
-    }
-
-    /// Whether the process of the table's space may have something mapped for this leaf.
-    pub(crate) fn is_mapped(&self, table: u64, index: u64) -> bool {
-        let Frame { slot, epoch, .. } = *self.frame(table);
-        // SAFETY: one record per frame was mapped.
-        let word = unsafe { self.mapped_word(table, index).read() };
-        epoch == self.spaces[usize::from(slot)].epoch && word >> (index % 64) & 1 != 0
-    }
-
-    /// Notes that it has, or has not.
-    pub(crate) fn set_mapped(&mut self, table: u64, index: u64, mapped: bool) {
-        let frame = self.frame(table);
-        let slot = usize::from(frame.slot);
-        if frame.epoch != self.spaces[slot].epoch {
-            frame.epoch = self.spaces[slot].epoch;
-            for word in 0..8 {
-                // SAFETY: as above.
-                unsafe { self.mapped_word(table, word * 64).write(0) };
-            }
-        }
-        self.spaces[slot].mapped |= mapped;
-        let word = self.mapped_word(table, index);
-        // SAFETY: as above.
-        unsafe {
-            word.write(word.read() & !(1 << (index % 64)) | u64::from(mapped) << (index % 64))
-        };
     }
 
     /// Checks a present entry of a table of `level` for `address`, and answers whether it is a leaf.
@@ -195,6 +164,7 @@ impl State {
         frame.slot = slot as u8;
         frame.address = address;
         frame.epoch = 0;
+        frame.returns = 0;
         for index in 0..512 {
             let entry = self.entry(table, index);
             let at = address + index * span(level);
@@ -245,8 +215,9 @@ impl State {
             return;
         }
         for index in 0..512 {
-            if self.is_mapped(table, index) {
-                self.set_mapped(table, index, false);
+            let held = self.held(table, index);
+            if matches!(held, Held::Live(_) | Held::Parked(_)) {
+                self.hold(table, index, Held::Nothing);
                 self.queue_unmap(slot.into(), address + index * span(level), span(level));
             }
         }
@@ -278,12 +249,11 @@ impl State {
         } else {
             self.take(slot, value, level, at)?;
             self.drop_entry(old, level);
-            if is_leaf(old, level) && self.is_mapped(table, index) {
-                self.set_mapped(table, index, false);
-                self.queue_unmap(slot, at, span(level));
-            }
         }
         self.store(table, index, value);
+        if level <= 2 {
+            self.follow(slot, at, table, index, old);
+        }
         Ok(())
     }
 

@@ -13,7 +13,7 @@
 //!   registers, K sees number, six arguments and the instruction pointer, and the value of the
 //!   answer becomes `rax`. Two host system calls in K, none in U but the call itself;
 //! - the gate's own (stub/gate.s): a signal arrived (a fault, or the preemption that V or K sent), or
-//!   commands have been carried out. The user's registers lie in the signal frame on a page
+//!   a command has failed. The user's registers lie in the signal frame on a page
 //!   that U and K share. The answer lets the gate carry out the commands that stand in U's command page
 //!   (map, unmap, segment bases), and then either notify again or return into the frame.
 //!
@@ -195,7 +195,7 @@ impl State {
         if self.relax & relax::RAW_FRAMES == 0 {
             frame::clean(slot, frame);
         }
-        let page = self.post(slot, 1);
+        let page = self.post(slot);
         let space = &mut self.spaces[slot];
         page.frame = frame + 8;
         page.bases = core::mem::take(&mut space.bases);
@@ -205,21 +205,16 @@ impl State {
         answer(space.id, space.key as i64, 0);
     }
 
-    /// Brings a process that waits in a system call to the gate, which carries out what is queued for
-    /// it on its way.
+    /// Brings a process that waits in a system call to the gate.
     pub(crate) fn to_gate(&mut self, slot: usize) {
         if self.spaces[slot].stop != Stop::Call {
             return;
         }
-        self.post(slot, 2);
         self.preempt(slot);
         self.spaces[slot].stop = Stop::Running;
         answer(self.spaces[slot].id, 0, 0);
         let notification = self.notification(slot);
-        self.taken(slot);
-        if self.stopped_by_signal(slot, &notification, true) && notification.arguments[2] != 0 {
-            self.evict(slot);
-        }
+        self.stopped_by_signal(slot, &notification, true);
     }
 
     /// Puts a new process in the place of one that has broken its signal state, or whose gate was
@@ -283,7 +278,7 @@ impl State {
             && matches!(self.spaces[slot].stop, Stop::Signal { .. })
         {
             // What the kernel has just made accessible need not fault again.
-            self.map_in(slot, address, error);
+            self.map_again(slot, address, error);
         }
         loop {
             ledger().running.store(slot as u32 + 1, Relaxed);

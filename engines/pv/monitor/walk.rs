@@ -1,12 +1,17 @@
-//! Faults of user mode: what the guest's tables allow and the host has not mapped yet.
+//! Faults of user mode: what the guest's tables allow and the host has not mapped yet. And what becomes
+//! of what it has mapped, when the tables change.
 //!
 //! The host's mappings of a user process are a cache of the guest's tables, filled by faults. One
 //! fault maps the page and up to 15 behind it that lie in consecutive frames with the same rights: one
-//! mmap, whatever its length.
+//! mmap, whatever its length. A page that goes away is unmapped
+//! or parked (`held`); one that changes, and whose
+//! new entry says that it was accessed already, is changed at once. An entry that does not say so has
+//! to fault, since the fault is what sets the bit.
 
+use crate::held::Held;
 use crate::hypercall::layout::USER_START;
 use crate::tables::{Found, LARGE_SIZE, bit, is_leaf, span, target};
-use crate::wire::{Command, PAGE};
+use crate::wire::{Command, PAGE, PROTECT};
 use crate::{State, sys};
 
 /// Pages that one fault maps at most.
@@ -42,6 +47,19 @@ fn protection(rights: u64) -> u32 {
     (sys::PROT_READ | write | execute) as u32
 }
 
+/// The command that maps frames from `frame` on.
+fn map(address: u64, length: u64, rights: u32, frame: u64, present: bool) -> Command {
+    // A small range is made present at once, which saves the host's own fault.
+    let populate = if present { sys::MAP_POPULATE } else { 0 };
+    Command {
+        address,
+        length,
+        rights,
+        flags: (sys::MAP_SHARED | sys::MAP_FIXED | populate) as u32,
+        offset: frame * PAGE,
+    }
+}
+
 impl Found {
     /// The rights of the leaf and of all tables above it.
     fn leaf_rights(&self, entry: u64) -> u64 {
@@ -64,47 +82,110 @@ impl State {
         if !inside || !allows(rights, error) {
             return false;
         }
-        if self.is_mapped(found.table, found.index) {
-            // It should not have faulted: the host refused the mapping, or the process removed it
-            // itself, by a jump into the gate. Start again from none.
+        let held = self.held(found.table, found.index);
+        if matches!(held, Held::Live(_)) {
+            // It should not have faulted. Start again from none.
             self.evict(slot);
         }
+        self.learn(found.table, held, target(found.entry));
         let first = address & !(span(found.level) - 1);
-        let mut count = 1;
         self.touch(&found, found.index, rights);
-        if found.level == 1 {
-            while count < AHEAD && found.index + count < 512 {
-                let index = found.index + count;
-                let entry = self.entry(found.table, index);
-                let same = is_leaf(entry, 1)
-                    && target(entry) == target(found.entry) + count
-                    && target(entry) < self.frames
-                    && found.leaf_rights(entry) == rights
-                    && !self.is_mapped(found.table, index);
-                if !same {
-                    break;
-                }
-                self.touch(&found, index, rights);
-                count += 1;
-            }
+        let protection = protection(rights);
+        if found.level > 1 {
+            let map = map(first, LARGE_SIZE, protection, target(found.entry), false);
+            self.queue_answer(slot, map);
+            return true;
         }
-        // A small range is made present at once, which saves the host's own fault.
-        let (length, ahead) = if found.level == 1 {
-            (count * PAGE, sys::MAP_POPULATE)
-        } else {
-            (LARGE_SIZE, 0)
-        };
-        self.queue_map(
-            slot,
+        let parked = held == Held::Parked(target(found.entry));
+        let mut count = 1;
+        while count < AHEAD && found.index + count < 512 {
+            let index = found.index + count;
+            let entry = self.entry(found.table, index);
+            let frame = target(entry);
+            let held = self.held(found.table, index);
+            let fits = if parked {
+                held == Held::Parked(frame)
+            } else {
+                !matches!(held, Held::Live(_)) && frame == target(found.entry) + count
+            };
+            let same = is_leaf(entry, 1)
+                && frame < self.frames
+                && fits
+                && found.leaf_rights(entry) == rights;
+            if !same {
+                break;
+            }
+            self.touch(&found, index, rights);
+            count += 1;
+        }
+        let answer = if parked {
             Command {
                 address: first,
-                length,
-                rights: protection(rights),
-                flags: (sys::MAP_SHARED | sys::MAP_FIXED | ahead) as u32,
-                offset: target(found.entry) * PAGE,
-            },
-        );
+                length: count * PAGE,
+                rights: protection,
+                flags: PROTECT,
+                offset: 0,
+            }
+        } else {
+            map(first, count * PAGE, protection, target(found.entry), true)
+        };
+        self.queue_answer(slot, answer);
         true
+    }
+
+    /// The same for a page that faulted, was handed to the kernel and may be accessible since.
+    pub(crate) fn map_again(&mut self, slot: usize, address: u64, error: u64) {
+        let found = self.find(slot, address);
+        if found.level > 2 || !self.is_live(found.table, found.index) {
+            self.map_in(slot, address, error);
+        }
+    }
+
+    /// Has the process follow a change of the leaf for `address` from `old`.
+    pub(crate) fn follow(&mut self, slot: usize, address: u64, table: u64, index: u64, old: u64) {
+        let Held::Live(frame) = self.held(table, index) else {
+            return;
+        };
+        let found = self.find(slot, address);
+        let rights = found.leaf_rights(found.entry);
+        let bits = bit::ACCESSED
+            | if rights & bit::WRITABLE != 0 {
+                bit::DIRTY
+            } else {
+                0
+            };
+        let usable = found.table == table
+            && found.level == 1
+            && found.is_leaf()
+            && target(found.entry) < self.frames
+            && rights & bit::USER != 0
+            && found.entry & bits == bits;
+        if !usable {
+            self.revoke(slot, address, table, index);
+        } else if target(found.entry) != frame {
+            self.hold(table, index, Held::Live(target(found.entry)));
+            let map = map(address, PAGE, protection(rights), target(found.entry), true);
+            self.queue_map(slot, map);
+        } else if rights != found.leaf_rights(old) {
+            self.queue_protect(slot, address, protection(rights));
+        }
+    }
+
+    /// Takes a leaf's page from the process.
+    pub(crate) fn revoke(&mut self, slot: usize, address: u64, table: u64, index: u64) {
+        let Held::Live(frame) = self.held(table, index) else {
+            return;
+        };
+        let level = self.frame(table).level;
+        let entry = self.entry(table, index);
+        let stays = is_leaf(entry, level) && target(entry) == frame;
+        if level == 1 && (stays || self.returns(table)) {
+            self.hold(table, index, Held::Parked(frame));
+            self.queue_protect(slot, address, 0);
+        } else {
+            self.hold(table, index, Held::Gone(frame));
+            self.queue_unmap(slot, address, span(level));
+        }
     }
 
     /// Marks a leaf accessed, dirty too if it can be written to, and mapped.
@@ -116,7 +197,7 @@ impl State {
             0
         };
         self.store(found.table, index, entry | bit::ACCESSED | dirty);
-        self.set_mapped(found.table, index, true);
+        self.hold(found.table, index, Held::Live(target(entry)));
     }
 
     /// The error code that the guest's own tables give for an access that they do not allow.

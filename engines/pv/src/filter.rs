@@ -8,8 +8,8 @@
 //! K's jail, 7 host calls: `ioctl` (two notification requests, one descriptor), `read` (wake
 //! descriptor), `write` (bell), `timerfd_settime` (timer), `pidfd_send_signal` (SIGUSR1 to the
 //! guest's own user processes), `sched_yield`, `rt_sigreturn`.
-//! U's jail, 3 host calls, all from the gate's page only: `munmap` (below 2^46), and with the
-//! process's key `mmap` (shared, fixed, below 2^46, the one descriptor) and `rt_sigreturn`.
+//! U's jail, 4 host calls, all from the gate's page only and with the process's key: `mmap` (shared,
+//! fixed, below 2^46, the one descriptor), `mprotect` and `munmap` (below 2^46), `rt_sigreturn`.
 //! Everything else is ENOSYS, and so is everything from another architecture's entry.
 //!
 //! An argument that the kernel takes as an int is compared in its low half, which is what the kernel
@@ -226,16 +226,25 @@ pub(crate) fn user_jail(with_key: bool) -> (Filter, [u64; 2]) {
     let gated = |operands: &[(u32, Must)]| [&from_gate, operands].concat();
     let mut program = Program::start();
     program.range(gate::FIRST, gate::END, ALLOW);
-    program.allow(
-        libc::SYS_munmap,
-        &gated(&[below_end, (high(1), LieIn(0, (USER_END >> 32) as u32))]),
-    );
     let mut key = [0; 2];
     if with_key {
         key = program.require_key();
         program.load(at::NUMBER);
     }
     program.allow(libc::SYS_rt_sigreturn, &gated(&[]));
+    program.allow(
+        libc::SYS_munmap,
+        &gated(&[below_end, (high(1), LieIn(0, (USER_END >> 32) as u32))]),
+    );
+    program.allow(
+        libc::SYS_mprotect,
+        &gated(&[
+            below_end,
+            (high(1), LieIn(0, 1 << 8)),
+            (high(2), Be(0)),
+            (at::argument(2), LackBits(!RIGHTS)),
+        ]),
+    );
     program.allow(
         libc::SYS_mmap,
         &gated(&[
@@ -399,7 +408,7 @@ mod tests {
     #[test]
     fn every_host_call_outside_the_lists_is_denied() {
         let kernel = [0, 1, 15, 16, 24, 286, 424];
-        let user = [9, 11, 15];
+        let user = [9, 10, 11, 15];
         for number in 0..1024 {
             // Descriptors and flags that no list names.
             let data = call(number, [u64::MAX; 6]);
@@ -418,12 +427,22 @@ mod tests {
     }
 
     #[test]
-    fn a_return_from_a_signal_takes_the_key() {
-        let bare = call(libc::SYS_rt_sigreturn, [0; 6]);
-        assert_eq!(judge(&jail(), &bare), DENY);
-        assert_eq!(judge(&jail(), &with_key(bare)), ALLOW);
+    fn every_call_of_the_gate_takes_the_key() {
         let (open, places) = user_jail(false);
-        assert_eq!((judge(&open, &bare), places), (ALLOW, [0; 2]));
+        assert_eq!(places, [0; 2]);
+        for number in [libc::SYS_rt_sigreturn, libc::SYS_munmap, libc::SYS_mprotect] {
+            let bare = call(number, [0x10000, 4096, 0, 0, 0, 0]);
+            assert_eq!(judge(&jail(), &bare), DENY, "{number}");
+            assert_eq!(judge(&jail(), &with_key(bare)), ALLOW, "{number}");
+            assert_eq!(judge(&open, &bare), ALLOW, "{number}");
+            let mut far = with_key(bare);
+            far.ip = 0x10_0000;
+            assert_eq!(judge(&jail(), &far), DENY, "{number}");
+        }
+        for number in [libc::SYS_munmap, libc::SYS_mprotect] {
+            let gate = with_key(call(number, [u::GATE, 4096, 0, 0, 0, 0]));
+            assert_eq!(judge(&jail(), &gate), DENY, "{number}");
+        }
     }
 
     #[test]

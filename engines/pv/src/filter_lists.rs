@@ -15,6 +15,7 @@ const NAMES: &[(libc::c_long, &str)] = &[
     (libc::SYS_write, "write"),
     (libc::SYS_close, "close"),
     (libc::SYS_mmap, "mmap"),
+    (libc::SYS_mprotect, "mprotect"),
     (libc::SYS_munmap, "munmap"),
     (libc::SYS_rt_sigreturn, "rt_sigreturn"),
     (libc::SYS_ioctl, "ioctl"),

@@ -112,7 +112,7 @@ pub mod u_fd {
 
 /// System call numbers by which the gate notifies K; from elsewhere they are guest system calls.
 pub mod gate {
-    /// `(signal, frame, failures)`: a signal was delivered, and commands that waited for it carried out.
+    /// `(signal, frame)`: a signal was delivered.
     pub const SIGNAL: u64 = 0x5f00;
     /// `(0, failures, key)`: commands were carried out, and some failed; a new process is there.
     pub const DONE: u64 = 0x5f01;
@@ -152,11 +152,14 @@ pub struct Command {
     pub length: u64,
     /// PROT_ bits.
     pub rights: u32,
-    /// MAP_ flags; 0 unmaps.
+    /// MAP_ flags to map, 0 to unmap, [`PROTECT`] to change rights.
     pub flags: u32,
     /// Offset in guest memory.
     pub offset: u64,
 }
+
+/// A command that changes rights; negative for the gate.
+pub const PROTECT: u32 = 1 << 31;
 
 /// Commands that fit.
 pub const COMMANDS: usize = 126;
@@ -167,9 +170,8 @@ pub const COMMANDS: usize = 126;
 pub struct Commands {
     /// Where the commands end: bytes from the start of the page.
     pub end: u32,
-    /// 0: notify when done; 1: return to user code, or notify if a command failed; 2: carry out the
-    /// commands when the next signal comes, then notify of that.
-    pub then: u32,
+    /// Unused.
+    pub unused: u32,
     /// Address of the signal frame to return by, plus 8.
     pub frame: u64,
     /// Bit 0: set FS base; bit 1: set GS base.

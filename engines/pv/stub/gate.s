@@ -4,8 +4,7 @@
 # notification trusts a register: every address is an immediate, every operand comes from the
 # command page, which U cannot write. The stack is not used.
 #
-# What maps and what returns into a frame (mmap, rt_sigreturn) passes the process's key with it, in
-# the halves of r8 and r10 that the host's calls ignore and the jail compares. The key comes from K
+# Every host call behind the notification passes the process's key with it, in the halves of r8 and r10 that the host's calls ignore and the jail compares. The key comes from K
 # as the result of the notification, and is in registers alone until rt_sigreturn replaces them all.
 # So a jump to anything behind the notification lacks it. Whatever interrupts the gate while it has
 # the key is a signal whose frame points into the gate, and K ends a process that shows it one.
@@ -14,26 +13,16 @@
     .balign 4096
     .globl gate_signal
 gate_signal:
-    mov r12, rsp                    # the frame
-    mov ebp, edi                    # the signal
-    xor r13d, r13d                  # commands that failed
-    movabs r15, 0x700000010000      # u::COMMANDS
-    cmp dword ptr [r15 + 4], 2      # K has sent the signal to have commands carried out
-    je gate_commanded
-gate_told:
-    mov edi, ebp
-    mov rsi, r12
-    mov edx, r13d
+    mov rsi, rsp                    # the frame; rdi is the signal
     mov eax, 0x5f00
     jmp gate_notify
 
     .org gate_signal + 0x40
 gate_notify:
     syscall                         # returns at gate + 0x42: u::GATE_NOTIFIED
-    xor r13d, r13d
-gate_commanded:
     movabs r15, 0x700000010000      # u::COMMANDS
     lea rbx, [r15 + 64]
+    xor r13d, r13d                  # commands that failed
     mov r8, rax
     shr r8, 32
     shl r8, 32                      # high half of the key, above u_fd::RAM
@@ -45,30 +34,25 @@ gate_commanded:
     jae 5f
     mov rdi, [rbx]
     mov rsi, [rbx + 8]
-    mov r10d, [rbx + 20]
-    test r10d, r10d
-    jz 3f
-    or r10, r14
     mov edx, [rbx + 16]
     mov r9, [rbx + 24]
+    mov r10d, [rbx + 20]
+    mov eax, 11                     # munmap
+    test r10d, r10d
+    jz 3f
+    mov eax, 10                     # mprotect
+    js 3f
     mov eax, 9                      # mmap
+3:  or r10, r14
     syscall
-    jmp 4f
-3:  mov eax, 11                     # munmap
-    syscall
-4:  add rbx, 32
+    add rbx, 32
     cmp rax, -4095
     jb 2b
     inc r13d
     jmp 2b
-5:  mov eax, [r15 + 4]
-    cmp eax, 2
-    je gate_told
-    test r13d, r13d                 # user code must not run on what should be gone
-    jnz 7f
-    cmp eax, 1
-    je 8f
-7:  xor edi, edi
+5:  test r13d, r13d                 # user code must not run on what should be gone
+    jz 8f
+    xor edi, edi
     mov esi, r13d
     mov rdx, r14                    # the key again: nobody else can say this
     shr rdx, 32

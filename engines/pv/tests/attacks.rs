@@ -98,6 +98,8 @@ fn user_code_can_not_block_its_preemption() {
 fn user_code_never_runs_on_what_was_revoked() {
     refused("attack-revoked-blocked");
     succeeds_without("attack-revoked-blocked", Defence::CleanFrames);
+    refused("attack-revoked-protect");
+    succeeds_without("attack-revoked-protect", Defence::Key);
     refused("attack-revoked-nested");
     succeeds_without("attack-revoked-nested", Defence::CheckedNotifications);
 }

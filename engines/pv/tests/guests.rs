@@ -22,6 +22,7 @@ fn scenarios_find_what_the_interface_promises() {
         "faults",
         "rights",
         "unmap",
+        "follow",
         "spaces",
         "divide",
         "kernel-divide",

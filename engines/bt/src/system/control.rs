@@ -7,7 +7,7 @@ use crate::{
     core::Core,
     cpu::{
         Bits, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_ANNOUNCED, CR4_OSXSAVE, CR4_PAE,
-        EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, Seg,
+        CR4_PCIDE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, Seg, canonical,
     },
     fault::Fault,
     mmu::PHYSICAL_BITS,
@@ -108,9 +108,11 @@ impl Core {
                     return Err(Fault::gp());
                 }
                 self.cpu.efer |= EFER_LMA;
+            } else {
+                self.check_pointers(self.cpu.cr3, self.cpu.cr4)?;
             }
         } else if !paging && old & CR0_PG != 0 {
-            if self.cpu.bits() == Bits::Bits64 {
+            if self.cpu.bits() == Bits::Bits64 || self.cpu.cr4 & CR4_PCIDE != 0 {
                 return Err(Fault::gp());
             }
             self.cpu.efer &= !EFER_LMA;
@@ -123,9 +125,23 @@ impl Core {
         Ok(())
     }
 
+    /// With PAE paging, page-directory pointers are loaded with CR3 (SDM 3A 4.4.1).
+    fn check_pointers(&self, cr3: u64, cr4: u64) -> Result<(), Fault> {
+        if cr4 & CR4_PAE != 0 && !self.cpu.long() && self.mmu.bad_pointers(cr3) {
+            return Err(Fault::gp());
+        }
+        Ok(())
+    }
+
     fn set_cr3(&mut self, value: u64) -> Result<(), Fault> {
+        // With PCIDs, bit 63 asks to keep translations, which nobody has to.
+        let keep = u64::from(self.cpu.cr4 & CR4_PCIDE != 0) << 63;
+        let value = value & !keep;
         if value >> PHYSICAL_BITS != 0 {
             return Err(Fault::gp());
+        }
+        if self.cpu.cr0 & CR0_PG != 0 {
+            self.check_pointers(value, self.cpu.cr4)?;
         }
         self.cpu.cr3 = value;
         self.flush();
@@ -136,7 +152,38 @@ impl Core {
         if value & !cr4_announced() != 0 || self.cpu.long() && value & CR4_PAE == 0 {
             return Err(Fault::gp());
         }
+        let new = value & !self.cpu.cr4;
+        if new & CR4_PCIDE != 0 && (!self.cpu.long() || self.cpu.cr3 & 0xfff != 0) {
+            return Err(Fault::gp());
+        }
+        if new & CR4_PAE != 0 && self.cpu.cr0 & CR0_PG != 0 {
+            self.check_pointers(self.cpu.cr3, value)?;
+        }
         self.cpu.cr4 = value;
+        self.flush();
+        Ok(())
+    }
+
+    /// SDM 2A, INVPCID. More than what is named may go: everything does.
+    pub(super) fn invpcid(&mut self, instr: &Instruction) -> Result<(), Fault> {
+        let kind = self.gpr(instr.op0_register().full_register().number());
+        let kind = if self.cpu.bits() == Bits::Bits64 {
+            kind
+        } else {
+            kind & 0xffff_ffff
+        };
+        let at = self.operand(instr, 16, false)?;
+        let pcid = self.load(at, 8)?;
+        let address = self.load(at.wrapping_add(8), 8)?;
+        let enabled = self.cpu.cr4 & CR4_PCIDE != 0;
+        let one = kind <= 1;
+        if kind > 3
+            || pcid >> 12 != 0
+            || one && !enabled && pcid != 0
+            || kind == 0 && !canonical(address)
+        {
+            return Err(Fault::gp());
+        }
         self.flush();
         Ok(())
     }

@@ -44,7 +44,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use crate::{
     core::{Core, Flushed, Shutdown},
-    cpu::{Bits, CR4_FSGSBASE, CR4_TSD, CR4_UMIP, Seg, canonical},
+    cpu::{Bits, CR4_FSGSBASE, CR4_TSD, CR4_UMIP, FLAG_AC, Seg, canonical},
     fault::{self, Fault},
 };
 
@@ -178,6 +178,7 @@ impl Core {
                     | Lmsw
                     | Clts
                     | Invlpg
+                    | Invpcid
                     | Invd
                     | Wbinvd
                     | Swapgs
@@ -347,6 +348,15 @@ impl Core {
                 };
             }
             Invd | Wbinvd => {}
+            Invpcid => self.invpcid(instr)?,
+            Clac | Stac => {
+                if self.cpu.cpl() != 0 {
+                    return Err(Fault::ud().into());
+                }
+                self.cpu.flags =
+                    self.cpu.flags & !FLAG_AC | if mnemonic == Stac { FLAG_AC } else { 0 };
+                self.mode = None;
+            }
             Rdmsr => {
                 let index = self.gpr(1) as u32;
                 if owns_msr(index) {

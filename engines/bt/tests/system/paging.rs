@@ -3,10 +3,10 @@
 use iced_x86::code_asm::*;
 
 use crate::kernel::{
-    ACCESSED, ALL, DIRTY, Kernel, LARGE, NO_EXECUTE, PD, PRESENT, PT, Steps, USER, WRITABLE, page,
-    pte, window,
+    ACCESSED, ALL, DIRTY, Kernel, LARGE, NO_EXECUTE, PD, PRESENT, PT, SCRATCH, Steps, USER,
+    WRITABLE, page, pte, window,
 };
-use crate::run::report_as_qemu;
+use crate::run::{report, report_as_qemu};
 
 #[test]
 fn accessed_and_dirty_bits_follow_the_accesses() {
@@ -209,4 +209,110 @@ fn user_and_execute_rights_come_from_every_level() {
             (14, 17, window(0)),
         ]
     );
+}
+
+#[test]
+fn smep_and_smap_keep_the_kernel_off_user_pages() {
+    const SMEP: i32 = 1 << 20;
+    const SMAP: i32 = 1 << 21;
+    let kernel = Kernel::new()
+        .on_ist(14)
+        .map(0, page(0) | ALL)
+        .map(1, page(1) | PRESENT | WRITABLE)
+        .code(page(0), window(0), |asm| asm.ret());
+    let report = report_as_qemu(kernel, |asm| {
+        asm.mov(rbx, window(0))?;
+        asm.mov(rsi, window(0))?;
+        asm.mov(rdi, window(1))?;
+        asm.call(rbx)?;
+        // The identity map is open to ring 3 otherwise.
+        for entry in 0..8 {
+            let at = engine_core::testing::TABLES + 0x2000 + entry * 8;
+            asm.and(byte_ptr(at), !4)?;
+        }
+        asm.mov(rax, cr3)?;
+        asm.mov(cr3, rax)?;
+        asm.mov(rax, cr4)?;
+        asm.or(eax, SMEP | SMAP)?;
+        asm.mov(cr4, rax)?;
+        asm.expect(|asm| asm.call(rbx))?;
+        // Reads, writes and strings, with AC clear, set and clear again.
+        asm.expect(|asm| asm.mov(ecx, dword_ptr(rbx + 8)))?;
+        asm.expect(|asm| asm.mov(dword_ptr(rbx + 8), ecx))?;
+        asm.mov(dword_ptr(rdi), ecx)?;
+        asm.stac()?;
+        asm.mov(dword_ptr(rbx + 8), 0x1234)?;
+        asm.mov(ecx, dword_ptr(rbx + 8))?;
+        asm.result(0, rcx)?;
+        asm.movsb()?;
+        asm.clac()?;
+        asm.expect(|asm| asm.mov(ecx, dword_ptr(rbx + 8)))?;
+        asm.expect(|asm| asm.movsb())?;
+        // The stack is no exception.
+        asm.mov(rbp, rsp)?;
+        asm.lea(rsp, ptr(rbx + 0x800))?;
+        asm.expect(|asm| asm.push(rax))?;
+        asm.mov(rsp, rbp)?;
+        asm.mov(rax, cr4)?;
+        asm.and(eax, !(SMEP | SMAP))?;
+        asm.mov(cr4, rax)?;
+        asm.mov(ecx, dword_ptr(rbx + 8))?;
+        asm.result(1, rcx)
+    });
+    let at = window(0);
+    assert_eq!(
+        report.faults(),
+        [
+            (14, 0x11, at),
+            (14, 1, at + 8),
+            (14, 3, at + 8),
+            (14, 1, at + 8),
+            (14, 1, at + 1),
+            (14, 3, at + 0x7f8),
+        ]
+    );
+    assert_eq!(report.results[..2], [0x1234, 0x1234]);
+}
+
+#[test]
+fn pcids_and_what_they_demand() {
+    const PCIDE: i32 = 1 << 17;
+    let report = report(Kernel::new(), |asm| {
+        asm.mov(rbx, cr3)?;
+        asm.mov(rbp, cr4)?;
+        // Low bits of CR3 have to be clear before.
+        asm.lea(rax, ptr(rbx + 1))?;
+        asm.mov(cr3, rax)?;
+        asm.mov(rcx, rbp)?;
+        asm.or(ecx, PCIDE)?;
+        asm.expect(|asm| asm.mov(cr4, rcx))?;
+        asm.mov(cr3, rbx)?;
+        asm.mov(cr4, rcx)?;
+        // Bit 63 isn't kept.
+        asm.lea(rax, ptr(rbx + 5))?;
+        asm.bts(rax, 63)?;
+        asm.mov(cr3, rax)?;
+        asm.mov(rax, cr3)?;
+        asm.sub(rax, rbx)?;
+        asm.result(0, rax)?;
+        // invpcid: kinds 0 to 3, then a kind and a PCID too many.
+        asm.mov(qword_ptr(SCRATCH), 5)?;
+        asm.mov(qword_ptr(SCRATCH + 8), 0x1000)?;
+        for kind in 0..4 {
+            asm.mov(ecx, kind)?;
+            asm.invpcid(rcx, xmmword_ptr(SCRATCH))?;
+        }
+        asm.mov(ecx, 4)?;
+        asm.expect(|asm| asm.invpcid(rcx, xmmword_ptr(SCRATCH)))?;
+        asm.mov(qword_ptr(SCRATCH), 0x1000)?;
+        asm.mov(ecx, 3)?;
+        asm.expect(|asm| asm.invpcid(rcx, xmmword_ptr(SCRATCH)))?;
+        asm.mov(cr3, rbx)?;
+        asm.mov(cr4, rbp)?;
+        asm.mov(rcx, rbx)?;
+        asm.bts(rcx, 63)?;
+        asm.expect(|asm| asm.mov(cr3, rcx))
+    });
+    assert_eq!(report.faults(), [(13, 0, 0); 4]);
+    assert_eq!(report.results[0], 5);
 }

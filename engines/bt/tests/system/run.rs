@@ -99,7 +99,14 @@ pub(crate) fn qemu(guest: &Guest) -> Option<String> {
     std::fs::write(&file, guest.elf()).expect("a temporary file");
     let spawned = Command::new("qemu-system-x86_64")
         .args([
-            "-accel", "tcg", "-cpu", "qemu64", "-m", "16", "-display", "none",
+            "-accel",
+            "tcg",
+            "-cpu",
+            "qemu64,+smep,+smap,+umip,+pdpe1gb",
+            "-m",
+            "16",
+            "-display",
+            "none",
         ])
         .args(["-nodefaults", "-no-reboot", "-serial", "stdio"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x01"])

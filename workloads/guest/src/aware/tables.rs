@@ -14,6 +14,9 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub(super) const PRESENT: u64 = 1;
 pub(super) const WRITABLE: u64 = 2;
 pub(super) const USER: u64 = 4;
+/// Accessed and dirty: set from the start, since nothing here looks at them. So the host need not
+/// wait for an access before it follows a change.
+const USED: u64 = 0x60;
 pub(super) const LARGE: u64 = 0x80;
 pub(super) const NO_EXECUTE: u64 = 1 << 63;
 /// A bit that is the kernel's own: the frame goes back to the pool with the tree.
@@ -22,11 +25,11 @@ const OWNED: u64 = 1 << 9;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Rights of ring 3's text.
-pub(super) const TEXT: u64 = PRESENT | USER;
+pub(super) const TEXT: u64 = PRESENT | USER | USED;
 /// Rights of its constants.
-pub(super) const CONSTANTS: u64 = PRESENT | USER | NO_EXECUTE;
+pub(super) const CONSTANTS: u64 = PRESENT | USER | USED | NO_EXECUTE;
 /// Rights of its data.
-pub(super) const DATA: u64 = PRESENT | WRITABLE | USER | NO_EXECUTE;
+pub(super) const DATA: u64 = PRESENT | WRITABLE | USER | USED | NO_EXECUTE;
 
 /// The leaf's level.
 const PAGE_LEVEL: u32 = 1;
