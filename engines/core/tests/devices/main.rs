@@ -6,11 +6,15 @@
 //! | `virtio` | a small virtio driver over MMIO |
 //! | `block`, `net`, `console`, `transport` | what virtio devices promise |
 //! | `ata`, `ne2000` | what a PC's disk and network card promise |
+//! | `fuzz`, `fuzz_virtio`, `fuzz_pc` | hostile drivers by the thousand |
 
 mod ata;
 mod backing;
 mod block;
 mod console;
+mod fuzz;
+mod fuzz_pc;
+mod fuzz_virtio;
 mod ne2000;
 mod net;
 mod transport;
