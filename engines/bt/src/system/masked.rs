@@ -74,9 +74,13 @@ impl Core {
         );
         let count = (target.size() / size).min(by.size() / index_size);
         let indices = self.lanes(by);
-        let mut values = self.lanes(target).cut(target.size());
-        let mut left = self.lanes(mask).cut(mask.size());
-        for element in 0..count {
+        // Where a fault comes in, registers are as processors leave them: the mask holds signs as
+        // far as the vector length reaches and zeros beyond, and so does the target once an element
+        // has got there.
+        let length = target.size().max(by.size());
+        let mut values = self.lanes(target);
+        let mut left = self.lanes(mask).cut(length);
+        for element in 0..length / size {
             let all = if left.chosen(element, size) {
                 u64::MAX
             } else {
@@ -98,7 +102,10 @@ impl Core {
                 .element_address(instr, index, size as u32)
                 .and_then(|address| self.load(address, size as u32));
             match loaded {
-                Ok(value) => values.set(element, size, value),
+                Ok(value) => {
+                    values.set(element, size, value);
+                    values = values.cut(length);
+                }
                 Err(fault) => {
                     self.set_lanes(target, values);
                     self.set_lanes(mask, left);

@@ -5,7 +5,9 @@ use std::fmt::Write;
 use iced_x86::{Code, CpuidFeature, Instruction, OpKind};
 
 use crate::flags::Flags;
-use crate::layout::{COMPARED_FLAGS, DATA, DATA_BYTES, DATA_PAGES, End, GPR, OUTCOME_ENDED, PAGE};
+use crate::layout::{
+    COMPARED_FLAGS, DATA, DATA_BYTES, DATA_PAGES, End, FX_AVX, GPR, OUTCOME_ENDED, PAGE, avx,
+};
 use crate::sequence::Placed;
 
 /// The end of user addresses under Linux: beyond it the kernel reports every page fault of ring 3
@@ -19,6 +21,10 @@ struct Latitude {
     operand: bool,
     /// Whether the x87 stack has become MMX state.
     x87: bool,
+    /// Which byte of the page a masked store's fault names.
+    byte: bool,
+    /// Whether a conversion has raised its flags before its store faults.
+    raised: bool,
 }
 
 fn latitude(instr: &Instruction) -> Latitude {
@@ -32,6 +38,11 @@ fn latitude(instr: &Instruction) -> Latitude {
     Latitude {
         operand: long,
         x87: long || mmx(instr),
+        byte: matches!(
+            instr.mnemonic(),
+            Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq
+        ),
+        raised: instr.mnemonic() == Vcvtps2ph,
     }
 }
 
@@ -83,8 +94,9 @@ pub(crate) fn differences(
     if native.vector == translated.vector {
         match native.vector {
             14 => {
+                let part = if free.byte { !(PAGE - 1) } else { !0 };
                 if !free.operand {
-                    line("cr2", native.cr2, translated.cr2);
+                    line("cr2", native.cr2 & part, translated.cr2 & part);
                 }
                 let mask = if native.cr2 >= USER_END { !1 } else { !0 };
                 line("error", native.error & mask, translated.error & mask);
@@ -120,7 +132,7 @@ pub(crate) fn differences(
     if !free.x87 {
         x87(&native.fx, &translated.fx, &mut line);
     }
-    sse(&native.fx, &translated.fx, &mut line);
+    sse(&native.fx, &translated.fx, !free.raised, &mut line);
     if free.operand {
         return text;
     }
@@ -137,14 +149,14 @@ pub(crate) fn differences(
     text
 }
 
-fn field(image: &[u8; 512], at: usize, bytes: usize) -> u64 {
+fn field(image: &[u8], at: usize, bytes: usize) -> u64 {
     let mut word = [0; 8];
     word[..bytes].copy_from_slice(&image[at..at + bytes]);
     u64::from_le_bytes(word)
 }
 
 /// x87 and MMX, without the address and opcode of the last x87 instruction: those are the host's.
-fn x87(native: &[u8; 512], translated: &[u8; 512], line: &mut impl FnMut(&str, u64, u64)) {
+fn x87(native: &[u8], translated: &[u8], line: &mut impl FnMut(&str, u64, u64)) {
     let mut compare = |name: &str, at: usize, bytes: usize| {
         line(name, field(native, at, bytes), field(translated, at, bytes));
     };
@@ -157,13 +169,22 @@ fn x87(native: &[u8; 512], translated: &[u8; 512], line: &mut impl FnMut(&str, u
     }
 }
 
-fn sse(native: &[u8; 512], translated: &[u8; 512], line: &mut impl FnMut(&str, u64, u64)) {
+fn sse(native: &[u8], translated: &[u8], control: bool, line: &mut impl FnMut(&str, u64, u64)) {
     let mut compare = |name: &str, at: usize, bytes: usize| {
         line(name, field(native, at, bytes), field(translated, at, bytes));
     };
-    compare("mxcsr", 24, 4);
+    if control {
+        compare("mxcsr", 24, 4);
+    }
     for register in 0..16 {
         compare(&format!("xmm{register}"), 160 + 16 * register, 8);
         compare(&format!("xmm{register}.h"), 168 + 16 * register, 8);
+    }
+    if avx() {
+        for register in 0..16 {
+            let at = FX_AVX + 16 * register;
+            compare(&format!("ymm{register}.2"), at, 8);
+            compare(&format!("ymm{register}.3"), at + 8, 8);
+        }
     }
 }

@@ -101,6 +101,56 @@ impl Builder<'_> {
         }
     }
 
+    /// xsave and its kin, and xrstor from what they stored, all or some of it.
+    pub(crate) fn extended_state(&mut self) {
+        use Code::*;
+        // Natively XCR0 has more than the guest's: nothing beyond AVX may be asked for.
+        let mask = self.random.pick(&[7u64, 7, 7, 6, 5, 4, 3, 2, 1, 0]);
+        let area = DATA + 64 * self.random.below(PAGE / 64 * 3);
+        let area = area + u64::from(self.random.chance(3)) * self.random.below(64);
+        let at = MemoryOperand::with_displ(area, 8);
+        let mut instructions = Vec::new();
+        let ask = |instructions: &mut Vec<Instruction>, mask: u64| {
+            let set = |register, value| Instruction::with2(Mov_r32_imm32, register, value);
+            instructions.push(set(Register::EAX, mask as u32).expect("mov"));
+            instructions.push(set(Register::EDX, 0).expect("mov"));
+        };
+        let clear = |instructions: &mut Vec<Instruction>| {
+            for word in (512..576).step_by(8) {
+                let at = MemoryOperand::with_displ((area & !63) + word, 8);
+                let instr = Instruction::with2(Mov_rm64_imm32, at, 0i32);
+                instructions.push(instr.expect("mov"));
+            }
+        };
+        ask(&mut instructions, mask);
+        // What lies in memory before is no header.
+        clear(&mut instructions);
+        let store = self.random.pick(&[
+            Xsave_mem,
+            Xsave64_mem,
+            Xsaveopt_mem,
+            Xsaveopt64_mem,
+            Xsavec_mem,
+            Xsavec64_mem,
+        ]);
+        instructions.push(Instruction::with1(store, at).expect("xsave"));
+        if self.random.chance(70) {
+            let some = mask & self.random.below(8);
+            let again = self.random.pick(&[mask, some]);
+            ask(&mut instructions, again);
+            let load = self.random.pick(&[Xrstor_mem, Xrstor64_mem]);
+            instructions.push(Instruction::with1(load, at).expect("xrstor"));
+        }
+        // All or nothing: other masks would ask for state that the guest doesn't have.
+        let mut encoder = Encoder::new(64);
+        for instr in &instructions {
+            encoder.encode(instr, 0).expect("encodable");
+        }
+        self.items.push(Item::Raw(encoder.take_buffer()));
+        self.known[0] = None;
+        self.known[2] = None;
+    }
+
     /// bt and its kin on memory, with offsets that reach backward and forward.
     pub(crate) fn bit_string(&mut self) {
         let code = self.random.pick(&[

@@ -1,7 +1,7 @@
 //! Random sequences, from seeds.
 
 use crate::families::stack;
-use crate::layout::{DATA, PAGE, Start};
+use crate::layout::{DATA, FX_AVX, FX_BYTES, FX_PRESENT, PAGE, Start, avx};
 use crate::operands::Builder;
 use crate::random::Random;
 use crate::sequence::{Item, Sequence, offset};
@@ -114,8 +114,12 @@ fn unit(builder: &mut Builder<'_>, table: &Table) -> Option<Join> {
         }
     };
     match builder.random.below(1000) {
-        0..430 => form(builder, &table.integer),
-        430..580 => form(builder, &table.sse),
+        0..250 => form(builder, &table.integer),
+        250..320 if !table.late.is_empty() => form(builder, &table.late),
+        250..330 => form(builder, &table.integer),
+        330..335 if avx() => builder.extended_state(),
+        330..490 if avx() => form(builder, &table.avx),
+        330..580 => form(builder, &table.sse),
         580..610 => form(builder, &table.x87),
         610..640 => form(builder, &table.mmx),
         640..710 => {
@@ -145,9 +149,9 @@ fn unit(builder: &mut Builder<'_>, table: &Table) -> Option<Join> {
     None
 }
 
-/// FPU and SSE state in the layout of fxsave64 (SDM 1 table 10-2).
-fn fx_image(random: &mut Random) -> [u8; 512] {
-    let mut image = [0; 512];
+/// FPU, SSE and AVX state in the layout of xsave64 (SDM 1 13.4).
+fn fx_image(random: &mut Random) -> [u8; FX_BYTES] {
+    let mut image = [0; FX_BYTES];
     image[0..2].copy_from_slice(&0x37fu16.to_le_bytes());
     // Which x87 registers hold something.
     image[4] = random.next() as u8;
@@ -175,5 +179,16 @@ fn fx_image(random: &mut Random) -> [u8; 512] {
         };
         image[at..at + 4].copy_from_slice(&word.to_le_bytes());
     }
+    // Upper halves that are all zero are a state of their own.
+    let mut present = 3;
+    if random.chance(70) {
+        present |= 4;
+        for lane in 0..64 {
+            let at = FX_AVX + 4 * lane;
+            let word = random.next() as u32;
+            image[at..at + 4].copy_from_slice(&word.to_le_bytes());
+        }
+    }
+    image[FX_PRESENT] = present;
     image
 }

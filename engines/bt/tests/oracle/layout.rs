@@ -39,12 +39,23 @@ pub(crate) const USER_SS: u16 = 0x2b;
 /// Arithmetic flags and DF.
 pub(crate) const COMPARED_FLAGS: u64 = 0xcd5;
 
+/// Bytes of an XSAVE area with x87, SSE and AVX state (SDM 1 13.4).
+pub(crate) const FX_BYTES: usize = 832;
+/// Where its XSTATE_BV is, and the upper halves of the YMM registers.
+pub(crate) const FX_PRESENT: usize = 512;
+pub(crate) const FX_AVX: usize = 576;
+
+/// True if host and guest have AVX: without it fxsave serves.
+pub(crate) fn avx() -> bool {
+    engine_core::cpuid::pinned(1, 0)[2] >> 28 & 1 == 1
+}
+
 /// Registers before the first instruction.
 #[repr(C, align(64))]
 #[derive(Clone, Debug)]
 pub(crate) struct Start {
-    /// In the layout of fxsave64.
-    pub(crate) fx: [u8; 512],
+    /// In the layout of xsave64, standard form, x87, SSE and AVX.
+    pub(crate) fx: [u8; FX_BYTES],
     pub(crate) gpr: [u64; 16],
     pub(crate) rflags: u64,
     pub(crate) rip: u64,
@@ -54,8 +65,8 @@ pub(crate) struct Start {
 #[repr(C, align(64))]
 #[derive(Clone, Debug)]
 pub(crate) struct End {
-    /// In the layout of fxsave64.
-    pub(crate) fx: [u8; 512],
+    /// In the layout of xsave64, standard form, x87, SSE and AVX.
+    pub(crate) fx: [u8; FX_BYTES],
     pub(crate) gpr: [u64; 16],
     pub(crate) rflags: u64,
     pub(crate) rip: u64,
@@ -75,7 +86,7 @@ pub(crate) const OUTCOME_SYSTEM_CALL: u64 = 2;
 impl End {
     pub(crate) fn new() -> End {
         End {
-            fx: [0; 512],
+            fx: [0; FX_BYTES],
             gpr: [0; 16],
             rflags: 0,
             rip: 0,

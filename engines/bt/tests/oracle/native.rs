@@ -16,8 +16,8 @@ use std::ptr;
 use std::time::Duration;
 
 use crate::layout::{
-    CODE, CONTROL, DATA, DATA_BYTES, DATA_PAGES, End, GS_BASE, OUTCOME_ENDED, OUTCOME_NONE,
-    OUTCOME_SYSTEM_CALL, PAGE, PROLOGUE, SLOT_BYTES, SLOTS, Start, slot,
+    CODE, CONTROL, DATA, DATA_BYTES, DATA_PAGES, End, FX_BYTES, GS_BASE, OUTCOME_ENDED,
+    OUTCOME_NONE, OUTCOME_SYSTEM_CALL, PAGE, PROLOGUE, SLOT_BYTES, SLOTS, Start, avx, slot,
 };
 use crate::prologue::{HOST_RSP, Prologue, prologue};
 
@@ -221,6 +221,7 @@ fn check(good: bool, what: &str) {
 /// What the child's signal handler needs. One thread, so plain statics.
 static mut RESULT: *mut End = ptr::null_mut();
 static mut BACK: u64 = 0;
+static mut HAS_AVX: bool = false;
 
 /// Life of the child.
 ///
@@ -271,6 +272,7 @@ unsafe fn child(
             map(DATA + number * PAGE, offset, page, protection);
         }
         BACK = prologue.back;
+        HAS_AVX = avx();
         handlers();
         const ARCH_SET_GS: i32 = 0x1001;
         libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, GS_BASE);
@@ -422,7 +424,9 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut c_
             OUTCOME_ENDED
         };
         let fx = machine.fpregs.cast::<u8>();
-        ptr::copy_nonoverlapping(fx, end.fx.as_mut_ptr(), 512);
+        // With AVX the kernel's frame is an XSAVE area in standard form (sigcontext.h).
+        let bytes = if HAS_AVX { FX_BYTES } else { 512 };
+        ptr::copy_nonoverlapping(fx, end.fx.as_mut_ptr(), bytes);
         // Rust code runs next: default control words, empty x87 stack, DF and TF clear.
         (*machine.fpregs).mxcsr = 0x1f80;
         (*machine.fpregs).cwd = 0x37f;

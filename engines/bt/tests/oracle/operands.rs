@@ -5,8 +5,8 @@
 //! changed since) and works displacements out from them.
 
 use iced_x86::{
-    Code, Encoder, Instruction, InstructionInfoFactory, OpAccess, OpCodeOperandKind, OpKind,
-    Register,
+    Code, Encoder, EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpCodeOperandKind,
+    OpKind, Register,
 };
 
 use crate::layout::{DATA, DATA_PAGES, GS_BASE, PAGE};
@@ -217,6 +217,33 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// A gather's operand: an index register with small numbers, most of the time, and a base that
+    /// leads into the data.
+    fn vector_memory(&mut self, instr: &mut Instruction, operand: u32, wide: bool) {
+        let index = self.random.below(16) as u32;
+        instr.set_op_kind(operand, OpKind::Memory);
+        instr.set_memory_index(if wide {
+            Register::YMM0 + index
+        } else {
+            Register::XMM0 + index
+        });
+        instr.set_memory_index_scale(1 << self.random.below(4));
+        let known: Vec<usize> = (0..16).filter(|&at| self.known[at].is_some()).collect();
+        let target = DATA + self.random.below(4 * PAGE);
+        let reached = (!known.is_empty()).then(|| {
+            let base = self.random.pick(&known);
+            (base, target.wrapping_sub(self.known[base].unwrap_or(0)))
+        });
+        match reached {
+            Some((base, d)) if d as i32 as i64 as u64 == d => {
+                instr.set_memory_base(gpr64(base));
+                instr.set_memory_displacement64(d);
+            }
+            Some(_) | None => instr.set_memory_displacement64(target),
+        }
+        instr.set_memory_displ_size(8);
+    }
+
     fn immediate(&mut self) -> u64 {
         self.random.value()
     }
@@ -246,16 +273,19 @@ impl<'a> Builder<'a> {
             };
             let memory_form = match kind {
                 mem | mem_offs | mem_mib => true,
-                r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem | mm_or_mem | xmm_or_mem => {
-                    in_memory
-                }
+                r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem | mm_or_mem | xmm_or_mem
+                | ymm_or_mem => in_memory,
+                mem_vsib32x | mem_vsib64x | mem_vsib32y | mem_vsib64y => true,
                 _ => false,
             };
             if memory_form {
                 has_memory = true;
                 let size = memory_size(&instr);
                 let address = self.target(size, alignment(&instr));
-                if kind == mem_offs {
+                if matches!(kind, mem_vsib32x | mem_vsib64x | mem_vsib32y | mem_vsib64y) {
+                    let wide = matches!(kind, mem_vsib32y | mem_vsib64y);
+                    self.vector_memory(&mut instr, operand, wide);
+                } else if kind == mem_offs {
                     instr.set_op_kind(operand, OpKind::Memory);
                     instr.set_memory_displacement64(address);
                     instr.set_memory_displ_size(8);
@@ -293,11 +323,11 @@ impl<'a> Builder<'a> {
                     let register = Register::AX + self.register() as u32;
                     set(&mut instr, register);
                 }
-                r32_or_mem | r32_reg | r32_reg_mem | r32_rm | r32_opcode => {
+                r32_or_mem | r32_reg | r32_reg_mem | r32_rm | r32_opcode | r32_vvvv => {
                     let register = gpr32(self.register());
                     set(&mut instr, register);
                 }
-                r64_or_mem | r64_reg | r64_reg_mem | r64_rm | r64_opcode => {
+                r64_or_mem | r64_reg | r64_reg_mem | r64_rm | r64_opcode | r64_vvvv => {
                     let register = gpr64(self.register());
                     set(&mut instr, register);
                 }
@@ -305,8 +335,12 @@ impl<'a> Builder<'a> {
                     let register = Register::MM0 + self.random.below(8) as u32;
                     set(&mut instr, register);
                 }
-                xmm_or_mem | xmm_reg | xmm_rm => {
+                xmm_or_mem | xmm_reg | xmm_rm | xmm_vvvv | xmm_is4 | xmm_is5 => {
                     let register = Register::XMM0 + self.random.below(16) as u32;
+                    set(&mut instr, register);
+                }
+                ymm_or_mem | ymm_reg | ymm_rm | ymm_vvvv | ymm_is4 | ymm_is5 => {
+                    let register = Register::YMM0 + self.random.below(16) as u32;
                     set(&mut instr, register);
                 }
                 seg_reg => {
@@ -427,6 +461,8 @@ fn alignment(instr: &Instruction) -> u64 {
     match instr.mnemonic() {
         Fxrstor | Fxrstor64 | Cmpxchg16b => 16,
         Movups | Movupd | Movdqu | Lddqu => 1,
+        Vmovaps | Vmovapd | Vmovdqa | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa => size,
+        _ if instr.code().op_code().encoding() == EncodingKind::VEX => 1,
         _ if size == 16 => 16,
         _ => 1,
     }

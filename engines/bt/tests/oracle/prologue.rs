@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! enter:  push callee-saved registers; park rsp       host only, called from Rust
-//! load:   fxrstor, flags, registers, jump             the guest starts here
+//! load:   xrstor, flags, registers, jump             the guest starts here
 //! back:   pop callee-saved registers; ret             host only, where the handler returns to
 //! ```
 
@@ -11,12 +11,12 @@ use std::mem::offset_of;
 use iced_x86::BlockEncoderOptions;
 use iced_x86::code_asm::*;
 
-use crate::layout::{CONTROL, PROLOGUE, Start};
+use crate::layout::{CONTROL, PROLOGUE, Start, avx};
 
 /// Host stack pointer while a sequence runs, after the [`Start`] at CONTROL.
-pub(crate) const HOST_RSP: u64 = CONTROL + 0x800;
+pub(crate) const HOST_RSP: u64 = CONTROL + 0xc00;
 /// Top of a stack of a few words, for popfq.
-const SCRATCH_STACK: u64 = CONTROL + 0x900;
+const SCRATCH_STACK: u64 = CONTROL + 0xd00;
 
 /// The prologue and its entry points.
 pub(crate) struct Prologue {
@@ -41,7 +41,14 @@ pub(crate) fn prologue() -> Prologue {
         }
         asm.mov(qword_ptr(HOST_RSP), rsp)?;
         asm.set_label(&mut load)?;
-        asm.fxrstor64(ptr(CONTROL + offset_of!(Start, fx) as u64))?;
+        let area = ptr(CONTROL + offset_of!(Start, fx) as u64);
+        if avx() {
+            asm.mov(eax, 7)?;
+            asm.mov(edx, 0)?;
+            asm.xrstor64(area)?;
+        } else {
+            asm.fxrstor64(area)?;
+        }
         asm.mov(rsp, SCRATCH_STACK)?;
         asm.push(qword_ptr(CONTROL + offset_of!(Start, rflags) as u64))?;
         asm.popfq()?;

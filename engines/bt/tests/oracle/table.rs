@@ -11,6 +11,9 @@ pub(crate) struct Table {
     pub(crate) sse: Vec<Code>,
     pub(crate) mmx: Vec<Code>,
     pub(crate) x87: Vec<Code>,
+    pub(crate) avx: Vec<Code>,
+    /// Forms of general registers that are encoded with VEX, and other late ones.
+    pub(crate) late: Vec<Code>,
     /// Forms that always fault in ring 3.
     pub(crate) forbidden: Vec<Code>,
 }
@@ -24,13 +27,15 @@ impl Table {
             sse: Vec::new(),
             mmx: Vec::new(),
             x87: Vec::new(),
+            avx: Vec::new(),
+            late: Vec::new(),
             forbidden: Vec::new(),
         };
         for code in Code::values() {
             let info = code.op_code();
             let usable = info.is_instruction()
                 && info.mode64()
-                && info.encoding() == EncodingKind::Legacy
+                && matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
                 && !info.fwait()
                 && announced(code)
                 && comparable(code.mnemonic())
@@ -56,6 +61,19 @@ impl Table {
                 In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd | Cli | Sti | Ud0 | Ud1
                 | Ud2 | Into => &mut table.forbidden,
                 _ if info.is_privileged() || info.must_be_cpl0() => &mut table.forbidden,
+                _ if has(&[
+                    CpuidFeature::BMI1,
+                    CpuidFeature::BMI2,
+                    CpuidFeature::ADX,
+                    CpuidFeature::MOVBE,
+                    CpuidFeature::LZCNT,
+                    CpuidFeature::CLWB,
+                    CpuidFeature::CLFLUSHOPT,
+                ]) =>
+                {
+                    &mut table.late
+                }
+                _ if info.encoding() == EncodingKind::VEX => &mut table.avx,
                 _ if string => &mut table.string,
                 Push | Pop | Enter | Leave | Pushf | Pushfd | Pushfq => &mut table.stack,
                 _ if has(&[
@@ -74,6 +92,10 @@ impl Table {
                     CpuidFeature::SSSE3,
                     CpuidFeature::SSE4_1,
                     CpuidFeature::SSE4_2,
+                    CpuidFeature::AES,
+                    CpuidFeature::PCLMULQDQ,
+                    CpuidFeature::SHA,
+                    CpuidFeature::GFNI,
                     CpuidFeature::FXSR,
                 ]) =>
                 {
@@ -91,35 +113,30 @@ impl Table {
 fn announced(code: Code) -> bool {
     use CpuidFeature::*;
     code.cpuid_features().iter().all(|feature| {
-        matches!(
-            feature,
-            INTEL8086
-                | INTEL186
-                | INTEL286
-                | INTEL386
-                | INTEL486
-                | X64
-                | CMOV
-                | FPU
-                | FPU287
-                | FPU387
-                | MMX
-                | SSE
-                | SSE2
-                | SSE3
-                | SSSE3
-                | SSE4_1
-                | SSE4_2
-                | POPCNT
-                | CX8
-                | CMPXCHG16B
-                | CLFSH
-                | FXSR
-                | MSR
-                | PAUSE
-                | MULTIBYTENOP
-                | PREFETCHW
-        )
+        let (leaf, register, bit) = match feature {
+            INTEL8086 | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | FPU | FPU287
+            | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | POPCNT | CX8
+            | CMPXCHG16B | CLFSH | FXSR | MSR | PAUSE | MULTIBYTENOP | PREFETCHW => return true,
+            PCLMULQDQ => (1, 2, 1),
+            FMA => (1, 2, 12),
+            MOVBE => (1, 2, 22),
+            AES => (1, 2, 25),
+            AVX => (1, 2, 28),
+            F16C => (1, 2, 29),
+            BMI1 => (7, 1, 3),
+            AVX2 => (7, 1, 5),
+            BMI2 => (7, 1, 8),
+            ADX => (7, 1, 19),
+            CLFLUSHOPT => (7, 1, 23),
+            CLWB => (7, 1, 24),
+            SHA => (7, 1, 29),
+            GFNI => (7, 2, 8),
+            VAES => (7, 2, 9),
+            VPCLMULQDQ => (7, 2, 10),
+            LZCNT => (0x8000_0001, 2, 5),
+            _ => return false,
+        };
+        engine_core::cpuid::pinned(leaf, 0)[register] >> bit & 1 == 1
     })
 }
 
@@ -167,6 +184,7 @@ fn comparable(mnemonic: Mnemonic) -> bool {
             | Xsetbv
             | Maskmovq
             | Maskmovdqu
+            | Vmaskmovdqu
             | Rsm
             | Swapgs
     )
@@ -184,7 +202,7 @@ pub(crate) fn acceptable(instr: &Instruction) -> bool {
         Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg
     ) && !matches!(instr.mnemonic(), Mnemonic::Push);
     !instr.is_invalid()
-        && info.encoding() == EncodingKind::Legacy
+        && matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         && announced(code)
         && comparable(instr.mnemonic())
         && !matches!(

@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use bt::{BtVcpu, Options};
 use engine_core::{CpuState, DescriptorTable, Exit, GuestRam, Segment, Vcpu};
-use iced_x86::code_asm::{CodeAssembler, ptr};
+use iced_x86::code_asm::{CodeAssembler, eax, edx, ptr, qword_ptr, rax, rdx};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout::{
     CONTROL, DATA, DATA_BYTES, DATA_PAGES, End, GS_BASE, OUTCOME_ENDED, PAGE, PROLOGUE, SLOT_BYTES,
-    SLOTS, Start, USER_CS, USER_SS, slot,
+    SLOTS, Start, USER_CS, USER_SS, avx, slot,
 };
 use crate::prologue::prologue;
 
@@ -28,14 +28,16 @@ const RAM_MIB: u64 = 8;
 
 /// Supervisor pages: IDT, GDT, TSS, handlers, stack, FPU image.
 const KERNEL: u64 = 0x6d5a_3000;
-const KERNEL_PAGES: u64 = 8;
+const KERNEL_PAGES: u64 = 10;
 const IDT: u64 = KERNEL;
 const GDT: u64 = KERNEL + PAGE;
 const TSS: u64 = KERNEL + PAGE + 0x800;
 const HANDLERS: u64 = KERNEL + 2 * PAGE;
-const HANDLER_STRIDE: u64 = 16;
-const FX: u64 = KERNEL + 4 * PAGE;
-const STACK: u64 = KERNEL + 8 * PAGE;
+const HANDLER_STRIDE: u64 = 64;
+const FX: u64 = KERNEL + 6 * PAGE;
+/// RAX and RDX while a handler uses them.
+const KEPT: u64 = FX + 0xc00;
+const STACK: u64 = KERNEL + 10 * PAGE;
 
 const KERNEL_CS: u16 = 0x10;
 const TSS_SELECTOR: u16 = 0x40;
@@ -214,8 +216,8 @@ impl Translated {
             // PE MP ET NE WP PG.
             cr0: 0x8001_0033,
             cr3: TABLES,
-            // PAE OSFXSR OSXMMEXCPT.
-            cr4: 0x620,
+            // PAE OSFXSR OSXMMEXCPT FSGSBASE, OSXSAVE.
+            cr4: 0x1_0620 | u64::from(avx()) << 18,
             // LME LMA NXE, and no SCE.
             efer: 0xd00,
             ..CpuState::default()
@@ -236,8 +238,21 @@ impl Translated {
             self.put_word(phys(IDT) + 16 * vector, low);
             self.put_word(phys(IDT) + 16 * vector + 8, handler >> 32);
             let mut asm = CodeAssembler::new(64).expect("64-bit code");
-            asm.fxsave64(ptr(FX)).expect("encodable");
-            asm.hlt().expect("encodable");
+            let mut build = || {
+                if !avx() {
+                    asm.fxsave64(ptr(FX))?;
+                    return asm.hlt();
+                }
+                asm.mov(qword_ptr(KEPT), rax)?;
+                asm.mov(qword_ptr(KEPT + 8), rdx)?;
+                asm.mov(eax, 7)?;
+                asm.mov(edx, 0)?;
+                asm.xsave64(ptr(FX))?;
+                asm.mov(rax, qword_ptr(KEPT))?;
+                asm.mov(rdx, qword_ptr(KEPT + 8))?;
+                asm.hlt()
+            };
+            build().expect("encodable");
             let code = asm.assemble(handler).expect("encodable");
             assert!(code.len() as u64 <= HANDLER_STRIDE);
             self.put(phys(handler), &code);
@@ -306,5 +321,9 @@ const TIGHT_CACHE: usize = 64 << 10;
 
 fn vcpu(ram: &Arc<GuestRam>, code_cache: usize) -> BtVcpu {
     let options = Options { code_cache };
-    BtVcpu::new(Arc::clone(ram), options).expect("a vCPU")
+    let mut vcpu = BtVcpu::new(Arc::clone(ram), options).expect("a vCPU");
+    if avx() {
+        vcpu.set_xcr0(7);
+    }
+    vcpu
 }
