@@ -296,6 +296,7 @@ impl BtVcpu {
     fn raise(&mut self, fault: Fault) -> Result<(), Stop> {
         self.counts.add(ExitReason::GuestFault);
         if self.intercept {
+            self.core.forget_traps();
             return Err(Stop::Exception(fault));
         }
         Ok(self.core.raise(fault)?)

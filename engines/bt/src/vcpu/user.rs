@@ -136,6 +136,7 @@ impl BtVcpu {
         self.cache.empty(&mut self.core.mmu);
         self.core.flush();
         self.core.code_writes.clear();
+        self.core.forget_traps();
     }
 
     /// Sets XCR0, as xsetbv would.

@@ -7,6 +7,7 @@
 //! | `sequence`, `flags` | their encoding, and what their flags are worth |
 //! | `layout`, `prologue` | the pages and states that both sides share |
 //! | `native`, `translated` | the two sides |
+//! | `process`, `snippets` | the same for single snippets through `bt::insn` |
 //! | `compare` | differences |
 //!
 //! `TRAPLINE_ORACLE_INSTRUCTIONS` says how many instructions to compare (default 1,000,000),
@@ -23,9 +24,11 @@ mod generate;
 mod layout;
 mod native;
 mod operands;
+mod process;
 mod prologue;
 mod random;
 mod sequence;
+mod snippets;
 mod table;
 mod translated;
 

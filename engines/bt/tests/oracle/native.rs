@@ -345,7 +345,7 @@ unsafe fn handlers() {
 ///
 /// # Safety
 /// Called in the child.
-unsafe fn no_system_calls_from_code() {
+pub(crate) unsafe fn no_system_calls_from_code() {
     const INSTRUCTION_POINTER_HIGH: u32 = 12;
     let statement = |code: u32, k: u32| libc::sock_filter {
         code: code as u16,
@@ -381,25 +381,27 @@ unsafe fn no_system_calls_from_code() {
     }
 }
 
+/// Indices of a signal frame's general registers in encoding order.
+pub(crate) const ORDER: [i32; 16] = [
+    libc::REG_RAX,
+    libc::REG_RCX,
+    libc::REG_RDX,
+    libc::REG_RBX,
+    libc::REG_RSP,
+    libc::REG_RBP,
+    libc::REG_RSI,
+    libc::REG_RDI,
+    libc::REG_R8,
+    libc::REG_R9,
+    libc::REG_R10,
+    libc::REG_R11,
+    libc::REG_R12,
+    libc::REG_R13,
+    libc::REG_R14,
+    libc::REG_R15,
+];
+
 extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut c_void) {
-    const ORDER: [i32; 16] = [
-        libc::REG_RAX,
-        libc::REG_RCX,
-        libc::REG_RDX,
-        libc::REG_RBX,
-        libc::REG_RSP,
-        libc::REG_RBP,
-        libc::REG_RSI,
-        libc::REG_RDI,
-        libc::REG_R8,
-        libc::REG_R9,
-        libc::REG_R10,
-        libc::REG_R11,
-        libc::REG_R12,
-        libc::REG_R13,
-        libc::REG_R14,
-        libc::REG_R15,
-    ];
     // SAFETY: the kernel passes valid pointers, RESULT points to the sequence that runs, and
     // without one the child ends.
     unsafe {
