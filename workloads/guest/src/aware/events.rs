@@ -2,6 +2,7 @@
 //! with the host and cost no exit.
 
 use super::hypercall;
+use crate::cpu;
 use abi::hypercall::{SharedInfo, StartInfo, evtchn};
 use core::sync::atomic::{
     AtomicU64,
@@ -62,6 +63,36 @@ pub(super) fn deliver() {
     let open = !shared().mask.load(SeqCst);
     let ports = shared().pending.fetch_and(!open, SeqCst) & open;
     TAKEN.fetch_add(ports.count_ones().into(), Relaxed);
+}
+
+/// Events taken so far.
+pub(super) fn taken() -> u64 {
+    TAKEN.load(Relaxed)
+}
+
+/// The host's clock in ns, from the shared page.
+#[inline(always)]
+pub(super) fn system_time() -> u64 {
+    let clock = &shared().clock;
+    loop {
+        let version = clock.version.load(SeqCst);
+        let ticks = cpu::time_stamp().wrapping_sub(clock.tsc_timestamp.load(Relaxed));
+        // The host shifts left alone, and by 0 above 1 GHz.
+        let ticks = ticks << (clock.shift.load(Relaxed) & 31);
+        let passed = (u128::from(ticks) * u128::from(clock.multiplier.load(Relaxed))) >> 32;
+        let time = clock.system_time.load(Relaxed).wrapping_add(passed as u64);
+        if version & 1 == 0 && clock.version.load(SeqCst) == version {
+            return time;
+        }
+    }
+}
+
+/// Ticks of the time-stamp counter in a second, from the shared page.
+pub(super) fn rate() -> Option<u64> {
+    let clock = &shared().clock;
+    let multiplier = u64::from(clock.multiplier.load(Relaxed));
+    let shift = clock.shift.load(Relaxed) & 31;
+    (1_000_000_000u64 << 32).checked_div(multiplier << shift)
 }
 
 /// Tries it: an event raised while masked is taken at the unmasking, once, and not before.

@@ -6,7 +6,7 @@
 
 use abi::hypercall::{
     Call, MmuextOp, MulticallEntry, StartInfo, TrapEntry, console_io, evtchn, iret, layout, sched,
-    uvmf,
+    uvmf, vcpu_op,
 };
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -116,6 +116,18 @@ pub(super) fn event_channel(command: u64, argument: u64) -> Result<u64, Errno> {
 #[inline(always)]
 pub(super) fn doorbell() -> Result<u64, Errno> {
     event_channel(evtchn::SEND, evtchn::CONSOLE_PORT)
+}
+
+/// Has the timer's port raised at that system time.
+#[inline(always)]
+pub(super) fn set_timer(nanoseconds: u64) -> Result<u64, Errno> {
+    let command = vcpu_op::SET_SINGLESHOT_TIMER;
+    call(Call::VcpuOp, [command, 0, nanoseconds, 0, 0])
+}
+
+/// Has it raised no more.
+pub(super) fn stop_timer() -> Result<u64, Errno> {
+    call(Call::VcpuOp, [vcpu_op::STOP_SINGLESHOT_TIMER, 0, 0, 0, 0])
 }
 
 /// Waits until the host has taken all output.

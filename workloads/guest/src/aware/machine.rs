@@ -17,6 +17,7 @@
 //! | `cli_sti` | stores to the shared page, and the test of pending events |
 
 use super::{
+    devices::Devices,
     events,
     frames::Number,
     hypercall,
@@ -30,6 +31,7 @@ use abi::hypercall::{MulticallEntry, mmuext};
 use core::{arch::asm, sync::atomic::Ordering::Relaxed};
 use programs::{
     Kernel, Platform, Refusal,
+    io::{Histogram, Io, Timer, histogram::Scale},
     micro::{Micro, PAGE_WORDS, aspace, ctxsw, pfstorm},
     nano::{Operation, WORD_A, WORD_B, cpuid, syscall},
 };
@@ -57,11 +59,12 @@ pub(super) struct Machine {
     /// Entries changed since `ptemod` started.
     changed: u64,
     queue: [MulticallEntry; PROBES as usize],
+    devices: Devices,
 }
 
 impl Machine {
     /// The machine with this first space.
-    pub(super) fn new(first: First) -> Self {
+    pub(super) fn new(first: First, devices: Devices) -> Self {
         Machine {
             first,
             spaces: [const { None }; ctxsw::MOST],
@@ -71,6 +74,7 @@ impl Machine {
             shown: 0,
             changed: 0,
             queue: [MulticallEntry::default(); PROBES as usize],
+            devices,
         }
     }
 
@@ -482,6 +486,48 @@ impl Platform for Machine {
         space.destroy()?;
         self.alive -= 1;
         sum
+    }
+
+    fn open(&mut self, io: Io, _size: u64) -> Result<(), Refusal> {
+        self.devices.open(io)
+    }
+
+    fn close(&mut self, _io: Io) -> u64 {
+        self.devices.close()
+    }
+
+    #[inline(always)]
+    fn ticks(&mut self) -> u64 {
+        cpu::time_stamp()
+    }
+
+    #[inline(always)]
+    fn latencies(&mut self) -> Option<&mut Histogram> {
+        Some(self.devices.latencies())
+    }
+
+    fn scale(&self) -> Option<Scale> {
+        self.devices.scale()
+    }
+
+    fn send_line(&mut self, line: &[u8]) -> Result<(), Refusal> {
+        self.devices.send_line(line);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn expire(&mut self, _timer: Timer, microseconds: u64) -> Result<u64, Refusal> {
+        self.devices.expire(microseconds)
+    }
+
+    #[inline(always)]
+    fn wake(&mut self, microseconds: u64) -> Result<u64, Refusal> {
+        self.devices.expire(microseconds)
+    }
+
+    #[inline(always)]
+    fn self_interrupt(&mut self) -> Result<u64, Refusal> {
+        self.devices.self_interrupt()
     }
 }
 

@@ -25,6 +25,7 @@
 
 mod console;
 pub mod crash;
+mod devices;
 mod events;
 mod frames;
 mod hypercall;
@@ -37,6 +38,7 @@ mod user;
 use abi::hypercall::{StartInfo, VERSION};
 use console::{Input, Ring};
 use core::arch::global_asm;
+use devices::Devices;
 use machine::Machine;
 use programs::session::{self, Console, LINE, Next};
 use space::First;
@@ -66,7 +68,8 @@ extern "C" fn aware_start(info: &StartInfo) -> ! {
         crash::host_refuses("the kernel's entries", errno);
     }
     let mut machine = match First::new(info) {
-        Ok(first) => Machine::new(first),
+        // SAFETY: this function is entered once.
+        Ok(first) => Machine::new(first, unsafe { Devices::new(info) }),
         Err(reason) => {
             session::fail(&mut console, reason);
             console.flush();
