@@ -8,7 +8,7 @@ pub mod floors;
 use std::sync::Arc;
 
 use engine_core::peripherals::Family;
-use engine_core::{Error, GuestRam, Unavailable, Vcpu};
+use engine_core::{Error, GuestRam, Irqchip, Unavailable, Vcpu};
 
 /// An engine that this host can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,8 +17,8 @@ pub struct Available {
     pub backend: Option<&'static str>,
 }
 
-/// Creates an engine's vCPU over guest memory.
-pub type Boot = fn(Arc<GuestRam>) -> Result<Box<dyn Vcpu>, Error>;
+/// Creates an engine's vCPU over guest memory, with the interrupt controllers of the caller's choice.
+pub type Boot = fn(Arc<GuestRam>, Irqchip) -> Result<Box<dyn Vcpu>, Error>;
 
 /// How an engine runs a guest.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +45,9 @@ pub struct Mode {
     pub image: fn() -> &'static [u8],
     /// Whether this host can run it.
     pub probe: fn() -> Result<Available, Unavailable>,
+    /// Whether this host's kernel has interrupt controllers for it; `None` where the engine knows
+    /// only the VMM's.
+    pub kernel_irqchip: Option<fn() -> Result<(), Unavailable>>,
     /// What runs it.
     pub runs: Runs,
 }
@@ -69,6 +72,7 @@ pub static MODES: &[Mode] = &[
         image: images::unaware,
         // Translation needs nothing that an ordinary process doesn't have.
         probe: || Ok(Available { backend: None }),
+        kernel_irqchip: None,
         runs: Runs::Vcpu(translated),
     },
     Mode {
@@ -78,6 +82,7 @@ pub static MODES: &[Mode] = &[
         about: "privileged instructions run in the processor's virtual context, through /dev/kvm",
         image: images::unaware,
         probe: kvm_host,
+        kernel_irqchip: Some(kvm::probe_irqchip),
         runs: Runs::Vcpu(in_hardware),
     },
     Mode {
@@ -87,6 +92,7 @@ pub static MODES: &[Mode] = &[
         about: "the guest knows its host: commands instead of privileged instructions",
         image: images::aware,
         probe: || pv::probe().map(|()| Available { backend: None }),
+        kernel_irqchip: None,
         runs: Runs::Processes,
     },
     Mode {
@@ -96,6 +102,7 @@ pub static MODES: &[Mode] = &[
         about: "as hardware for privileged instructions, with paravirtual drivers for I/O",
         image: images::hybrid,
         probe: kvm_host,
+        kernel_irqchip: Some(kvm::probe_irqchip),
         runs: Runs::Vcpu(in_hardware),
     },
     Mode {
@@ -105,18 +112,24 @@ pub static MODES: &[Mode] = &[
         about: "as full for privileged instructions, with paravirtual drivers for I/O",
         image: images::hybrid,
         probe: || Ok(Available { backend: None }),
+        kernel_irqchip: None,
         runs: Runs::Vcpu(translated),
     },
 ];
 
 /// The translator's vCPU.
-fn translated(ram: Arc<GuestRam>) -> Result<Box<dyn Vcpu>, Error> {
+fn translated(ram: Arc<GuestRam>, _: Irqchip) -> Result<Box<dyn Vcpu>, Error> {
     Ok(Box::new(bt::BtVcpu::new(ram, bt::Options::default())?))
 }
 
-/// KVM's vCPU.
-fn in_hardware(ram: Arc<GuestRam>) -> Result<Box<dyn Vcpu>, Error> {
-    Ok(Box::new(kvm::KvmVcpu::new(ram, kvm::Options::default())?))
+/// KVM's vCPU. The VMM's interrupt controllers are the default: they are the same in every mode, and
+/// each access is counted.
+fn in_hardware(ram: Arc<GuestRam>, irqchip: Irqchip) -> Result<Box<dyn Vcpu>, Error> {
+    let options = kvm::Options {
+        irqchip,
+        ..kvm::Options::default()
+    };
+    Ok(Box::new(kvm::KvmVcpu::new(ram, options)?))
 }
 
 /// Whether KVM runs guests here.

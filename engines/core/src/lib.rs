@@ -37,7 +37,7 @@ pub use kick::Kick;
 pub use machine::{Machine, MachineOptions};
 pub use run::{Limit, Limits, Outcome, drive};
 pub use state::{CpuState, DescriptorTable, Segment};
-pub use vcpu::{Error, Unavailable, Vcpu};
+pub use vcpu::{Error, Irqchip, Unavailable, Vcpu};
 
 /// Guest RAM: what vm-memory maps, used by every engine.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

@@ -1,6 +1,30 @@
 //! The boundary between the run loop and an engine.
 
-use crate::{CpuState, Exit, ExitCounts, ExitReason, kick::KickHandle, tally::HostStat};
+use std::sync::Arc;
+
+use crate::{
+    CpuState, Exit, ExitCounts, ExitReason, Interrupts, kick::KickHandle, tally::HostStat,
+};
+
+/// Where a machine's interrupt controllers and their timer are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Irqchip {
+    /// In the VMM: the same in every mode.
+    #[default]
+    User,
+    /// In the host's kernel, where an engine has them there.
+    Kernel,
+}
+
+impl Irqchip {
+    /// The name that stands in labels and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Irqchip::User => "user",
+            Irqchip::Kernel => "kernel",
+        }
+    }
+}
 
 /// One virtual CPU of one engine. Used by the run loop alone; `dyn` at this crate boundary.
 pub trait Vcpu {
@@ -30,6 +54,12 @@ pub trait Vcpu {
 
     /// Makes [`run`](Vcpu::run) return [`Exit::InterruptWindow`] as soon as the vCPU is interruptible.
     fn request_interrupt_window(&mut self, wanted: bool);
+
+    /// The interrupt controllers that the engine brings along ([`Irqchip::Kernel`]): the machine's
+    /// own are left out then, and the engine delivers interrupts and halts by itself.
+    fn controller(&self) -> Option<Arc<dyn Interrupts>> {
+        None
+    }
 
     /// A handle that stops this vCPU from elsewhere.
     fn kick_handle(&self) -> KickHandle;

@@ -13,7 +13,8 @@ use std::sync::atomic::AtomicU8;
 use engine_core::kick::KickHandle;
 use engine_core::tally::HostStat;
 use engine_core::{
-    CpuState, Error, Exit, ExitReason, GuestPhys, GuestRam, GuestVirt, Unavailable, Vcpu,
+    CpuState, Error, Exit, ExitReason, GuestPhys, GuestRam, GuestVirt, Interrupts, Irqchip,
+    Unavailable, Vcpu,
 };
 use kvm_bindings as kb;
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -22,7 +23,9 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use crate::backend::{self, Backend, DEVICE};
+use crate::irqchip::KernelIrqchip;
 use crate::kick::KvmKick;
+use crate::msr::{self, Answer};
 use crate::stats::Statistics;
 use crate::{cpuid, registers};
 
@@ -41,25 +44,30 @@ const INSTRUCTION_BYTES: usize = 15;
 pub struct Options {
     /// The device node.
     pub device: PathBuf,
+    /// Whose interrupt controllers.
+    pub irqchip: Irqchip,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Options {
             device: DEVICE.into(),
+            irqchip: Irqchip::default(),
         }
     }
 }
 
 /// A VM with one vCPU, through /dev/kvm.
-#[derive(Debug)]
 pub struct KvmVcpu {
     // Fields drop in this order: the VM last, and RAM after everything that maps it.
     vcpu: VcpuFd,
     statistics: Vec<Statistics>,
     kick: Arc<KvmKick>,
     backend: Backend,
-    _vm: VmFd,
+    /// The answer that the last exit waits for.
+    answer: Answer,
+    controller: Option<Arc<KernelIrqchip>>,
+    _vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
 }
 
@@ -82,23 +90,27 @@ impl KvmVcpu {
             operation: "sigaction",
             source,
         })?;
-        let vm = kvm.create_vm().map_err(host("KVM_CREATE_VM"))?;
+        let vm = Arc::new(kvm.create_vm().map_err(host("KVM_CREATE_VM"))?);
         if found.backend == Backend::Intel {
             vm.set_identity_map_address(IDENTITY_MAP)
                 .map_err(host("KVM_SET_IDENTITY_MAP_ADDR"))?;
             vm.set_tss_address(TSS).map_err(host("KVM_SET_TSS_ADDR"))?;
         }
         map_ram(&vm, &ram)?;
+        let (controller, machine_msrs) = match options.irqchip {
+            Irqchip::User => (None, msr::leave(&kvm, &vm)),
+            Irqchip::Kernel => (Some(Arc::new(KernelIrqchip::create(&vm)?)), true),
+        };
         let vcpu = vm.create_vcpu(0).map_err(host("KVM_CREATE_VCPU"))?;
         let supported = kvm
             .get_supported_cpuid(kb::KVM_MAX_CPUID_ENTRIES)
             .map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
-        vcpu.set_cpuid2(&cpuid::entries(false, &supported))
+        vcpu.set_cpuid2(&cpuid::entries(machine_msrs, &supported))
             .map_err(host("KVM_SET_CPUID2"))?;
         let statistics = if found.statistics {
             // A kernel may know the capability and still refuse, under a seccomp filter say:
             // statistics are an extra, the guest runs without them.
-            [Statistics::open(&vm), Statistics::open(&vcpu)]
+            [Statistics::open(&*vm), Statistics::open(&vcpu)]
                 .into_iter()
                 .flatten()
                 .collect()
@@ -110,6 +122,8 @@ impl KvmVcpu {
             statistics,
             kick: Arc::new(KvmKick::default()),
             backend: found.backend,
+            answer: Answer::default(),
+            controller,
             _vm: vm,
             ram,
         })
@@ -122,6 +136,9 @@ impl KvmVcpu {
 
     /// Enters the guest. True if it came back with an exit, false if it was interrupted.
     fn enter(&mut self) -> Result<bool, Error> {
+        if self.answer != Answer::None {
+            self.answer.give(self.vcpu.get_kvm_run());
+        }
         let immediate_exit: *const AtomicU8 =
             (&raw mut self.vcpu.get_kvm_run().immediate_exit).cast();
         // SAFETY: the kvm_run page stays mapped as long as `self.vcpu`, which outlives the guard.
@@ -208,6 +225,7 @@ impl Vcpu for KvmVcpu {
         let backend = self.backend;
         match self.vcpu.get_kvm_run().exit_reason {
             kb::KVM_EXIT_IO | kb::KVM_EXIT_MMIO => Ok(access(self.vcpu.get_kvm_run())),
+            kb::KVM_EXIT_X86_RDMSR | kb::KVM_EXIT_X86_WRMSR => Ok(self.answer.exit(&mut self.vcpu)),
             kb::KVM_EXIT_HLT => Ok(Exit::Hlt),
             kb::KVM_EXIT_IRQ_WINDOW_OPEN => Ok(Exit::InterruptWindow),
             kb::KVM_EXIT_SHUTDOWN => Ok(Exit::Shutdown),
@@ -256,7 +274,7 @@ impl Vcpu for KvmVcpu {
 
     fn interruptible(&mut self) -> bool {
         let run = self.vcpu.get_kvm_run();
-        run.ready_for_interrupt_injection != 0 && run.if_flag != 0
+        run.ready_for_interrupt_injection != 0 && run.if_flag != 0 && !self.answer.faults()
     }
 
     fn interrupt(&mut self, vector: u8) -> Result<(), Error> {
@@ -278,6 +296,11 @@ impl Vcpu for KvmVcpu {
 
     fn request_interrupt_window(&mut self, wanted: bool) {
         self.vcpu.get_kvm_run().request_interrupt_window = wanted.into();
+    }
+
+    fn controller(&self) -> Option<Arc<dyn Interrupts>> {
+        let controller = self.controller.as_ref()?;
+        Some(Arc::clone(controller) as Arc<dyn Interrupts>)
     }
 
     fn kick_handle(&self) -> KickHandle {

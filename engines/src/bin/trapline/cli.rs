@@ -95,9 +95,30 @@ pub(crate) struct Run {
     /// Take the kernel for a flat binary, to be loaded at this address and entered there
     #[arg(long, value_name = "ADDRESS", requires = "kernel", value_parser = address)]
     pub(crate) load: Option<u64>,
+    /// Whose interrupt controllers and timer the guest has
+    #[arg(long, value_name = "WHOSE", value_enum, default_value_t = Irqchip::User)]
+    pub(crate) irqchip: Irqchip,
     /// What the guest's exit code becomes as exit status
     #[arg(long, value_name = "HOW", value_enum, default_value_t = ExitPort::Plain)]
     pub(crate) exit_port: ExitPort,
+}
+
+/// Whose interrupt controllers the guest has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Irqchip {
+    /// The VMM's, the same in every mode
+    User,
+    /// The host kernel's (KVM)
+    Kernel,
+}
+
+impl From<Irqchip> for engine_core::Irqchip {
+    fn from(choice: Irqchip) -> Self {
+        match choice {
+            Irqchip::User => engine_core::Irqchip::User,
+            Irqchip::Kernel => engine_core::Irqchip::Kernel,
+        }
+    }
 }
 
 /// What a write to the exit port becomes.

@@ -50,6 +50,7 @@ pub(crate) fn run(
         mode: cli::NATIVE,
         engine: cli::NATIVE,
         backend: None,
+        irqchip: None,
         memory_mib: 0,
     });
     let program = program().context("native program")?;

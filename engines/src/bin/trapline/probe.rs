@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use engine_core::Unavailable;
+use engine_core::{Irqchip, Unavailable};
 use serde::Serialize;
 
 use crate::{cli, status};
@@ -22,6 +22,8 @@ struct Row {
     role: &'static str,
     engine: Option<&'static str>,
     backend: Option<&'static str>,
+    /// Whose interrupt controllers it can have, the default first.
+    irqchips: Vec<&'static str>,
     available: bool,
     /// What was found, or the probe that failed.
     probe: String,
@@ -61,6 +63,9 @@ pub(crate) fn run(arguments: &cli::Probe) -> anyhow::Result<ExitCode> {
                 }
                 _ => writeln!(out, "{name:<18} available    {}", row.probe)?,
             }
+            if row.irqchips.len() > 1 {
+                writeln!(out, "{:<18} irqchip      {}", "", row.irqchips.join(", "))?;
+            }
         }
     }
     out.flush()?;
@@ -74,6 +79,7 @@ fn rows() -> Vec<Row> {
         role: "baseline",
         engine: None,
         backend: None,
+        irqchips: Vec::new(),
         available: true,
         probe: "an ordinary process".into(),
         reason: None,
@@ -94,6 +100,7 @@ fn mode(mode: &'static engines::Mode) -> Row {
         role: "mode",
         engine: Some(mode.engine),
         backend: None,
+        irqchips: Vec::new(),
         available: true,
         probe: mode.about.into(),
         reason: None,
@@ -102,10 +109,21 @@ fn mode(mode: &'static engines::Mode) -> Row {
     match (mode.probe)() {
         Ok(found) => Row {
             backend: found.backend,
+            irqchips: irqchips(mode),
             ..row
         },
         Err(error) => row.unavailable(error),
     }
+}
+
+/// Whose interrupt controllers a mode's guests can have here.
+fn irqchips(mode: &engines::Mode) -> Vec<&'static str> {
+    let user = matches!(mode.runs, engines::Runs::Vcpu(_)).then_some(Irqchip::User);
+    let kernel = mode
+        .kernel_irqchip
+        .and_then(|probe| probe().ok())
+        .map(|()| Irqchip::Kernel);
+    user.into_iter().chain(kernel).map(Irqchip::name).collect()
 }
 
 fn peer(name: &'static str, backend: Option<&'static str>) -> Row {
@@ -114,6 +132,7 @@ fn peer(name: &'static str, backend: Option<&'static str>) -> Row {
         role: "peer",
         engine: None,
         backend,
+        irqchips: Vec::new(),
         available: true,
         probe: String::new(),
         reason: None,

@@ -158,15 +158,20 @@ fn run_mode(
         Ok(found) => found,
         Err(unavailable) => return Ok(report_unavailable(mode, &unavailable, &mut stats)),
     };
-    let mut machine = Machine::new(MachineOptions {
-        input: Source::Descriptor(std::io::stdin().as_fd().try_clone_to_owned()?),
-        output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
-        signals: true,
-        memory: engine_core::memory::regions(&ram),
-        command_line: command_line.to_string(),
-        ..MachineOptions::default()
-    })?;
-    let mut vcpu = match boot(Arc::clone(&ram)).and_then(|mut vcpu| {
+    let irqchip = engine_core::Irqchip::from(arguments.irqchip);
+    if irqchip == engine_core::Irqchip::Kernel {
+        match mode.kernel_irqchip.map(|probe| probe()) {
+            Some(Ok(())) => {}
+            Some(Err(unavailable)) => {
+                return Ok(report_unavailable(mode, &unavailable, &mut stats));
+            }
+            None => bail!(
+                "mode {} has no interrupt controllers in the kernel: leave out --irqchip",
+                mode.name
+            ),
+        }
+    }
+    let mut vcpu = match boot(Arc::clone(&ram), irqchip).and_then(|mut vcpu| {
         vcpu.set_state(&entry)?;
         Ok(vcpu)
     }) {
@@ -177,11 +182,21 @@ fn run_mode(
             return Ok(report_end(&mut stats, "crashed", &message, &[], code));
         }
     };
+    let mut machine = Machine::new(MachineOptions {
+        input: Source::Descriptor(std::io::stdin().as_fd().try_clone_to_owned()?),
+        output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
+        signals: true,
+        controller: vcpu.controller(),
+        memory: engine_core::memory::regions(&ram),
+        command_line: command_line.to_string(),
+        ..MachineOptions::default()
+    })?;
     machine.attach(peripherals, &ram, vcpu.keeps_code())?;
     stats.write(&Event::Start {
         mode: mode.name,
         engine: mode.engine,
         backend: found.backend,
+        irqchip: Some(irqchip.name()),
         memory_mib: arguments.memory,
     });
     let stats = Rc::new(RefCell::new(stats));
@@ -246,6 +261,7 @@ fn run_processes(
         mode: mode.name,
         engine: mode.engine,
         backend: found.backend,
+        irqchip: None,
         memory_mib: arguments.memory,
     });
     let stats = Rc::new(RefCell::new(stats));

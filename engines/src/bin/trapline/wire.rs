@@ -26,6 +26,8 @@ pub(crate) enum Event<'a> {
         mode: &'a str,
         engine: &'a str,
         backend: Option<&'a str>,
+        /// Whose interrupt controllers the guest has, where it has any.
+        irqchip: Option<&'a str>,
         memory_mib: u64,
     },
     /// A measured window has closed.
@@ -131,11 +133,12 @@ mod tests {
             mode: "full",
             engine: "bt",
             backend: None,
+            irqchip: Some("user"),
             memory_mib: 256,
         };
         assert_eq!(
             serde_json::to_string(&start).unwrap(),
-            r#"{"event":"start","mode":"full","engine":"bt","backend":null,"memory_mib":256}"#
+            r#"{"event":"start","mode":"full","engine":"bt","backend":null,"irqchip":"user","memory_mib":256}"#
         );
     }
 }
