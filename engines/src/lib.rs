@@ -4,6 +4,7 @@
 //! else knows the engines by name. `native` is the baseline and not a mode.
 
 pub mod floors;
+pub mod jail;
 
 use std::sync::Arc;
 
@@ -58,6 +59,14 @@ impl Mode {
         match self.flavour {
             "hybrid" => Family::Virtio,
             _ => Family::Emulated,
+        }
+    }
+
+    /// What its process may still do while the guest runs.
+    pub fn jail(&self) -> jail::Jail {
+        match self.engine {
+            "kvm" => jail::Jail::Kvm,
+            _ => jail::Jail::Process,
         }
     }
 }

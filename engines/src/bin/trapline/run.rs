@@ -215,6 +215,17 @@ fn run_mode(
         timeout: arguments.timeout,
         max_exits: arguments.max_exits,
     };
+    if let Err(error) = engines::jail::enter(mode.jail()) {
+        let message = format!("engine {} could not start: seccomp: {error}", mode.engine);
+        let code = ExitCode::from(status::CRASHED);
+        return Ok(report_end(
+            &mut stats.borrow_mut(),
+            "crashed",
+            &message,
+            &[],
+            code,
+        ));
+    }
     let outcome = drive(&mut *vcpu, &mut machine, &limits);
     let counts = machine.totals(&mut *vcpu);
     let mut stats = stats.borrow_mut();
