@@ -59,6 +59,16 @@ impl Parties {
         .collect()
     }
 
+    /// Processor time that the VMM itself has used.
+    pub(crate) fn vmm_time(&self) -> Duration {
+        let status = fs::read_to_string(format!("/proc/{}/stat", self.vmm)).unwrap();
+        let (_, fields) = status.rsplit_once(") ").unwrap();
+        // utime and stime of proc_pid_stat(5), counted from the state; user space has 100 ticks a second.
+        let ticks = fields.split(' ').skip(11).take(2);
+        let ticks: u64 = ticks.map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(ticks * 10)
+    }
+
     /// No process is left, and nobody has one of the files open or mapped.
     #[track_caller]
     pub(crate) fn assert_gone(&self) {

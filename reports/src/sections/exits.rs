@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 
 use maud::{Markup, html};
+use reports_data::held_against::ENGINE;
 use reports_data::{Metric, Phase};
 
 use super::nothing;
@@ -43,6 +44,12 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
     let chart = stacked_bars("exits-chart", title, &panels(view, &drawn, &series))?;
     Ok(html! {
         (caution)
+        @if counting.iter().any(|column| column.engine == ENGINE) {
+            p {
+                "A guest that knows its host counts hypercalls, upcalls and faults, whether or not they reach \
+                the VMM: by tier they stand under " a href="#para" { "hypercalls" } "."
+            }
+        }
         @if series.len() > counting.len() {
             p {
                 "Bars marked " code { (EMULATED) } " are the kernel's own count of instructions that \
