@@ -65,11 +65,17 @@ const END: u8 = 0x80;
 /// What interrupts have reported, until it is taken.
 static REPORTED: AtomicU8 = AtomicU8::new(0);
 
-/// Takes the causes back.
+/// Takes the causes back, until there are none: the line is edge-triggered, and one that a frame keeps
+/// high, arrived between reading the causes and taking them back, would never rise again.
 pub(crate) fn acknowledge() {
-    let causes = cpu::port_in(STATUS) & WANTED;
-    cpu::port_out(STATUS, causes);
-    REPORTED.store(REPORTED.load(Relaxed) | causes, Relaxed);
+    loop {
+        let causes = cpu::port_in(STATUS) & WANTED;
+        if causes == 0 {
+            break;
+        }
+        cpu::port_out(STATUS, causes);
+        REPORTED.store(REPORTED.load(Relaxed) | causes, Relaxed);
+    }
 }
 
 /// The card.

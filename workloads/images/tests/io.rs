@@ -347,3 +347,26 @@ fn lost_frames_are_counted_and_missing_answers_reported() {
         "failed no frame arrives within two seconds"
     );
 }
+
+#[test]
+fn a_run_that_went_wrong_leaves_no_times_to_the_next() {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    // Answers while preparing and in the first rounds of the window, then no more.
+    thread::spawn(move || {
+        let mut peer = Peer::default();
+        let mut frame = [0; 2048];
+        for _ in 0..4 {
+            let length = ours.recv(&mut frame).unwrap();
+            let length = peer.answer(&mut frame, length).unwrap();
+            ours.send(&frame[..length]).unwrap();
+        }
+        while let Ok(1..) = ours.recv(&mut frame) {}
+    });
+    let mut guest = native(None, Some(&theirs.into()));
+    assert_eq!(
+        guest.run("net_rr", 0, 100),
+        "failed no frame arrives within two seconds"
+    );
+    assert!(guest.run("alu", 10, 1).starts_with("done "));
+    assert!(guest.said.is_empty(), "{:?}", guest.said);
+}

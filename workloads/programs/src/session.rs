@@ -150,6 +150,10 @@ fn run<P: Platform>(
         );
         return false;
     };
+    // What an earlier run left that went wrong in its window.
+    if let Some(latencies) = platform.latencies() {
+        latencies.clear();
+    }
     let prepared = match Prepared::new(platform, workload, size, iterations) {
         Ok(prepared) => prepared,
         Err(refusal) => {
