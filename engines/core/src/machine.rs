@@ -272,7 +272,7 @@ impl Machine {
 
     /// Console input has come or ended.
     pub(crate) fn take_input(&mut self) -> Action {
-        self.serial.refill();
+        self.serial.input_came();
         match self.console {
             Some(slot) => self.access(slot, |device| device.host_ready()),
             None => Action::None,

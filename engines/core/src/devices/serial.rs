@@ -76,13 +76,24 @@ impl Serial {
 
     /// True when input that may still come would interrupt the guest.
     pub fn may_interrupt(&mut self) -> bool {
+        self.interrupts_for_input() && !self.input_exhausted()
+    }
+
+    fn interrupts_for_input(&mut self) -> bool {
         self.uart.read(LINE_CONTROL as u8) & DIVISOR_LATCH == 0
             && self.uart.read(INTERRUPT_ENABLE as u8) & RECEIVED_DATA != 0
-            && !self.input_exhausted()
+    }
+
+    /// Input has come: takes it if the guest wants to be interrupted for it. Otherwise it stays
+    /// where another console may yet claim it, until the guest looks.
+    pub fn input_came(&mut self) {
+        if self.interrupts_for_input() {
+            self.refill();
+        }
     }
 
     /// Moves waiting input into the receive FIFO.
-    pub fn refill(&mut self) {
+    fn refill(&mut self) {
         if self.input.is_empty() || self.input.claimed() {
             return;
         }
@@ -124,6 +135,9 @@ impl Device for Serial {
                 Err(Error::IOError(_)) => action = Action::ConsoleClosed,
                 // Neither can happen: the trigger is infallible and a write never fills the FIFO.
                 Err(Error::Trigger(_) | Error::FullFifo) => {}
+            }
+            if at == INTERRUPT_ENABLE {
+                self.input_came();
             }
         }
         action
@@ -203,9 +217,10 @@ mod tests {
         let count = || seen.0.swap(0, Ordering::Relaxed);
         let mut serial = serial_on(b"ab", Line::new(rises, 4));
         serial.write(DATA, b"x");
-        serial.refill();
+        serial.input_came();
         assert_eq!(count(), 0, "nothing is enabled");
-        // Received data waits already; the transmitter is empty.
+        assert!(!serial.input.is_empty(), "another console may claim it");
+        // Received data waits already.
         serial.write(INTERRUPT_ENABLE, &[1]);
         assert_eq!(count(), 1);
         assert_eq!(read(&mut serial, IDENTIFICATION).0 & 0xf, 4);
