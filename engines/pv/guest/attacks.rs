@@ -27,9 +27,6 @@ pub(crate) const ALL: &[(&str, fn())] = &[
     ("attack-forged-done", forged_done),
     ("attack-preempt", unpreemptible),
     ("attack-return", forged_return),
-    ("attack-revoked-blocked", revoked_blocked),
-    ("attack-revoked-nested", revoked_nested),
-    ("attack-revoked-protect", revoked_protect),
 ];
 
 pub(crate) const VA: u64 = 0x4000_0000;
@@ -37,17 +34,17 @@ const VA2: u64 = VA + 32 * PAGE;
 const VA3: u64 = VA + 64 * PAGE;
 const GATE: u64 = 0x7000_0000_0000;
 const COMMANDS: u64 = 0x7000_0001_0000;
-const SIGNAL_STACK: u64 = COMMANDS + PAGE;
+pub(crate) const SIGNAL_STACK: u64 = COMMANDS + PAGE;
 const GATE_SIGNAL: u64 = 0x5f00;
 /// A forged signal frame: between the places of a fresh one and of the host's.
 const FORGED: u64 = SIGNAL_STACK + 0x2000;
 /// uretprobe and uprobe: the host's kernel lets them through every filter (Linux 6.14, seccomp:
 /// passthrough uretprobe), and fails them unless its own trampoline makes them.
 pub(crate) const PROBES: [u64; 2] = [335, 336];
-const SECRET: u64 = 0x5ec4_e75e_c4e7;
+pub(crate) const SECRET: u64 = 0x5ec4_e75e_c4e7;
 
 /// A space whose tables map a page at `VA` and one at `VA3`, and a frame with a secret that they don't.
-fn space() -> u64 {
+pub(crate) fn space() -> u64 {
     let root = new_root();
     table(root, VA);
     expect("pin", ext(mmuext::PIN_L4_TABLE, root), 0);
@@ -61,7 +58,7 @@ fn space() -> u64 {
     secret
 }
 
-fn start(registers: &Registers) -> Result<Stopped, i64> {
+pub(crate) fn start(registers: &Registers) -> Result<Stopped, i64> {
     try_enter(iret::START, registers as *const _ as u64)
 }
 
@@ -172,7 +169,7 @@ fn poke(address: u64, value: u64) {
 }
 
 /// Writes a signal frame that continues at `rip` with `rdi`, and claims a page fault at `VA3`.
-fn forge(rip: u64, rdi: u64, stack: u64, mask: u64) {
+pub(crate) fn forge(rip: u64, rdi: u64, stack: u64, mask: u64) {
     let words = [
         (8, 6),
         (24, stack),
@@ -195,9 +192,9 @@ fn forge(rip: u64, rdi: u64, stack: u64, mask: u64) {
 }
 
 /// Where the attacker keeps what the gate is to believe: the page below its stack.
-const OWN: u64 = USER_STACK - 2 * PAGE;
+pub(crate) const OWN: u64 = USER_STACK - 2 * PAGE;
 /// The gate's first instruction after it has loaded the address of the command page.
-const GATE_OWN: u64 = GATE + 0x4c;
+pub(crate) const GATE_OWN: u64 = GATE + 0x4c;
 /// The gate's `mov rsp, [r15 + 8]`, and rt_sigreturn after it.
 const GATE_RETURN: u64 = GATE + 0xf1;
 
@@ -207,7 +204,7 @@ fn own_page(root: u64, secret: u64) {
 }
 
 /// Fills it with a command.
-fn own_command(root: u64, command: [u64; 4]) {
+pub(crate) fn own_command(root: u64, command: [u64; 4]) {
     let page = unsafe { *word(table(root, OWN), OWN / PAGE % 512) } / PAGE & 0xff_ffff;
     let words = [
         // The pretended command page: one command, the forged frame.
@@ -402,7 +399,7 @@ fn iret_error(form: u64) -> i64 {
 }
 
 /// Registers that jump to the gate's notification, and say there that the forged frame is a fault.
-fn leap_to_notify() -> Registers {
+pub(crate) fn leap_to_notify() -> Registers {
     let mut registers = registers(user_leap as *const () as u64, 11);
     registers.gpr[1] = GATE + 0x40;
     registers.gpr[0] = GATE_SIGNAL;
@@ -411,13 +408,13 @@ fn leap_to_notify() -> Registers {
 }
 
 /// Whether it was stopped right behind the notification, where rax is the key.
-fn in_gate_with_key(stopped: &Stopped) -> bool {
+pub(crate) fn in_gate_with_key(stopped: &Stopped) -> bool {
     stopped.frame.registers.rip == GATE + 0x42
 }
 
 /// Jumps to the gate with a fault that is the kernel's to answer; has it answered after `meanwhile`,
 /// and the gate interrupted by a preemption as soon as it has the key, signals not being blocked.
-fn interrupt_gate(rip: u64, rdi: u64, meanwhile: impl FnOnce()) -> Result<Stopped, i64> {
+pub(crate) fn interrupt_gate(rip: u64, rdi: u64, meanwhile: impl FnOnce()) -> Result<Stopped, i64> {
     use core::sync::atomic::Ordering::SeqCst;
     forge(rip, rdi, SIGNAL_STACK, 0);
     poke(FORGED + 224, VA2);
@@ -506,87 +503,6 @@ fn forged_return() {
         Ok(stopped) if stopped.frame.cause == cause::SYSCALL => verdict(true),
         stopped => expect_failsafe(stopped),
     }
-}
-
-/// The frame behind `VA`, revoked; nothing but the kernel may write to it from here on.
-fn revoke() -> u64 {
-    let table = table(info().first_free_frame, VA);
-    let frame = unsafe { *word(table, VA / PAGE % 512) } / PAGE & 0xff_ffff;
-    expect("unmap", hc(Call::UpdateVaMapping, [VA, 0, 0, 1, 0]), 0);
-    unsafe { *word(frame, 0) = SECRET };
-    frame
-}
-
-/// Gives itself access again to a page that was taken away, whose mapping the host may still have.
-fn revoked_protect() {
-    space();
-    own_command(info().first_free_frame, [VA, PAGE, 3 | 1 << 63, 0]);
-    start_user(user_write, VA).call(nr::REPORT);
-    // A flushed page keeps its mapping, without rights, also when it goes away afterwards.
-    expect("invlpg", ext(mmuext::INVLPG_LOCAL, VA), 0);
-    let frame = revoke();
-    forge(user_write as *const () as u64, VA, SIGNAL_STACK, 0);
-    let mut registers = registers(user_leap as *const () as u64, 0);
-    registers.gpr[1] = GATE_OWN;
-    registers.gpr[15] = OWN;
-    match start(&registers) {
-        Ok(stopped) if stopped.frame.cause == cause::SYSCALL => {}
-        Ok(stopped) => _ = stopped.exception(8),
-        Err(error) => tell("start", error),
-    }
-    verdict_of_revocation(frame);
-}
-
-fn verdict_of_revocation(frame: u64) {
-    verdict(unsafe { word(frame, 0).read_volatile() } != SECRET);
-}
-
-/// Blocks every signal, so that nothing brings it to the gate, and waits in a system call while a page
-/// is taken from it; then writes there.
-fn revoked_blocked() {
-    space();
-    start_user(user_write, VA).call(nr::REPORT);
-    forge(user_rewrite as *const () as u64, VA, SIGNAL_STACK, u64::MAX);
-    let stopped = start(&leap_to_notify());
-    match stopped {
-        Ok(stopped) => _ = stopped.call(nr::REPORT),
-        Err(error) => tell("start", error),
-    }
-    let frame = revoke();
-    let after = try_enter(iret::RESUME, VA);
-    match after {
-        Ok(stopped) if stopped.frame.vector == 14 => _ = stopped.exception(14),
-        Ok(stopped) => _ = stopped.exception(8),
-        Err(error) => tell("resume", error),
-    }
-    verdict_of_revocation(frame);
-}
-
-/// Waits in the gate while a page is taken from it, and is interrupted there before it carries out
-/// anything; then writes there.
-fn revoked_nested() {
-    space();
-    start_user(user_write, VA).call(nr::REPORT);
-    let mut frame = 0;
-    let stopped = interrupt_gate(user_write as *const () as u64, VA, || frame = revoke());
-    match stopped {
-        Ok(one) if in_gate_with_key(&one) => {
-            // The monitor takes the interrupted gate for user code. Out of it, with what was to go.
-            let mut registers = one.frame.registers;
-            registers.rip = user_write as *const () as u64;
-            registers.gpr[7] = VA;
-            match try_enter(iret::RESUME_FRAME, &raw const registers as u64) {
-                Ok(stopped) => _ = stopped.call(nr::REPORT),
-                Err(error) => tell("resume", error),
-            }
-        }
-        Ok(stopped) => {
-            stopped.exception(8);
-            start_user(user_write, VA).exception(14);
-        }
-        Err(error) => tell("resume", error),
-    }
-    verdict_of_revocation(frame);
 }
 
 /// Says that commands were carried out which nobody has ordered.

@@ -25,6 +25,7 @@ pub(crate) const ALL: &[(&str, fn())] = &[
         hc(Call::ConsoleIo, [console_io::FLUSH, 0, 0, 0, 0]);
     }),
     ("attack-kernel-ledger", kernel_ledger),
+    ("attack-kernel-limit", kernel_limit),
     ("attack-kernel-stack", || unsafe {
         asm!("mov rsp, 8", "push rax", "hlt", options(noreturn));
     }),
@@ -149,4 +150,13 @@ fn kernel_ledger() {
     hc(Call::Mark, [2, 0, 0, 0, 0]);
     hc(Call::SchedOp, [crate::h::sched::BLOCK, 0, 0, 0, 0]);
     verdict(false);
+}
+
+/// Lifts the limit of exits that the monitor keeps, and calls V for ever.
+fn kernel_limit() {
+    unsafe { (0x6000_0000_3000 as *mut u64).add(105).write_volatile(!0) };
+    loop {
+        hc(Call::Mark, [1, 0, 0, 0, 0]);
+        hc(Call::Mark, [2, 0, 0, 0, 0]);
+    }
 }

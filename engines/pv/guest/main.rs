@@ -10,11 +10,13 @@ use h::StartInfo;
 
 mod attacks;
 mod attacks_kernel;
+mod attacks_revoked;
 mod cost;
 mod errors;
 mod floods;
 mod kernel;
 mod scenes;
+mod scenes_memory;
 mod user;
 
 global_asm!(include_str!("../../../workloads/guest/image/mem.s"));
@@ -38,11 +40,13 @@ extern "C" fn start(info: &'static StartInfo) -> ! {
     let name = kernel::command();
     for (known, scene) in scenes::ALL
         .iter()
+        .chain(scenes_memory::ALL)
         .chain(errors::ALL)
         .chain(floods::ALL)
         .chain(cost::ALL)
         .chain(attacks::ALL)
         .chain(attacks_kernel::ALL)
+        .chain(attacks_revoked::ALL)
     {
         if *known == name {
             scene();

@@ -55,9 +55,17 @@ impl Keeper {
     /// Writes the page if it is time.
     pub(crate) fn refresh(&mut self, page: &Clock) {
         let now = Moment::now();
-        if now.ns - self.written < REFRESH.as_nanos() as u64 {
-            return;
+        if now.ns - self.written >= REFRESH.as_nanos() as u64 {
+            self.write(page, now);
         }
+    }
+
+    /// Writes the page before anybody reads it.
+    pub(crate) fn publish(&mut self, page: &Clock) {
+        self.write(page, Moment::now());
+    }
+
+    fn write(&mut self, page: &Clock, now: Moment) {
         self.written = now.ns;
         let ticks = (now.tsc - self.first.tsc).max(1);
         let ns = now.ns - self.first.ns;

@@ -250,7 +250,7 @@ impl Guest {
         let ram = memory_file(c"trapline-guest-ram", ram_bytes)
             .map_err(Error::host("memfd for guest memory"))?;
         image.place(&ram, ram_bytes)?;
-        let clock = Keeper::start();
+        let mut clock = Keeper::start();
 
         let file = |name, bytes| memory_file(name, bytes).map_err(Error::host("memfd_create"));
         let shared = file(c"trapline-shared", k::SHARED_SIZE)?;
@@ -309,6 +309,8 @@ impl Guest {
         // SAFETY: plain numbers; the result is a new descriptor or an error.
         let timer = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) };
         let timer = owned("timerfd_create", timer)?;
+        // The kernel runs from its start on, whoever serves it when.
+        clock.publish(&events.get().clock);
         let (kernel_socket, theirs) = pair()?;
         let mut kernel = process::start(
             "trapline-k",

@@ -101,7 +101,9 @@ impl Guest {
             .get()
             .limit
             .store(limits.max_exits.unwrap_or(u64::MAX), Relaxed);
-        let outcome = self.serve(deadline);
+        // Measured over a longer time than at the start.
+        self.clock.publish(&self.events.get().clock);
+        let outcome = self.serve(deadline, limits.max_exits.unwrap_or(u64::MAX));
         self.end();
         // What the guest had said before it ended still goes out.
         let _ = self.console.take(self.ring.get());
@@ -124,7 +126,9 @@ impl Guest {
         how
     }
 
-    fn serve(&mut self, deadline: Option<Instant>) -> Outcome {
+    fn serve(&mut self, deadline: Option<Instant>, max_exits: u64) -> Outcome {
+        // The ledger's count and limit are K's to write. What comes here is counted here too.
+        let mut calls = 0;
         // A console call that waits for room.
         let mut held = None;
         loop {
@@ -148,6 +152,10 @@ impl Guest {
                 self.raise(TIMER_PORT);
             }
             if ready.call {
+                calls += 1;
+                if calls > max_exits {
+                    return Outcome::Limit(Limit::Exits);
+                }
                 match self.call(&mut held) {
                     Ok(None) => {}
                     Ok(Some(outcome)) => return outcome,

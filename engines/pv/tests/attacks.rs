@@ -131,6 +131,11 @@ fn a_kernel_that_destroys_what_it_shares_hurts_itself() {
         !matches!(run.outcome, Outcome::EngineError { .. }),
         "{run:?}"
     );
+    let run = run_with("attack-kernel-limit", Some(3.0), Some(500));
+    assert!(
+        matches!(run.outcome, Outcome::Limit(engine_core::Limit::Exits)),
+        "{run:?}"
+    );
     ends_the_guest("attack-kernel-stack", "");
 }
 
