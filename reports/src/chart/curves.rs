@@ -22,7 +22,7 @@ const WIDTH: i32 = 860;
 /// Height of a panel's plot.
 const HEIGHT: i32 = 150;
 /// Height that a panel's label takes.
-const LABEL: i32 = 24;
+const LABEL: i32 = 34;
 /// Room below a panel for its axis.
 const AXIS: i32 = 30;
 /// Width of the labels of shares.
@@ -93,7 +93,7 @@ pub(crate) fn curves(
                 let nines = (-(1.0 - share).log10()).clamp(0.0, TOP);
                 top + HEIGHT - (nines / TOP * f64::from(HEIGHT)).round() as i32
             };
-            text(area, (4, top - 12), HPos::Left, Ink::Text, 13, panel.label)?;
+            text(area, (4, top - 20), HPos::Left, Ink::Text, 13, panel.label)?;
             for &(share, label) in SHARES {
                 let y = up(share);
                 line(area, (from, y), (to, y), Ink::Rule, 1)?;

@@ -14,11 +14,11 @@ use crate::view::{Column, View, clearly_faster};
 use crate::workloads::{Group, group};
 
 /// Flavour with paravirtual drivers alone.
-const HYBRID: &str = "hybrid";
+pub(super) const HYBRID: &str = "hybrid";
 /// Flavour that knows nothing of its host.
-const UNAWARE: &str = "unaware";
+pub(super) const UNAWARE: &str = "unaware";
 /// The engine of full virtualization.
-const TRANSLATOR: &str = "bt";
+pub(super) const TRANSLATOR: &str = "bt";
 
 /// A hybrid mode, and one that it is to beat.
 type Pair<'v, 'a> = (&'v Column<'a>, &'v Column<'a>);
@@ -92,7 +92,8 @@ pub(super) fn content(view: &View<'_>) -> Markup {
     }
 }
 
-fn hybrids<'v, 'a>(view: &'v View<'a>) -> impl Iterator<Item = &'v Column<'a>> {
+/// Modes of flavour hybrid.
+pub(super) fn hybrids<'v, 'a>(view: &'v View<'a>) -> impl Iterator<Item = &'v Column<'a>> {
     let modes = view.columns.iter();
     modes.filter(|column| column.role == Role::Mode && column.flavour == HYBRID)
 }

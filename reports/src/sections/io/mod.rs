@@ -3,6 +3,7 @@
 //!
 //! Invariant: a cell's figures all come from the same windows of the same column.
 
+mod aims;
 pub(super) mod claim;
 mod latency;
 
@@ -29,6 +30,7 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
             calls. Every figure is of windows whose content was verified."
         }
         (claim::content(view))
+        (aims::content(view))
         @if !devices.is_empty() { (rates(view, &devices)) }
         (latency::content(view)?)
     })
