@@ -598,6 +598,29 @@ fn the_keyboard_controllers_reset_line_ends_the_run() {
 }
 
 #[test]
+fn the_debug_console_goes_to_its_file() {
+    let guest = Guest::long(|asm| {
+        for &byte in b"seen" {
+            asm.mov(al, u32::from(byte))?;
+            asm.out(0xe9, al)?;
+        }
+        asm.in_(al, 0xe9)?;
+        asm.movzx(eax, al)?;
+        expect(asm, 0xe9, 2)?;
+        end(asm, 0)
+    });
+    let image = guest.elf();
+    on_every_mode(|mode| {
+        let call = Call::new(mode.name).image(&image);
+        let directory = tempfile::TempDir::new().unwrap();
+        let kept = directory.path().join("debug");
+        let call = call.args(&["--debug-console", kept.to_str().unwrap()]);
+        call.run().check(0, "");
+        assert_eq!(std::fs::read(kept).unwrap(), b"seen");
+    });
+}
+
+#[test]
 fn the_kernels_controllers_are_refused_where_there_are_none() {
     let image = Guest::long(|asm| end(asm, 0)).elf();
     let call = Call::new("full").image(&image);

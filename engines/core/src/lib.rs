@@ -28,6 +28,7 @@ pub mod tally;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod vcpu;
+mod window;
 
 pub use addr::{GuestPhys, GuestVirt};
 pub use clock::Clock;

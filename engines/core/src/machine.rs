@@ -23,6 +23,8 @@ use crate::host::{Pump, PumpOptions, WATCHED};
 use crate::interrupt::{Interrupts, Line};
 use crate::schedule::Schedule;
 use crate::tally::{Count, Snapshot, Tally};
+pub use crate::window::Window;
+use crate::window::Windows;
 use crate::{GuestPhys, Vcpu};
 
 /// Where console input comes from.
@@ -67,17 +69,6 @@ impl Default for MachineOptions {
     }
 }
 
-/// Counters of one measured window.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Window {
-    /// Number of the window in this run, from 0.
-    pub seq: u64,
-    /// What was counted between the marks, the marks left out.
-    pub counts: Vec<Count>,
-}
-
-type Observer = Box<dyn FnMut(&Window)>;
-
 const LAPIC: Slot = 0;
 const PICS: Slot = 1;
 const IOAPIC: Slot = 2;
@@ -95,6 +86,8 @@ pub struct Machine {
     pub(crate) schedule: Schedule,
     /// Something is to be done before the guest is entered: a cheap look for the run loop.
     pub(crate) attention: bool,
+    /// The machine's own interrupt controllers are in use, so every interrupt passes the run loop.
+    pub(crate) own_controllers: bool,
     pub(crate) input: Arc<Input>,
     /// The paravirtual console, if there is one.
     console: Option<Slot>,
@@ -109,17 +102,7 @@ pub struct Machine {
     held: u64,
     /// What devices write to memory, for engines that must be told.
     write_log: Option<Arc<WriteLog>>,
-    marks: Marks,
-    observer: Observer,
-}
-
-/// Windows between marks. Closing one only takes a snapshot; it is worked out and handed to the
-/// observer when the guest has time ([`Machine::report_windows`]), outside of what is measured.
-#[derive(Default)]
-struct Marks {
-    open: Option<Snapshot>,
-    closed: Option<(Snapshot, Snapshot)>,
-    next: u64,
+    windows: Windows,
 }
 
 impl Machine {
@@ -179,6 +162,7 @@ impl Machine {
             tally: Tally::new(names.into_iter()),
             schedule: Schedule::new(usize::from(FIRST_OTHER)),
             attention: false,
+            own_controllers,
             input,
             console: None,
             clock,
@@ -189,8 +173,7 @@ impl Machine {
             watched: 0,
             held: 0,
             write_log: None,
-            marks: Marks::default(),
-            observer: Box::new(|_| ()),
+            windows: Windows::default(),
         };
         for (ports, device) in board::devices(
             &machine,
@@ -298,7 +281,7 @@ impl Machine {
 
     /// Calls `observer` with each window soon after it has closed.
     pub fn observe_windows(&mut self, observer: impl FnMut(&Window) + 'static) {
-        self.observer = Box::new(observer);
+        self.windows.observe(observer);
     }
 
     /// Console output, if it is kept in memory.
@@ -493,32 +476,11 @@ impl Machine {
 
     /// The guest wrote `value` to the mark port.
     pub(crate) fn mark(&mut self, value: u8, vcpu: &mut dyn Vcpu) {
-        match value {
-            abi::mark::BEGIN => {
-                self.report_windows(vcpu);
-                self.marks.open = Some(self.tally.snapshot(vcpu));
-            }
-            abi::mark::END => {
-                if let Some(begin) = self.marks.open.take() {
-                    let mut end = self.tally.snapshot(vcpu);
-                    // The closing mark's own exit was counted already.
-                    self.tally.forget_port_write(abi::port::MARK, &mut end);
-                    self.report_windows(vcpu);
-                    self.marks.closed = Some((begin, end));
-                }
-            }
-            // A guest may write what it likes.
-            _ => {}
-        }
+        self.windows.mark(value, &mut self.tally, vcpu);
     }
 
     /// Hands a closed window to the observer.
     pub(crate) fn report_windows(&mut self, vcpu: &dyn Vcpu) {
-        if let Some((begin, end)) = self.marks.closed.take() {
-            let seq = self.marks.next;
-            self.marks.next += 1;
-            let counts = self.tally.between(&begin, &end, vcpu);
-            (self.observer)(&Window { seq, counts });
-        }
+        self.windows.report(&self.tally, vcpu);
     }
 }

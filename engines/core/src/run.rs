@@ -17,7 +17,7 @@
 use std::time::Duration;
 
 use crate::devices::Action;
-use crate::host::events::flag;
+use crate::host::{self, events::flag};
 use crate::{CpuState, Error, Exit, Machine, Vcpu};
 
 /// Polls for input, one directly after the other, after which output is written out. A guest that
@@ -29,6 +29,8 @@ const POLLS_UNTIL_NAP: u32 = 64;
 const SHORTEST_NAP: Duration = Duration::from_micros(100);
 /// The longest time that a polling guest is held.
 const LONGEST_NAP: Duration = Duration::from_millis(50);
+/// As long where interrupts don't pass the run loop, so that none can end the nap.
+const LONGEST_BLIND_NAP: Duration = Duration::from_millis(1);
 /// Naps after which a guest that polls for input that can't come any more is given up.
 const NAPS_WITHOUT_INPUT: u32 = 20;
 
@@ -109,6 +111,7 @@ enum Next {
 
 /// Runs `vcpu` in `machine` until it ends.
 pub fn drive(vcpu: &mut dyn Vcpu, machine: &mut Machine, limits: &Limits) -> Outcome {
+    host::sharpen_sleeps();
     let outcome = match (Run {
         vcpu,
         machine,
@@ -307,9 +310,13 @@ impl Run<'_> {
         {
             return Some(Outcome::Limit(Limit::Input));
         }
-        let nap = SHORTEST_NAP
-            .saturating_mul(1 << self.naps.min(16))
-            .min(LONGEST_NAP);
+        let nap = SHORTEST_NAP.saturating_mul(1 << self.naps.min(16)).min(
+            if self.machine.own_controllers {
+                LONGEST_NAP
+            } else {
+                LONGEST_BLIND_NAP
+            },
+        );
         self.naps += 1;
         self.machine.events.sleep(Some(nap));
         None

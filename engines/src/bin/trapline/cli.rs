@@ -95,6 +95,9 @@ pub(crate) struct Run {
     /// Take the kernel for a flat binary, to be loaded at this address and entered there
     #[arg(long, value_name = "ADDRESS", requires = "kernel", value_parser = address)]
     pub(crate) load: Option<u64>,
+    /// Write what the guest says at the debug console (port 0xe9) to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) debug_console: Option<PathBuf>,
     /// Whose interrupt controllers and timer the guest has
     #[arg(long, value_name = "WHOSE", value_enum, default_value_t = Irqchip::User)]
     pub(crate) irqchip: Irqchip,

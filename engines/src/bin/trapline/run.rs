@@ -154,6 +154,15 @@ fn run_mode(
 
     let peripherals = devices::open(arguments, mode.family())?;
 
+    let debug: Option<Box<dyn Write>> = match &arguments.debug_console {
+        Some(path) => {
+            let file = fs::File::create(path);
+            let file = file.with_context(|| format!("debug console {}", path.display()))?;
+            Some(Box::new(file))
+        }
+        None => None,
+    };
+
     let found = match (mode.probe)() {
         Ok(found) => found,
         Err(unavailable) => return Ok(report_unavailable(mode, &unavailable, &mut stats)),
@@ -187,6 +196,7 @@ fn run_mode(
         output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
         signals: true,
         controller: vcpu.controller(),
+        debug,
         memory: engine_core::memory::regions(&ram),
         command_line: command_line.to_string(),
         ..MachineOptions::default()
