@@ -402,6 +402,13 @@ fn the_hybrid_claim_is_judged_only_where_it_was_measured() {
         "p99",
         "timer_lapic",
         "no disk",
+        "hybrid-bt: exits of a request of blk_randread 1 1.00–1.00 at most 1.1 met",
+        "hybrid-bt: exits of a request of blk_seqread 2 2.00–2.00 at most 1.1 missed",
+        "hybrid-bt: rate of blk_randread over full's 8",
+        "at least 5.00× met",
+        "hybrid-bt: time of blk_seqread over native's 12",
+        "at most 1.50× missed",
+        "full: rate of blk_randread over QEMU TCG's 1.",
     ] {
         assert!(io.contains(words), "{words} in {io}");
     }
