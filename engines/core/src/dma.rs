@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 
 use crate::GuestRam;
@@ -202,6 +203,23 @@ impl DeviceMemory {
         let regions = regions.collect::<Result<Vec<_>, AliasError>>()?;
         let ram = Arc::new(DeviceRam::from_regions(regions)?);
         Ok(DeviceMemory { ram, log })
+    }
+
+    /// Maps the whole of a memory file of `bytes`, as guest memory from address 0 on, without a log.
+    ///
+    /// # Errors
+    /// As [`DeviceMemory::new`].
+    pub fn of_file(file: std::fs::File, bytes: u64) -> Result<DeviceMemory, AliasError> {
+        let mapping = MmapRegionBuilder::new_with_bitmap(bytes as usize, RegionLog::default())
+            .with_file_offset(FileOffset::new(file, 0))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .build()?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(0)).ok_or(AliasError::NoFile(0))?;
+        Ok(DeviceMemory {
+            ram: Arc::new(DeviceRam::from_regions(vec![region])?),
+            log: None,
+        })
     }
 
     /// The mapping.

@@ -22,6 +22,7 @@ use crate::count::Snapshot;
 use crate::image::{self, Image, ImageError};
 use crate::pages::{Shared, memory_file};
 use crate::process::{self, Process};
+use crate::rings::{Devices, Rings};
 use crate::wire::{
     FILTER, Filter, Ledger, PAGE, Plan, SEGMENTS, SLOT_SIZE, Segment, StubPlan, k, k_fd, u_fd,
 };
@@ -42,6 +43,8 @@ pub struct Options {
     pub output: Sink,
     /// End the run on SIGINT and SIGTERM. Blocks both in the calling thread.
     pub signals: bool,
+    /// Devices behind rings in guest memory.
+    pub devices: Devices,
     /// A defence that this guest does without.
     #[cfg(feature = "testing")]
     pub without: Option<Defence>,
@@ -54,6 +57,7 @@ impl Default for Options {
             input: Source::Bytes(Vec::new()),
             output: Sink::Memory(Vec::new()),
             signals: false,
+            devices: Devices::default(),
             #[cfg(feature = "testing")]
             without: None,
         }
@@ -109,6 +113,7 @@ pub struct Guest {
     pub(crate) clock: Keeper,
     pub(crate) marks: crate::run::Marks,
     pub(crate) started: Snapshot,
+    pub(crate) rings: Rings,
 }
 
 /// Finds out whether this host can run guests: kernel interfaces only, no guest is started.
@@ -268,8 +273,11 @@ impl Guest {
         drop(plan);
         fill_plan(&shared, &image, ram_bytes, &jails)?;
         let mut page = view::<StartInfo>(&shared, 0)?;
-        page.fill(finish(info, &image, ram_bytes));
+        let info = finish(info, &image, ram_bytes);
+        let frame = info.devices;
+        page.fill(info);
         drop(page);
+        let rings = Rings::new(options.devices, &ram, ram_bytes, frame)?;
         let offset = |address: u64| address - k::START_INFO;
         let events = view::<SharedInfo>(&shared, offset(k::SHARED_INFO))?;
         events
@@ -352,6 +360,7 @@ impl Guest {
             clock,
             marks: crate::run::Marks::default(),
             started: Snapshot::default(),
+            rings,
         })
     }
 
@@ -415,6 +424,7 @@ fn start_info(command_line: &str) -> Result<StartInfo, ImageError> {
         console: k::CONSOLE,
         command_line_length: command_line.len() as u64,
         command_line: [0; 2048],
+        devices: 0,
     };
     let limit = info.command_line.len();
     info.command_line
@@ -439,6 +449,12 @@ fn finish(mut info: StartInfo, image: &Image<'_>, ram: u64) -> StartInfo {
         .map(|segment| segment.offset / PAGE)
         .min();
     info.first_image_frame = first.unwrap_or(0);
+    // The devices' frame follows the image, where there is room for one.
+    if info.first_free_frame < info.frames {
+        info.features |= hypercall::feature::DEVICES;
+        info.devices = info.first_free_frame;
+        info.first_free_frame += 1;
+    }
     info
 }
 

@@ -23,6 +23,7 @@ mod image;
 mod ledger;
 mod pages;
 mod process;
+mod rings;
 mod run;
 mod wire;
 
@@ -34,6 +35,7 @@ pub const TEST_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.el
 pub use guest::Defence;
 pub use guest::{Guest, Options, probe};
 pub use image::ImageError;
+pub use rings::Devices;
 
 /// Finds out whether `image` could be run, without running it.
 ///

@@ -90,6 +90,8 @@ struct Ready {
     kernel: bool,
     zygote: bool,
     user: Option<usize>,
+    /// The descriptor of this device is readable.
+    device: Option<usize>,
     nothing: bool,
 }
 
@@ -148,6 +150,7 @@ impl Guest {
             if let Err(broken) = self.move_console(&ready) {
                 return self.console_broke(&broken);
             }
+            self.move_devices(&ready);
             if ready.timer && drained(&self.timer) {
                 self.raise(TIMER_PORT);
             }
@@ -208,6 +211,7 @@ impl Guest {
             Input,
             Output,
             User(usize),
+            Device(usize),
         }
         let mut whats = Vec::with_capacity(16);
         let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(16);
@@ -238,6 +242,9 @@ impl Guest {
             if let Some(user) = user {
                 watch(What::User(slot), user.descriptor.as_fd(), IN);
             }
+        }
+        for (device, descriptor) in self.rings.descriptors() {
+            watch(What::Device(device), descriptor, IN);
         }
         let mut patience =
             deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -277,6 +284,7 @@ impl Guest {
                 What::Input => ready.input = true,
                 What::Output => ready.output = true,
                 What::User(slot) => ready.user = Some(slot),
+                What::Device(device) => ready.device = Some(device),
             }
         }
         Ok(ready)
@@ -306,6 +314,26 @@ impl Guest {
             self.raise(evtchn::CONSOLE_PORT);
         }
         Ok(())
+    }
+
+    /// Serves the rings if the guest has rung, or a device's host has something. Orders and used
+    /// buffers are told by the port that the doorbell belongs to.
+    fn move_devices(&mut self, ready: &Ready) {
+        let mut told = false;
+        if ready.bell {
+            let served = self.rings.serve();
+            told = served.tell;
+            if served.more {
+                // Blocks never: a full counter rings already.
+                let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+            }
+        }
+        if let Some(device) = ready.device {
+            told |= self.rings.host_ready(device);
+        }
+        if told {
+            self.raise(evtchn::CONSOLE_PORT);
+        }
     }
 
     /// Takes output, and tells a guest that waits for room. Answers whether the ring is empty.

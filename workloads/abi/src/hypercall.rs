@@ -101,6 +101,8 @@ pub mod feature {
     pub const LARGE_PAGES: u32 = 1 << 1;
     /// Accessed and dirty bits are kept.
     pub const ACCESSED_DIRTY: u32 = 1 << 2;
+    /// [`super::StartInfo::devices`] names a frame: see the ABI's `device`.
+    pub const DEVICES: u32 = 1 << 3;
 }
 
 /// Addresses and numbers that do not change from host to host.
@@ -628,6 +630,8 @@ pub struct StartInfo {
     pub command_line_length: u64,
     /// The command line, UTF-8, without a terminator.
     pub command_line: [u8; 2048],
+    /// Frame of the devices, with [`feature::DEVICES`]. Not among the free ones.
+    pub devices: u64,
 }
 
 impl StartInfo {

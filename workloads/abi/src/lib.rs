@@ -48,6 +48,7 @@
 //! as if it came from the console, and ends: with 0 after `done`, else with 1.
 #![no_std]
 
+pub mod device;
 pub mod hypercall;
 pub mod net;
 

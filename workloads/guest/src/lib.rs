@@ -84,5 +84,5 @@ mod traps;
 pub mod unaware;
 #[cfg(all(not(test), feature = "privileged"))]
 mod user;
-#[cfg(all(not(test), feature = "hybrid"))]
+#[cfg(all(not(test), any(feature = "hybrid", feature = "aware")))]
 mod virtio;

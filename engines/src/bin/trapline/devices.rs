@@ -7,8 +7,9 @@ use std::process::Command;
 use std::str::FromStr;
 
 use anyhow::bail;
+use engine_core::devices::virtio::{Block, Net as VirtioNet};
 use engine_core::host::console::Sink;
-use engine_core::net::{NetBackend, Tap, UnixSocket};
+use engine_core::net::{DEFAULT_MAC, NetBackend, Tap, UnixSocket};
 use engine_core::peripherals::{Family, Peripherals};
 use engine_core::storage::{FileOptions, RawFile};
 use rustix::io::FdFlags;
@@ -86,17 +87,16 @@ pub(crate) fn open(arguments: &cli::Run, family: Family) -> anyhow::Result<Perip
     Ok(peripherals)
 }
 
-/// For a mode whose guests have neither.
-pub(crate) fn refuse(arguments: &cli::Run, mode: &str) -> anyhow::Result<()> {
-    for (given, option) in [
-        (arguments.disk.is_some(), "--disk"),
-        (arguments.net.is_some(), "--net"),
-    ] {
-        if given {
-            bail!("mode {mode} has no use for {option}");
-        }
-    }
-    Ok(())
+/// Opens what the command line names, for guests whose devices are rings in their memory.
+pub(crate) fn open_rings(arguments: &cli::Run) -> anyhow::Result<pv::Devices> {
+    // The console is no part of it, as in a PC.
+    let peripherals = open(arguments, Family::Emulated)?;
+    let mac = peripherals.mac.unwrap_or(DEFAULT_MAC);
+    let disk = peripherals.disk.map(|disk| Box::new(Block::new(disk)) as _);
+    let net = peripherals
+        .net
+        .map(|net| Box::new(VirtioNet::new(net, mac)) as _);
+    Ok(pv::Devices(disk.into_iter().chain(net).collect()))
 }
 
 /// Lets the baseline's process have the descriptors, which must live until it was started.

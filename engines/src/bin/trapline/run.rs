@@ -258,7 +258,7 @@ fn run_processes(
     mut stats: Stats,
 ) -> anyhow::Result<ExitCode> {
     pv::check(image)?;
-    devices::refuse(arguments, mode.name)?;
+    let devices = devices::open_rings(arguments)?;
     let found = match (mode.probe)() {
         Ok(found) => found,
         Err(unavailable) => return Ok(report_unavailable(mode, &unavailable, &mut stats)),
@@ -267,6 +267,7 @@ fn run_processes(
         input: Source::Descriptor(std::io::stdin().as_fd().try_clone_to_owned()?),
         output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
         signals: true,
+        devices,
         ..pv::Options::default()
     };
     let mut guest = match pv::Guest::start(image, arguments.memory, command_line, options) {

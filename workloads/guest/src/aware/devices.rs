@@ -1,12 +1,15 @@
 //! Devices as an aware kernel has them: the console's ring, the host's one-shot timer, events.
 
 use super::{console::Ring, events, hypercall};
-use crate::cpu;
+use crate::{
+    cpu,
+    virtio::{Card, Disk},
+};
 use abi::hypercall::{StartInfo, evtchn};
 use core::cell::UnsafeCell;
 use programs::{
     Refusal,
-    io::{Histogram, Io, NO_DEVICE, Timer, block, histogram::Scale, net},
+    io::{Histogram, Io, NO_DEVICE, Timer, histogram::Scale},
     session::Console,
 };
 
@@ -17,6 +20,8 @@ const REFUSED: Refusal = Refusal::Broken("the host refuses a hypercall");
 #[derive(Debug)]
 enum Open {
     Nothing,
+    Disk(Disk),
+    Card(Card),
     /// A timer or a port, with the events so far.
     Port {
         port: u64,
@@ -54,12 +59,12 @@ impl Devices {
     }
 
     /// See [`programs::Platform::open`]. What an earlier run that failed has left open is closed.
-    pub(super) fn open(&mut self, io: Io) -> Result<(), Refusal> {
+    pub(super) fn open(&mut self, io: Io, size: u64) -> Result<(), Refusal> {
         self.close();
         match io {
             Io::Console => {}
-            Io::Block(_) => return Err(Refusal::Unsupported(block::NO_DISK)),
-            Io::Echo | Io::Stream => return Err(Refusal::Unsupported(net::NO_CARD)),
+            Io::Block(block) => self.open = Open::Disk(Disk::open(block, size)?),
+            Io::Echo | Io::Stream => self.open = Open::Card(Card::open()?),
             Io::Timer(Timer::Pit | Timer::Lapic | Timer::Deadline) => {
                 return Err(Refusal::Unsupported(
                     "an aware guest has none of a PC's timers",
@@ -88,6 +93,14 @@ impl Devices {
     pub(super) fn close(&mut self) -> u64 {
         match core::mem::replace(&mut self.open, Open::Nothing) {
             Open::Nothing => 0,
+            Open::Disk(disk) => {
+                disk.close();
+                0
+            }
+            Open::Card(card) => {
+                card.close();
+                0
+            }
             Open::Port { port, count } => {
                 // Neither can fail for a port that is bound, and a timer's that is not armed.
                 let _ = hypercall::stop_timer();
@@ -104,6 +117,26 @@ impl Devices {
 
     pub(super) fn scale(&self) -> Option<Scale> {
         events::rate().and_then(Scale::new)
+    }
+
+    #[inline(always)]
+    pub(super) fn disk(&mut self) -> Result<&mut Disk, Refusal> {
+        match &mut self.open {
+            Open::Disk(disk) => Ok(disk),
+            Open::Nothing | Open::Card(_) | Open::Port { .. } => {
+                Err(Refusal::Unsupported(NO_DEVICE))
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn card(&mut self) -> Result<&mut Card, Refusal> {
+        match &mut self.open {
+            Open::Card(card) => Ok(card),
+            Open::Nothing | Open::Disk(_) | Open::Port { .. } => {
+                Err(Refusal::Unsupported(NO_DEVICE))
+            }
+        }
     }
 
     pub(super) fn send_line(&mut self, line: &[u8]) {

@@ -17,6 +17,7 @@
 //! | `cli_sti` | stores to the shared page, and the test of pending events |
 
 use super::{
+    bus,
     devices::Devices,
     events,
     frames::Number,
@@ -31,7 +32,7 @@ use abi::hypercall::{MulticallEntry, mmuext};
 use core::{arch::asm, sync::atomic::Ordering::Relaxed};
 use programs::{
     Kernel, Platform, Refusal,
-    io::{Histogram, Io, Timer, histogram::Scale},
+    io::{Direction, Histogram, Io, Timer, histogram::Scale},
     micro::{Micro, PAGE_WORDS, aspace, ctxsw, pfstorm},
     nano::{Operation, WORD_A, WORD_B, cpuid, syscall},
 };
@@ -92,7 +93,7 @@ impl Machine {
     }
 
     /// Reads the first probe page in user mode.
-    fn peek(&mut self) -> u64 {
+    fn read_probe(&mut self) -> u64 {
         self.peek_page(0)
     }
 
@@ -116,7 +117,7 @@ impl Machine {
         match operation {
             Operation::Cr3Reload | Operation::Invlpg => {
                 self.modify_entry(0);
-                self.peek();
+                self.read_probe();
                 // Behind the host's back, as an unaware kernel does it: seen at the next flush.
                 let changed = self.probe_entry(0, 1);
                 self.first.tree.page(PROBE).store(changed, Relaxed);
@@ -173,11 +174,11 @@ impl Machine {
             Operation::Cpuid => (self.cpuid() & cpuid::ALWAYS).into(),
             Operation::Cr3Reload => {
                 self.reload_root();
-                self.peek()
+                self.read_probe()
             }
             Operation::Invlpg => {
                 self.invalidate();
-                self.peek()
+                self.read_probe()
             }
             Operation::PageFault => self.page_faults(1)?,
             Operation::DivZero => {
@@ -274,7 +275,7 @@ impl Platform for Machine {
     fn settle(&mut self, operation: Operation) -> u64 {
         let left = match operation {
             Operation::Out => self.scratch.into(),
-            Operation::Cr3Reload | Operation::Invlpg => self.peek(),
+            Operation::Cr3Reload | Operation::Invlpg => self.read_probe(),
             Operation::PageFault | Operation::DivZero => MENDED.load(Relaxed),
             Operation::PteMod => {
                 let last = self.changed.wrapping_sub(1);
@@ -337,7 +338,7 @@ impl Platform for Machine {
     }
 
     fn page_fault(&mut self) -> u64 {
-        let word = self.peek();
+        let word = self.read_probe();
         self.unmap_probes();
         word.wrapping_add(MENDED.load(Relaxed))
     }
@@ -488,8 +489,41 @@ impl Platform for Machine {
         sum
     }
 
-    fn open(&mut self, io: Io, _size: u64) -> Result<(), Refusal> {
-        self.devices.open(io)
+    fn open(&mut self, io: Io, size: u64) -> Result<(), Refusal> {
+        self.devices.open(io, size)
+    }
+
+    #[inline(always)]
+    fn peek(&mut self, word: u64) -> u64 {
+        bus::peek(word)
+    }
+
+    #[inline(always)]
+    fn poke(&mut self, word: u64, value: u64) {
+        bus::poke(word, value);
+    }
+
+    #[inline(always)]
+    fn transfer(&mut self, direction: Direction, blocks: &[u64], slot: u64) -> Result<(), Refusal> {
+        self.devices.disk()?.transfer(direction, blocks, slot)
+    }
+
+    fn flush_disk(&mut self) -> Result<(), Refusal> {
+        self.devices.disk()?.flush()
+    }
+
+    fn station(&mut self) -> u64 {
+        self.devices.card().map_or(0, |card| card.station)
+    }
+
+    #[inline(always)]
+    fn transmit(&mut self, slot: u64, count: u64, bytes: u64) -> Result<(), Refusal> {
+        self.devices.card()?.transmit(slot, count, bytes)
+    }
+
+    #[inline(always)]
+    fn receive(&mut self) -> Result<(u64, u64), Refusal> {
+        self.devices.card()?.receive()
     }
 
     fn close(&mut self, _io: Io) -> u64 {

@@ -23,6 +23,7 @@
 //!
 //! The kernel is not mapped there at all: it is another process.
 
+pub(crate) mod bus;
 mod console;
 pub mod crash;
 mod devices;
@@ -68,8 +69,11 @@ extern "C" fn aware_start(info: &StartInfo) -> ! {
         crash::host_refuses("the kernel's entries", errno);
     }
     let mut machine = match First::new(info) {
-        // SAFETY: this function is entered once.
-        Ok(first) => Machine::new(first, unsafe { Devices::new(info) }),
+        Ok(first) => {
+            bus::set_up(info, first.arena.0 * abi::hypercall::layout::PAGE);
+            // SAFETY: this function is entered once.
+            Machine::new(first, unsafe { Devices::new(info) })
+        }
         Err(reason) => {
             session::fail(&mut console, reason);
             console.flush();

@@ -64,6 +64,8 @@ pub(super) struct First {
     /// Its tables.
     pub(super) tree: Tree,
     process: Process,
+    /// The arena's first frame; the others follow.
+    pub(super) arena: Number,
     /// Words of the arena.
     pub(super) words: u64,
     /// Frames A and B of the first probe page; those of the others follow, one after another.
@@ -112,6 +114,7 @@ impl First {
         let first = First {
             tree,
             process: Process::new(Number(stack.0 + STACK_PAGES - 1), STACK_END),
+            arena,
             words: pages * LARGE * PAGE / 8,
             probes,
             storm,

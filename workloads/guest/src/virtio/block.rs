@@ -4,7 +4,8 @@
 //! are a table of its own, laid out once; else they are three of the queue's.
 
 use super::{
-    Transport, feature,
+    bus::{self, Transport},
+    feature,
     queue::{Descriptor, INDIRECT, MOST, NEXT, Queue, WRITE},
 };
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -12,8 +13,6 @@ use programs::{
     Refusal,
     io::{BLOCK_BYTES, Block, Direction, SLOT_WORDS, SLOTS, block, block::DEPTH},
 };
-
-use crate::memory;
 
 /// Device ID.
 const ID: u32 = 2;
@@ -104,7 +103,9 @@ impl Disk {
             flush: features & FLUSH != 0,
         };
         disk.lay_out();
-        transport.start();
+        if !transport.start() {
+            return Err(REFUSES);
+        }
         Ok(disk)
     }
 
@@ -169,7 +170,7 @@ impl Disk {
         header.kind.store(kind, Relaxed);
         header.sector.store(block * SECTORS, Relaxed);
         MEMORY.statuses[request & (DEPTH - 1)].store(UNANSWERED, Relaxed);
-        let address = memory::arena_word(slot % SLOTS * SLOT_WORDS);
+        let address = bus::arena_word(slot % SLOTS * SLOT_WORDS);
         let next = if self.indirect {
             2
         } else {

@@ -4,7 +4,8 @@
 //! input halts, so an idle guest burns no processor time.
 
 use super::{
-    Transport, feature,
+    bus::Transport,
+    feature,
     queue::{Queue, WRITE},
 };
 use crate::{console::Serial, cpu};

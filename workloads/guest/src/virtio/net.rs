@@ -5,10 +5,10 @@
 //! they cost few notifications.
 
 use super::{
-    Transport, feature,
+    bus::{self, Transport},
+    feature,
     queue::{NEXT, Queue, WRITE},
 };
-use crate::{clock, memory, timers};
 use core::sync::atomic::AtomicU64;
 use programs::{
     Refusal,
@@ -87,7 +87,7 @@ impl Card {
         if receive.size() < 2 || send.size() < 2 {
             return Err(REFUSES);
         }
-        timers::start_watch();
+        bus::start_watch();
         let mut card = Card {
             station,
             transport,
@@ -96,7 +96,7 @@ impl Card {
             send,
             back: 0,
             looked_at: None,
-            patience: clock::scale().map_or(1 << 33, |scale| scale.ticks(2_000_000_000)),
+            patience: bus::patience(),
         };
         for frame in 0..send.size() / 2 {
             let header = MEMORY.sent.as_ptr() as u64;
@@ -107,12 +107,15 @@ impl Card {
             let header = MEMORY.received[usize::from(buffer)].as_ptr() as u64;
             let first = receive.descriptor(2 * buffer);
             first.set(header, HEADER, NEXT | WRITE, 2 * buffer + 1);
-            let data = memory::arena_word(slot(buffer) * SLOT_WORDS);
+            let data = bus::arena_word(slot(buffer) * SLOT_WORDS);
             let second = receive.descriptor(2 * buffer + 1);
             second.set(data, BLOCK_BYTES as u32, WRITE, 0);
             card.receive.offer(2 * buffer);
         }
-        transport.start();
+        if !transport.start() {
+            bus::stop_watch();
+            return Err(REFUSES);
+        }
         card.receive.publish(transport, RECEIVE);
         Ok(card)
     }
@@ -120,7 +123,7 @@ impl Card {
     /// Stops the card.
     pub(crate) fn close(&self) {
         self.transport.stop();
-        timers::stop_watch();
+        bus::stop_watch();
     }
 
     /// See [`programs::Platform::transmit`].
@@ -132,7 +135,7 @@ impl Card {
             let batch = (count - sent).min(most.into()) as u16;
             for frame in 0..batch {
                 let slot = slot + sent + u64::from(frame);
-                let data = memory::arena_word(slot * SLOT_WORDS);
+                let data = bus::arena_word(slot * SLOT_WORDS);
                 let second = self.send.descriptor(2 * frame + 1);
                 second.set(data, bytes as u32, 0, 0);
                 self.send.offer(2 * frame);

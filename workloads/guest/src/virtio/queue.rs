@@ -6,8 +6,7 @@
 //! Interrupts are off but while [`Queue::wait`] halts. With EVENT_IDX that is said by an index that the
 //! device does not pass: the one before the last entry that was seen.
 
-use super::Transport;
-use crate::interrupts;
+use super::bus::{self, Transport};
 use core::sync::atomic::{
     AtomicU16, AtomicU32, AtomicU64,
     Ordering::{Acquire, Relaxed, Release, SeqCst},
@@ -15,14 +14,14 @@ use core::sync::atomic::{
 };
 
 /// Largest queue: its three parts fit a page.
-pub(super) const MOST: u16 = 128;
+pub(crate) const MOST: u16 = 128;
 
 /// The device writes this descriptor's memory.
-pub(super) const WRITE: u16 = 2;
+pub(crate) const WRITE: u16 = 2;
 /// The chain goes on.
-pub(super) const NEXT: u16 = 1;
+pub(crate) const NEXT: u16 = 1;
 /// The memory holds a table of descriptors.
-pub(super) const INDIRECT: u16 = 4;
+pub(crate) const INDIRECT: u16 = 4;
 
 /// Offsets of the rings in the page, for the largest queue.
 const DRIVER: u64 = 16 * MOST as u64;
@@ -38,18 +37,18 @@ const LOOKS: u32 = 100;
 
 /// A descriptor's place in memory.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Descriptor(pub(super) u64);
+pub(crate) struct Descriptor(pub(crate) u64);
 
 impl Descriptor {
     /// Sets the address, and leaves the rest.
     #[inline(always)]
-    pub(super) fn set_address(self, address: u64) {
+    pub(crate) fn set_address(self, address: u64) {
         word64(self.0).store(address, Relaxed);
     }
 
     /// Sets all.
     #[inline(always)]
-    pub(super) fn set(self, address: u64, length: u32, flags: u16, next: u16) {
+    pub(crate) fn set(self, address: u64, length: u32, flags: u16, next: u16) {
         self.set_address(address);
         let rest = u64::from(length) | u64::from(flags) << 32 | u64::from(next) << 48;
         word64(self.0 + 8).store(rest, Relaxed);
@@ -73,7 +72,7 @@ fn word16(address: u64) -> &'static AtomicU16 {
 
 /// A queue.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Queue {
+pub(crate) struct Queue {
     page: u64,
     size: u16,
     event_index: bool,
@@ -86,7 +85,7 @@ pub(super) struct Queue {
 
 impl Queue {
     /// A queue in a page, which it clears. `size` is a power of two, at most [`MOST`].
-    pub(super) fn new(page: u64, size: u16, event_index: bool) -> Self {
+    pub(crate) fn new(page: u64, size: u16, event_index: bool) -> Self {
         for word in (0..4096).step_by(8) {
             word64(page + word).store(0, Relaxed);
         }
@@ -102,32 +101,32 @@ impl Queue {
         queue
     }
 
-    pub(super) fn descriptors(&self) -> u64 {
+    pub(crate) fn descriptors(&self) -> u64 {
         self.page
     }
 
-    pub(super) fn driver_area(&self) -> u64 {
+    pub(crate) fn driver_area(&self) -> u64 {
         self.page + DRIVER
     }
 
-    pub(super) fn device_area(&self) -> u64 {
+    pub(crate) fn device_area(&self) -> u64 {
         self.page + DEVICE
     }
 
     /// Number of descriptors and entries.
-    pub(super) fn size(&self) -> u16 {
+    pub(crate) fn size(&self) -> u16 {
         self.size
     }
 
     /// A descriptor of the queue's own table.
     #[inline(always)]
-    pub(super) fn descriptor(&self, index: u16) -> Descriptor {
+    pub(crate) fn descriptor(&self, index: u16) -> Descriptor {
         Descriptor(self.page + 16 * u64::from(index & (self.size - 1)))
     }
 
     /// Offers the chain that starts with a descriptor.
     #[inline(always)]
-    pub(super) fn offer(&mut self, head: u16) {
+    pub(crate) fn offer(&mut self, head: u16) {
         let place = u64::from(self.offered & (self.size - 1));
         word16(self.driver_area() + 4 + 2 * place).store(head, Relaxed);
         self.offered = self.offered.wrapping_add(1);
@@ -135,7 +134,7 @@ impl Queue {
 
     /// Makes what was offered visible, and notifies the device if it wants that.
     #[inline(always)]
-    pub(super) fn publish(&mut self, transport: Transport, index: u32) {
+    pub(crate) fn publish(&mut self, transport: Transport, index: u32) {
         word16(self.driver_area() + 2).store(self.offered, Release);
         // The device either sees the index, or has said before that it wants to be told (2.7.13.4).
         fence(SeqCst);
@@ -155,7 +154,7 @@ impl Queue {
 
     /// Takes the next chain that has come back: its head and the bytes written.
     #[inline(always)]
-    pub(super) fn take(&mut self) -> Option<(u16, u32)> {
+    pub(crate) fn take(&mut self) -> Option<(u16, u32)> {
         if !self.ready(1) {
             return None;
         }
@@ -195,7 +194,7 @@ impl Queue {
     /// Waits until that many chains have come back: by looking for a moment, then halted. With a
     /// limit, in ticks and to be noticed by somebody else's interrupt, false when that has passed.
     #[inline(always)]
-    pub(super) fn wait(&self, chains: u16, limit: Option<u64>) -> bool {
+    pub(crate) fn wait(&self, chains: u16, limit: Option<u64>) -> bool {
         for _ in 0..LOOKS {
             if self.ready(chains) {
                 return true;
@@ -211,7 +210,7 @@ impl Queue {
         fence(SeqCst);
         let start = crate::cpu::time_stamp();
         let mut ready = false;
-        interrupts::wait(None, || {
+        bus::wait(|| {
             ready = self.ready(chains);
             ready || limit.is_some_and(|limit| crate::cpu::time_stamp().wrapping_sub(start) > limit)
         });
@@ -220,7 +219,8 @@ impl Queue {
     }
 
     /// Waits without interrupts: for last words.
-    pub(super) fn look(&self, chains: u16) {
+    #[cfg(feature = "hybrid")]
+    pub(crate) fn look(&self, chains: u16) {
         /// About a second.
         const MOST: u32 = 100_000_000;
         let _ = (0..MOST).any(|_| self.ready(chains));
