@@ -199,7 +199,6 @@ fn run_mode(
         debug,
         memory: engine_core::memory::regions(&ram),
         command_line: command_line.to_string(),
-        ..MachineOptions::default()
     })?;
     machine.attach(peripherals, &ram, vcpu.keeps_code())?;
     stats.write(&Event::Start {
