@@ -198,6 +198,38 @@ fn a_console_flood_reaches_a_slow_reader_whole_and_costs_no_memory() {
     parties.assert_gone();
 }
 
+/// It sleeps until there is room, which is not sleeping for ever.
+#[test]
+fn a_guest_that_waits_for_a_slow_reader_is_not_given_up() {
+    if !available() {
+        return;
+    }
+    let started = Instant::now();
+    let mut call = Call::with_memory("para", "64").args(&[
+        "--workload",
+        "console",
+        "--iterations",
+        "5000",
+        "--timeout",
+        LONG,
+    ]);
+    let mut child = call.start();
+    drop(child.stdin.take());
+    let mut stdout = child.stdout.take().unwrap();
+    let (mut text, mut buffer) = (Vec::new(), [0; 32 << 10]);
+    loop {
+        let count = stdout.read(&mut buffer).unwrap();
+        if count == 0 {
+            break;
+        }
+        text.extend_from_slice(&buffer[..count]);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    finish(child, started).check(0, "");
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.lines().last().unwrap().starts_with("done "), "{text}");
+}
+
 #[test]
 fn a_console_flood_that_nobody_reads_meets_the_time_limit() {
     if !available() {

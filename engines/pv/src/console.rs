@@ -125,7 +125,8 @@ impl Console {
     }
 
     /// Takes what the guest has put into the ring, as long as there is room, and writes what the
-    /// host takes at once. True if the ring is empty now.
+    /// host takes at once. True if the ring is empty now; if not, [`output`](Self::output) is what to
+    /// wait for.
     pub(crate) fn take(&mut self, ring: &ConsoleRing) -> Result<bool, Broken> {
         let size = ring.output.len() as u32;
         loop {
@@ -134,9 +135,16 @@ impl Console {
             if used > size {
                 return Err(Broken::Ring);
             }
-            if used == 0 || self.waiting.len() + used as usize > WAITING {
+            if used == 0 {
                 self.write(false)?;
-                return Ok(used == 0);
+                return Ok(true);
+            }
+            if self.waiting.len() + used as usize > WAITING {
+                self.write(false)?;
+                // Writing may have made room, and then nothing waits for a descriptor any more.
+                if self.waiting.len() + used as usize > WAITING {
+                    return Ok(false);
+                }
             }
             for index in 0..used {
                 let at = consumer.wrapping_add(index) % size;
@@ -181,5 +189,54 @@ impl Console {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn fill(ring: &ConsoleRing) -> u64 {
+        let size = ring.output.len() as u32;
+        let producer = ring.output_producer.load(Relaxed);
+        let used = producer.wrapping_sub(ring.output_consumer.load(Relaxed));
+        let end = producer.wrapping_add(size - used);
+        ring.output_producer.store(end, Relaxed);
+        u64::from(size - used)
+    }
+
+    #[test]
+    fn output_is_taken_or_waited_for_whenever_the_reader_moves() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&reader, true).unwrap();
+        let output = Sink::Descriptor(OwnedFd::from(writer));
+        let mut console = Console::new(Source::Bytes(Vec::new()), output);
+        // SAFETY: numbers and atomics, for which zero is valid.
+        let ring: Box<ConsoleRing> = unsafe { Box::new(std::mem::zeroed()) };
+        let (mut sent, mut received) = (0, 0);
+        let mut buffer = vec![0; 1 << 20];
+        for step in 0..2000 {
+            sent += fill(&ring);
+            let empty = console.take(&ring).unwrap();
+            assert!(empty || console.output().is_some(), "step {step}");
+            // Nothing, a little, or all that has come.
+            let most = [0, 1000, 0, 0, 0, 1 << 20][step % 6];
+            if let Ok(count) = reader.read(&mut buffer[..most]) {
+                received += count as u64;
+            }
+            if step % 500 == 0 {
+                // The reader stands still until the guest is held.
+                while console.take(&ring).unwrap() {
+                    sent += fill(&ring);
+                }
+            }
+        }
+        console.take(&ring).unwrap();
+        while let Ok(count @ 1..) = reader.read(&mut buffer) {
+            received += count as u64;
+            console.take(&ring).unwrap();
+        }
+        assert_eq!(received, sent);
     }
 }

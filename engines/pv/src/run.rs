@@ -386,6 +386,7 @@ impl Guest {
         // SAFETY: `armed` is writable for the duration of the call.
         unsafe { libc::timerfd_gettime(self.timer.as_raw_fd(), &mut armed) };
         asleep
+            && self.console.output().is_none()
             && events.upcall_pending.load(SeqCst) == 0
             && self.console.exhausted(self.ring.get())
             && armed.it_value.tv_sec == 0
