@@ -108,6 +108,31 @@ fn exit_codes_of_every_width_become_statuses() {
 }
 
 #[test]
+fn test_devices_keep_what_is_written() {
+    let image = Guest::protected(|asm| {
+        let mut bad = asm.create_label();
+        asm.mov(eax, 0x1234_5678)?;
+        asm.out(0xe0, eax)?;
+        asm.in_(al, 0xe0)?;
+        asm.cmp(al, 0x78)?;
+        asm.jne(bad)?;
+        asm.mov(ebx, 0xff00_0010u32)?;
+        asm.mov(dword_ptr(ebx), 0x55)?;
+        asm.add(byte_ptr(ebx + 1), 2)?;
+        asm.cmp(dword_ptr(ebx), 0x255)?;
+        asm.jne(bad)?;
+        end(asm, 0)?;
+        asm.set_label(&mut bad)?;
+        end(asm, 1)
+    })
+    .elf();
+    on_every_mode(|mode| {
+        let call = kernel(Call::new(mode.name), &image, &["--exit-port", "raw"]);
+        call.run().check(1, "");
+    });
+}
+
+#[test]
 fn a_flat_binary_is_entered_at_its_first_byte() {
     for (at, args) in [(0x10_0000, vec![]), (0x40_0000, vec!["--load", "0x400000"])] {
         let code = assemble(32, at, |asm| {

@@ -21,6 +21,7 @@ pub mod pit;
 mod pm_timer;
 pub mod rtc;
 pub mod serial;
+pub mod testdev;
 pub mod virtio;
 
 use std::os::fd::BorrowedFd;

@@ -129,7 +129,8 @@ impl From<Irqchip> for engine_core::Irqchip {
 pub(crate) enum ExitPort {
     /// 0 is success, all else failure
     Plain,
-    /// Code c becomes exit status (c << 1) | 1, as with QEMU's isa-debug-exit
+    /// Code c becomes exit status (c << 1) | 1, as with QEMU's isa-debug-exit; test devices as
+    /// QEMU's pc-testdev come with it
     Raw,
 }
 

@@ -201,6 +201,9 @@ fn run_mode(
         command_line: command_line.to_string(),
     })?;
     machine.attach(peripherals, &ram, vcpu.keeps_code())?;
+    if arguments.exit_port == cli::ExitPort::Raw {
+        engine_core::devices::testdev::add(&mut machine)?;
+    }
     stats.write(&Event::Start {
         mode: mode.name,
         engine: mode.engine,
