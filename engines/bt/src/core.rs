@@ -33,6 +33,8 @@ pub(crate) struct Core {
     /// What [`Core::mode`] said last, until something that it depends on changes.
     pub mode: Option<Mode>,
     pub debug: Debugging,
+    /// What devices have answered to the string comparison under way.
+    pub device_values: Vec<u64>,
     /// Somebody asked for the task priority since `run` last returned: an interrupt waits for it to
     /// fall, so writing CR8 has to end the run.
     pub priority_matters: bool,
@@ -79,6 +81,7 @@ impl Core {
             flushed: Flushed::Nothing,
             mode: None,
             debug: Debugging::default(),
+            device_values: Vec::new(),
             priority_matters: false,
             exact_flags: false,
             code_writes: Vec::new(),

@@ -193,6 +193,7 @@ impl Core {
             return Err(Fault::gp().into());
         }
         if instr.is_string_instruction() {
+            self.device_values.clear();
             return self.string(instr);
         }
         match mnemonic {

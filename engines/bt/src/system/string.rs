@@ -56,6 +56,11 @@ impl Core {
                 core.advance(form, true, false, 1);
                 Ok(true)
             }),
+            Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq
+                if self.compares_device(instr, &form)? =>
+            {
+                self.compare_device(instr, &form)
+            }
             Scasb | Scasw | Scasd | Scasq => {
                 let while_equal = instr.has_repe_prefix();
                 self.each(&form, |core, form| {
@@ -375,6 +380,60 @@ impl Core {
         })
     }
 
+    /// True if scas or cmps reads its next element from a device.
+    fn compares_device(&self, instr: &Instruction, form: &Form) -> Result<bool, Fault> {
+        let to = self.destination(form, false)?;
+        if self.device(form, to)?.is_some() {
+            return Ok(true);
+        }
+        if !compares_memory(instr) {
+            return Ok(false);
+        }
+        let from = self.source(form)?;
+        Ok(self.device(form, from)?.is_some())
+    }
+
+    /// One element of scas or cmps with a device on either side. What devices have answered so far
+    /// is in `device_values`; the next answer brings it here again.
+    fn compare_device(&mut self, instr: &Instruction, form: &Form) -> Result<Step, Trap> {
+        let compares = compares_memory(instr);
+        let mut answers = std::mem::take(&mut self.device_values).into_iter();
+        let mut values = Vec::with_capacity(2);
+        let mut known = Vec::with_capacity(2);
+        let to = self.destination(form, false)?;
+        let addresses = if compares {
+            vec![to, self.source(form)?]
+        } else {
+            vec![to]
+        };
+        for address in addresses {
+            let value = match self.device(form, address)? {
+                None => self.load(address, form.size)?,
+                Some(phys) => match answers.next() {
+                    Some(value) => {
+                        known.push(value);
+                        value
+                    }
+                    None => {
+                        self.device_values = known;
+                        let size = form.size as u8;
+                        return Ok(Step::ReadDevice { phys, size });
+                    }
+                },
+            };
+            values.push(value);
+        }
+        let left = values.get(1).copied().unwrap_or_else(|| self.gpr(0));
+        let while_equal = instr.has_repe_prefix();
+        self.advance(form, compares, true, 1);
+        let again = self.compare(left, values[0], form.size) == while_equal;
+        if form.repeats && again && self.gpr(1) & form.mask != 0 {
+            Ok(Step::Again)
+        } else {
+            Ok(Step::Next)
+        }
+    }
+
     /// Hands one element to a device; `copies` if it came from RSI.
     fn write_device(
         &mut self,
@@ -402,10 +461,14 @@ impl Core {
     ) -> Result<Step, Trap> {
         use Mnemonic::*;
         let form = self.form(instr);
+        if compares_memory(instr) || matches!(instr.mnemonic(), Scasb | Scasw | Scasd | Scasq) {
+            self.device_values.push(value);
+            return self.compare_device(instr, &form);
+        }
         if matches!(instr.mnemonic(), Lodsb | Lodsw | Lodsd | Lodsq) {
             self.set_gpr_sized(0, value, form.size);
             self.advance(&form, true, false, 1);
-            return Ok(Step::Next);
+            return Ok(self.next_or_again(instr));
         }
         let to = self.destination(&form, true)?;
         if self.device(&form, to)?.is_some() {
@@ -414,7 +477,15 @@ impl Core {
         let user = self.user();
         self.write(to, &value.to_le_bytes()[..form.size as usize], user)?;
         self.advance(&form, true, true, 1);
-        Ok(Step::Next)
+        Ok(self.next_or_again(instr))
+    }
+
+    fn next_or_again(&self, instr: &Instruction) -> Step {
+        if self.goes_on(instr) {
+            Step::Again
+        } else {
+            Step::Next
+        }
     }
 
     /// True if a string instruction whose registers have moved has more to do.
@@ -467,4 +538,10 @@ impl Core {
         self.set_arithmetic(ARITHMETIC, flags);
         result == 0
     }
+}
+
+/// True for cmps, whose other operand is memory, too.
+fn compares_memory(instr: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(instr.mnemonic(), Cmpsb | Cmpsw | Cmpsd | Cmpsq)
 }

@@ -193,10 +193,14 @@ impl BtVcpu {
                     Ok(Step::WriteDevice { phys, size, value }) => {
                         Some(self.write_element(&instr, phys, size, value))
                     }
+                    Ok(Step::ReadDevice { phys, size }) => {
+                        self.pending = Pending::StringRead { instr };
+                        let len = size.into();
+                        Some(Stop::Read { phys, len })
+                    }
+                    Ok(Step::Again) => None,
                     Ok(_) => {
-                        if !self.core.goes_on(&instr) {
-                            self.core.rip = instr.next_ip();
-                        }
+                        self.core.rip = instr.next_ip();
                         None
                     }
                     // Checked before the device was asked; should the mapping be gone, the

@@ -498,3 +498,36 @@ fn the_apic_answers_through_device_memory() {
     });
     assert_eq!(report.results[..2], [0x5_0014, 0x1ff]);
 }
+
+#[test]
+fn strings_are_compared_with_device_memory_on_either_side() {
+    // The device's bytes are their own addresses with bit 7 set.
+    let (_, results) = with_device(|asm| {
+        asm.cld()?;
+        asm.mov(rdi, device(0x10))?;
+        asm.mov(al, 0x93u32 as i32)?;
+        asm.mov(ecx, 8)?;
+        asm.repne().scasb()?;
+        asm.result(0, rcx)?;
+        asm.mov(rsi, device(0x20))?;
+        asm.mov(rdi, device(0x20))?;
+        asm.mov(ecx, 4)?;
+        asm.repe().cmpsw()?;
+        asm.setz(al)?;
+        asm.movzx(eax, al)?;
+        asm.shl(eax, 8)?;
+        asm.mov(al, cl)?;
+        asm.result(1, rax)?;
+        // Against RAM that is the same for three bytes.
+        asm.mov(dword_ptr(crate::kernel::SCRATCH), 0x00b2_b1b0)?;
+        asm.mov(rsi, crate::kernel::SCRATCH)?;
+        asm.mov(rdi, device(0x30))?;
+        asm.mov(ecx, 8)?;
+        asm.repe().cmpsb()?;
+        asm.result(2, rcx)?;
+        asm.mov(rax, device(0x30))?;
+        asm.sub(rdi, rax)?;
+        asm.result(3, rdi)
+    });
+    assert_eq!(results[..4], [4, 0x100, 4, 4]);
+}
