@@ -338,9 +338,14 @@ impl Guest {
 
     /// Takes output, and tells a guest that waits for room. Answers whether the ring is empty.
     fn take_output(&mut self) -> Result<bool, Broken> {
+        // The wish is read before room is made: one that comes later rings again, and an event for it
+        // that came before there was room would be taken for nothing.
+        let wanted = self.ring.get().output_wanted.swap(0, SeqCst) != 0;
         let empty = self.console.take(self.ring.get())?;
-        if empty && self.ring.get().output_wanted.swap(0, SeqCst) != 0 {
-            self.raise(evtchn::CONSOLE_PORT);
+        match (wanted, empty) {
+            (true, true) => self.raise(evtchn::CONSOLE_PORT),
+            (true, false) => self.ring.get().output_wanted.store(1, SeqCst),
+            (false, _) => {}
         }
         Ok(empty)
     }
