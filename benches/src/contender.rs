@@ -200,12 +200,11 @@ impl Contender {
         task.is_for(self.role) && (!self.devices_only || task.uses_devices())
     }
 
-    /// Whether it has a use for devices: floors have none, and neither have guests of engine `pv`,
-    /// which drive none yet.
+    /// Whether it has a use for devices: all have but floors.
     pub fn takes_devices(&self) -> bool {
         match self.role {
             Role::Floor => false,
-            Role::Baseline | Role::Mode | Role::Peer => self.engine != PV,
+            Role::Baseline | Role::Mode | Role::Peer => true,
         }
     }
 
@@ -394,7 +393,14 @@ mod tests {
             "qemu-tcg" | "qemu-tcg-virtio" => Contender::peer(name, &parts),
             _ => Contender::mode(name, &parts),
         };
-        for name in ["full", "hybrid", "native", "qemu-tcg", "qemu-tcg-virtio"] {
+        for name in [
+            "full",
+            "hybrid",
+            "para",
+            "native",
+            "qemu-tcg",
+            "qemu-tcg-virtio",
+        ] {
             let mut contender = named(name).expect("known");
             assert!(contender.takes_devices(), "{name}");
             let devices = Devices::create(dir.path(), dir.path(), name).expect("writable");
