@@ -99,6 +99,8 @@ pub struct Guest {
     pub(crate) zygote: Process,
     /// By slot.
     pub(crate) users: Vec<Option<Process>>,
+    /// User processes of spaces that are gone: killed, and not yet reaped.
+    pub(crate) dying: Vec<Process>,
     /// K's calls.
     pub(crate) listener: OwnedFd,
     pub(crate) zygote_socket: UnixStream,
@@ -347,6 +349,7 @@ impl Guest {
             kernel,
             zygote,
             users: (0..layout::MAX_SPACES).map(|_| None).collect(),
+            dying: Vec::new(),
             listener,
             zygote_socket,
             wake,
@@ -381,7 +384,8 @@ impl Guest {
 
     /// Process ids of the parties that live: the kernel's, the zygote's, then the user processes'.
     pub fn processes(&self) -> Vec<i32> {
-        let users = self.users.iter().flatten().map(Process::pid);
+        let users = self.users.iter().flatten().chain(&self.dying);
+        let users = users.map(Process::pid);
         [self.kernel.pid(), self.zygote.pid()]
             .into_iter()
             .chain(users)

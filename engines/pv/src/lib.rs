@@ -25,6 +25,7 @@ mod pages;
 mod process;
 mod rings;
 mod run;
+mod users;
 mod wire;
 
 /// A guest that does what its command line names, well or badly: see guest/main.rs. For tests.

@@ -51,6 +51,15 @@ impl Process {
         let _ = rustix::process::pidfd_send_signal(&self.descriptor, signal);
     }
 
+    /// Reaps it if it has ended already; whether it had.
+    pub(crate) fn reap(&mut self) -> bool {
+        let mut status = 0;
+        // SAFETY: `status` is writable for the duration of the call.
+        let result = unsafe { libc::waitpid(self.pid(), &mut status, libc::WNOHANG) };
+        self.reaped |= result == self.pid();
+        self.reaped
+    }
+
     /// Ends and reaps it; answers with how it had ended, in words.
     pub(crate) fn end(&mut self) -> String {
         if self.reaped {

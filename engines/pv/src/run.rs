@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::fence;
 use std::time::{Duration, Instant};
 
-use abi::hypercall::{errno, evtchn};
+use abi::hypercall::evtchn;
 use engine_core::machine::Window;
 use engine_core::{Error as EngineError, Limit, Limits, Outcome};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -22,7 +22,7 @@ use crate::count::Snapshot;
 use crate::guest::Guest;
 use crate::ledger;
 use crate::process::Process;
-use crate::wire::{k_fd, vmm};
+use crate::wire::vmm;
 
 /// The timer's port, as the monitor knows it.
 const TIMER_PORT: u64 = 0;
@@ -124,6 +124,7 @@ impl Guest {
         for user in &mut self.users {
             *user = None;
         }
+        self.dying.clear();
         self.zygote.end();
         how
     }
@@ -430,11 +431,9 @@ impl Guest {
                 self.answer(id, value, 0);
             }
             vmm::SPACE_DESTROY => {
-                if let Some(user) = self.users.get_mut(argument as usize) {
-                    // Dropping it ends and reaps it.
-                    *user = None;
-                }
+                self.destroy(argument);
                 self.answer(id, 0, 0);
+                self.bury();
             }
             vmm::MARK => {
                 let now = Snapshot::take(self.ledger.get());
@@ -466,50 +465,6 @@ impl Guest {
             _ => self.answer(id, 0, -libc::ENOSYS),
         }
         Ok(None)
-    }
-
-    /// Makes the user process of a slot; its process id.
-    fn create(&mut self, id: u64, slot: u64) -> Result<i64, i64> {
-        use std::io::{Read, Write};
-        let place = usize::try_from(slot)
-            .ok()
-            .filter(|&place| place < self.users.len());
-        let place = place.ok_or(errno::EINVAL)?;
-        if self.users[place].is_some() {
-            return Err(errno::EBUSY);
-        }
-        let mut answer = [0; 8];
-        self.zygote_socket
-            .write_all(&(slot as u32).to_ne_bytes())
-            .and_then(|()| self.zygote_socket.read_exact(&mut answer))
-            .map_err(|_| errno::ENOMEM)?;
-        let pid = i64::from_ne_bytes(answer);
-        let process = i32::try_from(pid).ok().filter(|&pid| pid > 0);
-        let process = process
-            .and_then(|pid| Process::adopt(pid).ok())
-            .ok_or(errno::ENOMEM)?;
-        self.give(id, process.descriptor.as_fd(), k_fd::PROCESS + place as i32)?;
-        self.users[place] = Some(process);
-        Ok(pid)
-    }
-
-    /// Installs a descriptor in K, which waits in call `id`.
-    fn give(&self, id: u64, fd: BorrowedFd<'_>, number: i32) -> Result<(), i64> {
-        let add = libc::seccomp_notif_addfd {
-            id,
-            flags: libc::SECCOMP_ADDFD_FLAG_SETFD as u32,
-            srcfd: fd.as_raw_fd() as u32,
-            newfd: number as u32,
-            newfd_flags: 0,
-        };
-        let listener = self.listener.as_raw_fd();
-        // SAFETY: the request takes this structure.
-        let added = unsafe { libc::ioctl(listener, libc::SECCOMP_IOCTL_NOTIF_ADDFD, &add) };
-        if added < 0 {
-            Err(errno::ENOMEM)
-        } else {
-            Ok(())
-        }
     }
 
     /// Lets K go on. A K that is gone is noticed by its process descriptor.
