@@ -57,7 +57,7 @@ impl Core {
                 Ok(true)
             }),
             Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq
-                if self.compares_device(instr, &form)? =>
+                if self.compares_device(instr, &form) =>
             {
                 self.compare_device(instr, &form)
             }
@@ -380,17 +380,14 @@ impl Core {
         })
     }
 
-    /// True if scas or cmps reads its next element from a device.
-    fn compares_device(&self, instr: &Instruction, form: &Form) -> Result<bool, Fault> {
-        let to = self.destination(form, false)?;
-        if self.device(form, to)?.is_some() {
-            return Ok(true);
-        }
-        if !compares_memory(instr) {
-            return Ok(false);
-        }
-        let from = self.source(form)?;
-        Ok(self.device(form, from)?.is_some())
+    /// True if scas or cmps reads its next element from a device. An element that can't be read at
+    /// all is none: reading it raises the fault, the destination's before the source's.
+    fn compares_device(&self, instr: &Instruction, form: &Form) -> bool {
+        let reads_device = |address: Result<u64, Fault>| {
+            matches!(address.and_then(|at| self.device(form, at)), Ok(Some(_)))
+        };
+        reads_device(self.destination(form, false))
+            || (compares_memory(instr) && reads_device(self.source(form)))
     }
 
     /// One element of scas or cmps with a device on either side. What devices have answered so far
@@ -400,13 +397,12 @@ impl Core {
         let mut answers = std::mem::take(&mut self.device_values).into_iter();
         let mut values = Vec::with_capacity(2);
         let mut known = Vec::with_capacity(2);
-        let to = self.destination(form, false)?;
-        let addresses = if compares {
-            vec![to, self.source(form)?]
-        } else {
-            vec![to]
-        };
-        for address in addresses {
+        for from_source in [false, true].into_iter().take(1 + usize::from(compares)) {
+            let address = if from_source {
+                self.source(form)?
+            } else {
+                self.destination(form, false)?
+            };
             let value = match self.device(form, address)? {
                 None => self.load(address, form.size)?,
                 Some(phys) => match answers.next() {
