@@ -97,7 +97,7 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
     let mut tasks = choose_workloads(&arguments.workloads)?;
     std::fs::create_dir_all(&arguments.out)
         .with_context(|| format!("create {}", arguments.out.display()))?;
-    let images = Images::write()?;
+    let images = Images::write(&arguments.out)?;
     let manifest_path = arguments.out.join(MANIFEST);
     let run = format!("{}-{}", unix_seconds()?, std::process::id());
     let mut manifest = Manifest::collect(Circumstances {
@@ -124,10 +124,16 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
         tasks.extend(Task::floors());
     }
     contenders.retain(|contender| tasks.iter().any(|task| contender.is_asked(*task)));
+    // Not in the run's own directory: the name of a socket has room for 107 bytes (unix(7)).
+    let sockets;
     if tasks.iter().any(|task| task.uses_devices()) {
+        sockets = tempfile::Builder::new()
+            .prefix("trapline-")
+            .tempdir()
+            .context("create a directory for sockets")?;
         let takers = contenders.iter_mut().filter(|c| c.takes_devices());
         for (number, contender) in takers.enumerate() {
-            let devices = Devices::create(&arguments.out, images.dir.path(), &number.to_string());
+            let devices = Devices::create(&arguments.out, sockets.path(), &number.to_string());
             let devices = devices.with_context(|| format!("devices of {}", contender.name))?;
             contender.attach(devices);
         }
@@ -236,20 +242,20 @@ fn find_trapline(given: Option<&Path>) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-/// The images as files, because peers take theirs by path, and the directory that they lie in. Removed
-/// at the end.
+/// The images as files, because peers take theirs by path, and the directory that they lie in: one in
+/// the run's own, so that a harness that is killed leaves nothing elsewhere. Removed at the end.
 struct Images {
     unaware: PathBuf,
     hybrid: PathBuf,
-    dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
 }
 
 impl Images {
-    fn write() -> anyhow::Result<Images> {
+    fn write(out: &Path) -> anyhow::Result<Images> {
         let dir = tempfile::Builder::new()
-            .prefix("trapline-")
-            .tempdir()
-            .context("create a directory for the images")?;
+            .prefix(".images-")
+            .tempdir_in(out)
+            .with_context(|| format!("create a directory for the images in {}", out.display()))?;
         let write = |name: &str, image: &[u8]| {
             let path = dir.path().join(name);
             std::fs::write(&path, image).with_context(|| format!("write {}", path.display()))?;
@@ -258,7 +264,7 @@ impl Images {
         Ok(Images {
             unaware: write("unaware.elf", images::unaware())?,
             hybrid: write("hybrid.elf", images::hybrid())?,
-            dir,
+            _dir: dir,
         })
     }
 }
