@@ -46,6 +46,11 @@ const NANO: &[&str] = &[
     "cr8wr",
     "ptemod",
     "cli_sti",
+    "int3",
+    "cr3_touch",
+    "pushf_popf",
+    "rep_movsb",
+    "rep_stosq",
 ];
 
 const MICRO: &[&str] = &["ctxsw2", "ctxsw8", "pfstorm", "aspace"];

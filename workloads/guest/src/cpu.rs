@@ -1,6 +1,6 @@
 //! The instructions that Rust has no words for, one function each, and the constants they need.
 
-use core::arch::asm;
+use core::{arch::asm, sync::atomic::AtomicU64};
 
 /// Selector of the kernel's code segment.
 pub(crate) const KERNEL_CODE: u16 = 0x08;
@@ -178,6 +178,45 @@ pub(crate) fn mask() {
 pub(crate) fn mask_unmask() {
     // SAFETY: both PICs are masked, so no interrupt arrives.
     unsafe { asm!("cli", "sti", options(nostack)) };
+}
+
+/// Makes the lowest bit of `value` the carry, pushes the flags, inverts the carry, pops the flags;
+/// returns the carry.
+#[inline(always)]
+pub(crate) fn keep_carry(value: u64) -> u64 {
+    let carry: u32;
+    // SAFETY: one push and one pop; the kernel has no red zone. The flags come back as they were.
+    unsafe {
+        asm!("xor {0:e}, {0:e}", "bt {1}, 0", "pushfq", "cmc", "popfq", "setc {0:l}",
+            out(reg) carry, in(reg) value);
+    }
+    carry.into()
+}
+
+/// Copies a page as one string instruction.
+///
+/// # Safety
+/// 4096 bytes can be read at `source` and written at `target`, which nobody else uses meanwhile.
+#[inline(always)]
+pub(crate) unsafe fn copy_page(source: *const AtomicU64, target: *const AtomicU64) {
+    // SAFETY: the caller's contract; the direction flag is clear in Rust code.
+    unsafe {
+        asm!("rep movsb", inout("rsi") source => _, inout("rdi") target => _,
+            inout("rcx") 4096 => _, options(nostack, preserves_flags));
+    }
+}
+
+/// Fills a page with `value` as one string instruction.
+///
+/// # Safety
+/// 4096 bytes can be written at `target`, which nobody else uses meanwhile.
+#[inline(always)]
+pub(crate) unsafe fn fill_page(target: *const AtomicU64, value: u64) {
+    // SAFETY: the caller's contract; the direction flag is clear in Rust code.
+    unsafe {
+        asm!("rep stosq", inout("rdi") target => _, in("rax") value, inout("rcx") 512 => _,
+            options(nostack, preserves_flags));
+    }
 }
 
 /// Takes the interrupts that are pending, and masks again.

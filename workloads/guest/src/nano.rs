@@ -6,7 +6,7 @@ use crate::{
     cpu,
     devices::Devices,
     memory, spaces,
-    traps::{self, NO_FAULT, divide_armed, expected_fault, trap_count},
+    traps::{self, NO_FAULT, breakpoint_armed, divide_armed, expected_fault, trap_count},
     user,
 };
 use core::{
@@ -17,7 +17,7 @@ use programs::{
     Kernel, Platform, Refusal, Ring,
     io::{Direction, Histogram, Io, Timer, histogram::Scale},
     micro::Micro,
-    nano::{Operation, WORD_A, WORD_B, cpuid, port_in, syscall},
+    nano::{Operation, Pages, WORD_A, WORD_B, cpuid, port_in, syscall},
 };
 
 unsafe extern "C" {
@@ -32,6 +32,9 @@ static syscall_key: AtomicU64 = AtomicU64::new(syscall::KEY);
 
 /// Why there is no hypercall.
 const NO_HYPERCALL: &str = "an unaware guest knows of no host to call";
+
+/// What string instructions copy from and to.
+static PAGES: Pages = Pages::new();
 
 /// RFLAGS.IF.
 const INTERRUPTS: u64 = 1 << 9;
@@ -82,8 +85,9 @@ impl Platform for Machine {
     fn settle(&mut self, operation: Operation) -> u64 {
         let left = match operation {
             Operation::Out => cpu::port_in(SCRATCH_PORT).into(),
-            Operation::Cr3Reload | Operation::Invlpg => memory::read_probe(),
-            Operation::PageFault | Operation::DivZero => trap_count.load(Relaxed),
+            Operation::Cr3Reload | Operation::Cr3Touch | Operation::Invlpg => memory::read_probe(),
+            Operation::PageFault | Operation::DivZero | Operation::Int3 => trap_count.load(Relaxed),
+            Operation::RepMovsb | Operation::RepStosq => PAGES.settled(),
             Operation::Cr8Write => cpu::priority(),
             Operation::PteMod => {
                 cpu::invalidate(memory::PROBE);
@@ -94,7 +98,8 @@ impl Platform for Machine {
             | Operation::Hypercall
             | Operation::In
             | Operation::Cpuid
-            | Operation::CallRet => 0,
+            | Operation::CallRet
+            | Operation::PushfPopf => 0,
         };
         disarm();
         if operation == Operation::Cr8Write {
@@ -180,6 +185,38 @@ impl Platform for Machine {
     #[inline(always)]
     fn mask_unmask(&mut self) {
         cpu::mask_unmask();
+    }
+
+    #[inline(always)]
+    fn breakpoint(&mut self) -> u64 {
+        // SAFETY: the handler counts and comes back.
+        unsafe { asm!("int3", options(nostack)) };
+        trap_count.load(Relaxed)
+    }
+
+    #[inline(always)]
+    fn reload_and_touch(&mut self) -> u64 {
+        self.reload_root();
+        memory::read_probe()
+    }
+
+    #[inline(always)]
+    fn keep_carry(&mut self, value: u64) -> u64 {
+        cpu::keep_carry(value)
+    }
+
+    #[inline(always)]
+    fn copy_page(&mut self, value: u64) -> u64 {
+        // SAFETY: both are pages, and no one else uses them.
+        PAGES.copied(value, |source, target| unsafe {
+            cpu::copy_page(source, target)
+        })
+    }
+
+    #[inline(always)]
+    fn fill_page(&mut self, value: u64) -> u64 {
+        // SAFETY: as above.
+        PAGES.filled(|target| unsafe { cpu::fill_page(target, value) })
     }
 
     fn set_up(&mut self, micro: Micro, size: u64) -> Result<(), Refusal> {
@@ -324,7 +361,7 @@ fn start(operation: Operation) {
     ROOT.store(cpu::root(), Relaxed);
     match operation {
         Operation::In => cpu::port_out(SCRATCH_PORT, port_in::VALUE),
-        Operation::Cr3Reload | Operation::Invlpg => {
+        Operation::Cr3Reload | Operation::Cr3Touch | Operation::Invlpg => {
             map_probe();
             memory::set_probe_entry(memory::probe_entry(1));
         }
@@ -335,13 +372,16 @@ fn start(operation: Operation) {
             expected_fault.store(memory::PROBE, Relaxed);
         }
         Operation::DivZero => divide_armed.store(1, Relaxed),
+        Operation::Int3 => breakpoint_armed.store(1, Relaxed),
+        Operation::RepMovsb | Operation::RepStosq => PAGES.start(),
         Operation::Syscall
         | Operation::Hypercall
         | Operation::Out
         | Operation::Cpuid
         | Operation::CallRet
         | Operation::Cr8Write
-        | Operation::CliSti => {}
+        | Operation::CliSti
+        | Operation::PushfPopf => {}
     }
 }
 
@@ -356,6 +396,7 @@ fn map_probe() {
 fn disarm() {
     expected_fault.store(NO_FAULT, Relaxed);
     divide_armed.store(0, Relaxed);
+    breakpoint_armed.store(0, Relaxed);
     cpu::mask();
 }
 
@@ -381,6 +422,11 @@ fn expectation(operation: Operation) -> (u64, &'static str) {
         Operation::Cr8Write => (5, "CR8 does not read what was written"),
         Operation::PteMod => (WORD_B, "a changed page-table entry has no effect"),
         Operation::CliSti => (1, "sti does not unmask interrupts"),
+        Operation::Int3 => (1, "the breakpoint was not taken once"),
+        Operation::Cr3Touch => (WORD_B, "a load of CR3 does not flush translations"),
+        Operation::PushfPopf => (1, "popf does not restore the flags"),
+        Operation::RepMovsb => (27, "rep movsb does not copy"),
+        Operation::RepStosq => (42, "rep stosq does not fill"),
     }
 }
 
@@ -428,5 +474,10 @@ extern "C" fn trial(trial: u64) -> u64 {
             machine.mask_unmask();
             (cpu::flags() & INTERRUPTS != 0).into()
         }
+        Operation::Int3 => machine.breakpoint(),
+        Operation::Cr3Touch => machine.reload_and_touch(),
+        Operation::PushfPopf => machine.keep_carry(1),
+        Operation::RepMovsb => machine.copy_page(7),
+        Operation::RepStosq => machine.fill_page(7),
     }
 }

@@ -47,6 +47,9 @@ pub(crate) static trap_count: AtomicU64 = AtomicU64::new(0);
 /// 1 while divide errors are expected.
 #[unsafe(no_mangle)]
 pub(crate) static divide_armed: AtomicU64 = AtomicU64::new(0);
+/// 1 while breakpoints are expected.
+#[unsafe(no_mangle)]
+pub(crate) static breakpoint_armed: AtomicU64 = AtomicU64::new(0);
 /// Address whose page faults are mended.
 #[unsafe(no_mangle)]
 pub(crate) static expected_fault: AtomicU64 = AtomicU64::new(NO_FAULT);

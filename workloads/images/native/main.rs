@@ -8,10 +8,13 @@ use programs::{
     Kernel, Platform, Refusal,
     io::{Direction, Histogram, Io, SLOT_WORDS, SLOTS, histogram::Scale},
     micro::Micro,
-    nano::Operation,
+    nano::{Operation, Pages},
     session::{self, Console, LINE, Next},
 };
-use std::io::{self, BufRead, Read, StdoutLock, Write};
+use std::{
+    arch::asm,
+    io::{self, BufRead, Read, StdoutLock, Write},
+};
 
 /// Words of the arena: 64 MiB, the guest's most.
 const ARENA: usize = 8 << 20;
@@ -24,6 +27,9 @@ const NO_SPACES: &str = "a process has no address spaces of its own to manage";
 
 /// Bytes of a page: devices want data aligned to it.
 const PAGE: usize = 4096;
+
+/// What string instructions copy from and to.
+static PAGES: Pages = Pages::new();
 
 struct Process {
     /// The arena, after as much as it takes to begin a page.
@@ -67,12 +73,49 @@ impl Platform for Process {
         Ok(kernel(self.arena(), size, iterations))
     }
 
-    fn arm(&mut self, _operation: Operation) -> Result<(), Refusal> {
-        Err(Refusal::Unsupported(NO_RING_0))
+    fn arm(&mut self, operation: Operation) -> Result<(), Refusal> {
+        match operation {
+            Operation::CallRet | Operation::PushfPopf => Ok(()),
+            Operation::RepMovsb | Operation::RepStosq => {
+                PAGES.start();
+                Ok(())
+            }
+            Operation::Syscall
+            | Operation::Hypercall
+            | Operation::In
+            | Operation::Out
+            | Operation::Cpuid
+            | Operation::Cr3Reload
+            | Operation::Cr3Touch
+            | Operation::Invlpg
+            | Operation::PageFault
+            | Operation::DivZero
+            | Operation::Int3
+            | Operation::Cr8Write
+            | Operation::PteMod
+            | Operation::CliSti => Err(Refusal::Unsupported(NO_RING_0)),
+        }
     }
 
     fn settle(&mut self, operation: Operation) -> u64 {
-        refused(operation)
+        match operation {
+            Operation::CallRet | Operation::PushfPopf => 0,
+            Operation::RepMovsb | Operation::RepStosq => PAGES.settled(),
+            Operation::Syscall
+            | Operation::Hypercall
+            | Operation::In
+            | Operation::Out
+            | Operation::Cpuid
+            | Operation::Cr3Reload
+            | Operation::Cr3Touch
+            | Operation::Invlpg
+            | Operation::PageFault
+            | Operation::DivZero
+            | Operation::Int3
+            | Operation::Cr8Write
+            | Operation::PteMod
+            | Operation::CliSti => refused(operation),
+        }
     }
 
     fn syscalls(&mut self, _iterations: u64) -> Result<u64, Refusal> {
@@ -111,8 +154,15 @@ impl Platform for Process {
         refused(Operation::DivZero)
     }
 
-    fn call_return(&mut self, _value: u64) -> u64 {
-        refused(Operation::CallRet)
+    #[inline(always)]
+    fn call_return(&mut self, value: u64) -> u64 {
+        let result;
+        // SAFETY: the callee changes rax alone; the call's word lies below the red zone.
+        unsafe {
+            asm!("lea rsp, [rsp - 128]", "call {callee}", "lea rsp, [rsp + 128]",
+                callee = sym callee, inout("rax") value => result, options(preserves_flags));
+        }
+        result
     }
 
     fn set_priority(&mut self, _value: u64) {
@@ -125,6 +175,47 @@ impl Platform for Process {
 
     fn mask_unmask(&mut self) {
         refused(Operation::CliSti)
+    }
+
+    fn breakpoint(&mut self) -> u64 {
+        refused(Operation::Int3)
+    }
+
+    fn reload_and_touch(&mut self) -> u64 {
+        refused(Operation::Cr3Touch)
+    }
+
+    #[inline(always)]
+    fn keep_carry(&mut self, value: u64) -> u64 {
+        let carry: u32;
+        // SAFETY: one push and one pop; without `nostack` the compiler keeps its red zone free.
+        unsafe {
+            asm!("xor {0:e}, {0:e}", "bt {1}, 0", "pushfq", "cmc", "popfq", "setc {0:l}",
+                out(reg) carry, in(reg) value);
+        }
+        carry.into()
+    }
+
+    #[inline(always)]
+    fn copy_page(&mut self, value: u64) -> u64 {
+        PAGES.copied(value, |source, target| {
+            // SAFETY: both are pages that nobody else uses; the direction flag is clear.
+            unsafe {
+                asm!("rep movsb", inout("rsi") source => _, inout("rdi") target => _,
+                    inout("rcx") PAGE => _, options(nostack, preserves_flags));
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn fill_page(&mut self, value: u64) -> u64 {
+        PAGES.filled(|target| {
+            // SAFETY: as above.
+            unsafe {
+                asm!("rep stosq", inout("rdi") target => _, in("rax") value,
+                    inout("rcx") PAGE / 8 => _, options(nostack, preserves_flags));
+            }
+        })
     }
 
     fn set_up(&mut self, _micro: Micro, _size: u64) -> Result<(), Refusal> {
@@ -208,6 +299,12 @@ impl Platform for Process {
             code: error.raw_os_error().unwrap_or(0) as u64,
         })
     }
+}
+
+/// What the callret workload calls: the guest's instructions.
+#[unsafe(naked)]
+extern "C" fn callee() {
+    core::arch::naked_asm!("lea rax, [rax + 2*rax + 1]", "ret")
 }
 
 /// No operation runs that was not armed, and none is.

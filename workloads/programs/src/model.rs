@@ -10,7 +10,7 @@ use crate::{
     io::{Direction, Io, SLOT_WORDS, SLOTS, Timer, block, net},
     micro::{Micro, PAGE_WORDS, aspace, ctxsw, pfstorm},
     nano::{
-        Operation, WORD_A, WORD_B, cpuid, port_in,
+        Operation, Pages, WORD_A, WORD_B, cpuid, port_in,
         syscall::{self, Syscalls},
     },
 };
@@ -36,6 +36,7 @@ pub struct Model<'a> {
     faults: u64,
     priority: u64,
     unmasked: bool,
+    pages: alloc::boxed::Box<Pages>,
     /// The own page of each space of ctxsw.
     spaces: [[u64; PAGE_WORDS]; ctxsw::MOST],
     /// Blocks that were written; all others are as the disk came.
@@ -59,6 +60,7 @@ impl<'a> Model<'a> {
             faults: 0,
             priority: 0,
             unmasked: false,
+            pages: alloc::boxed::Box::new(Pages::new()),
             spaces: [[0; PAGE_WORDS]; ctxsw::MOST],
             written: BTreeMap::new(),
             peer: net::Peer::default(),
@@ -109,7 +111,7 @@ impl Platform for Model<'_> {
     fn arm(&mut self, operation: Operation) -> Result<(), Refusal> {
         match operation {
             Operation::In => self.scratch = port_in::VALUE,
-            Operation::Cr3Reload | Operation::Invlpg => {
+            Operation::Cr3Reload | Operation::Cr3Touch | Operation::Invlpg => {
                 self.cached = Some(Frame::A);
                 self.entry = Some(Frame::B);
             }
@@ -118,7 +120,8 @@ impl Platform for Model<'_> {
                 self.entry = None;
                 self.faults = 0;
             }
-            Operation::DivZero => self.faults = 0,
+            Operation::DivZero | Operation::Int3 => self.faults = 0,
+            Operation::RepMovsb | Operation::RepStosq => self.pages.start(),
             Operation::PteMod => {
                 self.entry = Some(Frame::A);
                 self.cached = Some(Frame::A);
@@ -129,7 +132,8 @@ impl Platform for Model<'_> {
             | Operation::Cpuid
             | Operation::CallRet
             | Operation::Cr8Write
-            | Operation::CliSti => {}
+            | Operation::CliSti
+            | Operation::PushfPopf => {}
         }
         Ok(())
     }
@@ -137,8 +141,9 @@ impl Platform for Model<'_> {
     fn settle(&mut self, operation: Operation) -> u64 {
         match operation {
             Operation::Out => self.scratch.into(),
-            Operation::Cr3Reload | Operation::Invlpg => self.probe(),
-            Operation::PageFault | Operation::DivZero => self.faults,
+            Operation::Cr3Reload | Operation::Cr3Touch | Operation::Invlpg => self.probe(),
+            Operation::PageFault | Operation::DivZero | Operation::Int3 => self.faults,
+            Operation::RepMovsb | Operation::RepStosq => self.pages.settled(),
             Operation::Cr8Write => self.priority,
             Operation::PteMod => {
                 self.invalidate();
@@ -149,7 +154,8 @@ impl Platform for Model<'_> {
             | Operation::Hypercall
             | Operation::In
             | Operation::Cpuid
-            | Operation::CallRet => 0,
+            | Operation::CallRet
+            | Operation::PushfPopf => 0,
         }
     }
 
@@ -207,6 +213,28 @@ impl Platform for Model<'_> {
 
     fn mask_unmask(&mut self) {
         self.unmasked = true;
+    }
+
+    fn breakpoint(&mut self) -> u64 {
+        self.faults += 1;
+        self.faults
+    }
+
+    fn reload_and_touch(&mut self) -> u64 {
+        self.reload_root();
+        self.probe()
+    }
+
+    fn keep_carry(&mut self, value: u64) -> u64 {
+        value & 1
+    }
+
+    fn copy_page(&mut self, value: u64) -> u64 {
+        self.pages.copy(value)
+    }
+
+    fn fill_page(&mut self, value: u64) -> u64 {
+        self.pages.fill(value)
     }
 
     fn set_up(&mut self, micro: Micro, _size: u64) -> Result<(), Refusal> {

@@ -4,7 +4,7 @@ use crate::{
     Refusal,
     io::{Direction, Histogram, Io, NO_DEVICE, Timer, histogram::Scale},
     micro::Micro,
-    nano::{Operation, divzero, pgfault, ptemod},
+    nano::{Operation, divzero, int3, pgfault, ptemod},
 };
 
 /// A compute kernel: arena, size, iterations; returns a checksum.
@@ -120,6 +120,35 @@ pub trait Platform {
 
     /// Masks interrupts and unmasks them again.
     fn mask_unmask(&mut self);
+
+    /// Takes a breakpoint by int3; the handler counts. Returns the count.
+    fn breakpoint(&mut self) -> u64;
+
+    /// [`Platform::breakpoint`] that many times, folded. A machine whose breakpoints an application
+    /// takes does it all with [`int3::breakpoints`] there.
+    ///
+    /// # Errors
+    /// [`Refusal::Fault`] when the application faults elsewhere.
+    #[inline(always)]
+    fn breakpoints(&mut self, iterations: u64) -> Result<u64, Refusal>
+    where
+        Self: Sized,
+    {
+        Ok(int3::traps(self, iterations))
+    }
+
+    /// Loads CR3 with the value it has and reads the probe page; returns the word.
+    fn reload_and_touch(&mut self) -> u64;
+
+    /// Makes the lowest bit of `value` the carry, pushes the flags, inverts the carry, pops the
+    /// flags; returns the carry.
+    fn keep_carry(&mut self, value: u64) -> u64;
+
+    /// [`crate::nano::Pages::copied`] by rep movsb.
+    fn copy_page(&mut self, value: u64) -> u64;
+
+    /// [`crate::nano::Pages::filled`] with `value` by rep stosq.
+    fn fill_page(&mut self, value: u64) -> u64;
 
     /// Brings the machine into the state that the act starts from (documented at each [`Micro`])
     /// and tries it once. What an earlier run that faulted has left behind is given back first.

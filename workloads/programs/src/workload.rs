@@ -18,7 +18,7 @@ pub enum Group {
     Empty,
     /// An application's work: no privileged operation at all.
     Compute,
-    /// One privileged operation per iteration. Has no native figure.
+    /// One operation of a kernel per iteration. Has a native figure if it takes no privilege.
     Nano,
     /// What a kernel does with address spaces, as a whole. Has no native figure.
     Micro,

@@ -1,6 +1,6 @@
 # Trap entries. Every gate switches to an IST stack and masks interrupts.
 #
-# Four paths: the faults that nano workloads and the storm provoke are mended here, with as few
+# Five paths: the faults that nano workloads and the storm provoke are mended here, with as few
 # instructions as it takes; everything else saves all registers and calls trap(). trap() does not
 # return: it resumes whoever called enter_user or guarded last, or reports a crash.
 
@@ -16,6 +16,17 @@ trap_0:
     iretq
 1:  push 0
     push 0
+    jmp trap_common
+
+# Breakpoint. `breakpoint_armed` is 1 while the int3 workload runs.
+    .balign 16
+trap_3:
+    cmp byte ptr [breakpoint_armed], 0
+    je 1f
+    inc qword ptr [trap_count]
+    iretq
+1:  push 0
+    push 3
     jmp trap_common
 
 # Page fault. `expected_fault` is the probe page's address while the pgfault workload runs, else
@@ -67,7 +78,6 @@ trap_\vector:
 
     entry 1, 0
     entry 2, 0
-    entry 3, 0
     entry 4, 0
     entry 5, 0
     entry 6, 0

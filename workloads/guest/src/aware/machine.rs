@@ -15,6 +15,9 @@
 //! | `callret` | in the kernel |
 //! | `ptemod` | [`PROBES`] entries in use, each changed by an update_va_mapping, in one multicall that moves neighbouring pages to neighbouring frames; then user mode reads all pages and compares, since entries that nobody uses cost nothing to change |
 //! | `cli_sti` | stores to the shared page, and the test of pending events |
+//! | `int3` | in user mode; the handler counts |
+//! | `cr3_touch` | as `cr3_reload`, then user mode reads the probe page |
+//! | `pushf_popf`, `rep_movsb`, `rep_stosq` | the instructions, in the kernel |
 
 use super::{
     bus,
@@ -24,7 +27,7 @@ use super::{
     hypercall,
     space::{First, PROBE, PROBES, STORM, Space},
     tables::{CONSTANTS, entry},
-    upcalls::{DIVISIONS, MENDED, PROBE_ENTRY, STORM_LEFT, STORM_NEXT, STORM_PAGES},
+    upcalls::{BREAKPOINTS, DIVISIONS, MENDED, PROBE_ENTRY, STORM_LEFT, STORM_NEXT, STORM_PAGES},
     user,
 };
 use crate::cpu;
@@ -34,11 +37,14 @@ use programs::{
     Kernel, Platform, Refusal,
     io::{Direction, Histogram, Io, Timer, histogram::Scale},
     micro::{Micro, PAGE_WORDS, aspace, ctxsw, pfstorm},
-    nano::{Operation, WORD_A, WORD_B, cpuid, syscall},
+    nano::{Operation, Pages, WORD_A, WORD_B, cpuid, syscall},
 };
 
 /// What settling returns once a hypercall has failed: no checksum comes out right.
 const BROKEN: u64 = 0xbad0_bad0_bad0_bad0;
+
+/// What string instructions copy from and to.
+static PAGES: Pages = Pages::new();
 
 /// The probe pages, as an arena.
 const PROBE_ARENA: (u64, u64) = (PROBE, PROBES * PAGE_WORDS as u64);
@@ -115,7 +121,7 @@ impl Machine {
         self.broken = false;
         MENDED.store(0, Relaxed);
         match operation {
-            Operation::Cr3Reload | Operation::Invlpg => {
+            Operation::Cr3Reload | Operation::Cr3Touch | Operation::Invlpg => {
                 self.modify_entry(0);
                 self.read_probe();
                 // Behind the host's back, as an unaware kernel does it: seen at the next flush.
@@ -124,6 +130,8 @@ impl Machine {
             }
             Operation::PageFault => PROBE_ENTRY.store(self.probe_entry(0, 0), Relaxed),
             Operation::DivZero => DIVISIONS.store(true, Relaxed),
+            Operation::Int3 => BREAKPOINTS.store(true, Relaxed),
+            Operation::RepMovsb | Operation::RepStosq => PAGES.start(),
             Operation::PteMod => {
                 // All show B, so that the first batch changes every one.
                 self.changed = 0;
@@ -140,7 +148,8 @@ impl Machine {
             | Operation::Out
             | Operation::Cpuid
             | Operation::CallRet
-            | Operation::Cr8Write => {}
+            | Operation::Cr8Write
+            | Operation::PushfPopf => {}
         }
     }
 
@@ -148,6 +157,7 @@ impl Machine {
     fn stop(&mut self) {
         PROBE_ENTRY.store(0, Relaxed);
         DIVISIONS.store(false, Relaxed);
+        BREAKPOINTS.store(false, Relaxed);
         events::mask();
         // Workloads of address spaces leave another one current, or none.
         let selected = self.first.select();
@@ -192,6 +202,14 @@ impl Machine {
                 self.mask_unmask();
                 (works && events::unmasked()).into()
             }
+            Operation::Int3 => {
+                self.breakpoints(1)?;
+                MENDED.load(Relaxed)
+            }
+            Operation::Cr3Touch => self.reload_and_touch(),
+            Operation::PushfPopf => self.keep_carry(1),
+            Operation::RepMovsb => self.copy_page(7),
+            Operation::RepStosq => self.fill_page(7),
         })
     }
 
@@ -228,6 +246,11 @@ fn expectation(operation: Operation) -> (u64, &'static str) {
         Operation::CallRet => (22, "call and ret do not come back"),
         Operation::PteMod => (2 * PROBES, "changed page-table entries have no effect"),
         Operation::CliSti => (1, "an event is not taken at its unmasking"),
+        Operation::Int3 => (1, "the breakpoint was not taken once"),
+        Operation::Cr3Touch => (WORD_B, "NEW_BASEPTR does not flush translations"),
+        Operation::PushfPopf => (1, "popf does not restore the flags"),
+        Operation::RepMovsb => (27, "rep movsb does not copy"),
+        Operation::RepStosq => (42, "rep stosq does not fill"),
     }
 }
 
@@ -259,7 +282,12 @@ impl Platform for Machine {
             | Operation::DivZero
             | Operation::CallRet
             | Operation::PteMod
-            | Operation::CliSti => {}
+            | Operation::CliSti
+            | Operation::Int3
+            | Operation::Cr3Touch
+            | Operation::PushfPopf
+            | Operation::RepMovsb
+            | Operation::RepStosq => {}
         }
         self.start(operation);
         let (expected, otherwise) = expectation(operation);
@@ -275,8 +303,9 @@ impl Platform for Machine {
     fn settle(&mut self, operation: Operation) -> u64 {
         let left = match operation {
             Operation::Out => self.scratch.into(),
-            Operation::Cr3Reload | Operation::Invlpg => self.read_probe(),
-            Operation::PageFault | Operation::DivZero => MENDED.load(Relaxed),
+            Operation::Cr3Reload | Operation::Cr3Touch | Operation::Invlpg => self.read_probe(),
+            Operation::PageFault | Operation::DivZero | Operation::Int3 => MENDED.load(Relaxed),
+            Operation::RepMovsb | Operation::RepStosq => PAGES.settled(),
             Operation::PteMod => {
                 let last = self.changed.wrapping_sub(1);
                 let word = self.peek_page(last % PROBES);
@@ -293,7 +322,8 @@ impl Platform for Machine {
             | Operation::In
             | Operation::Cpuid
             | Operation::CallRet
-            | Operation::Cr8Write => 0,
+            | Operation::Cr8Write
+            | Operation::PushfPopf => 0,
         };
         self.stop();
         if self.broken { BROKEN } else { left }
@@ -404,6 +434,41 @@ impl Platform for Machine {
     fn mask_unmask(&mut self) {
         events::mask();
         events::unmask();
+    }
+
+    fn breakpoint(&mut self) -> u64 {
+        let hit = self.breakpoints(1);
+        self.note(hit);
+        MENDED.load(Relaxed)
+    }
+
+    fn breakpoints(&mut self, iterations: u64) -> Result<u64, Refusal> {
+        self.compute(user::breakpoints, 1, iterations)
+    }
+
+    #[inline(always)]
+    fn reload_and_touch(&mut self) -> u64 {
+        self.reload_root();
+        self.read_probe()
+    }
+
+    #[inline(always)]
+    fn keep_carry(&mut self, value: u64) -> u64 {
+        cpu::keep_carry(value)
+    }
+
+    #[inline(always)]
+    fn copy_page(&mut self, value: u64) -> u64 {
+        // SAFETY: both are pages, and no one else uses them.
+        PAGES.copied(value, |source, target| unsafe {
+            cpu::copy_page(source, target)
+        })
+    }
+
+    #[inline(always)]
+    fn fill_page(&mut self, value: u64) -> u64 {
+        // SAFETY: as above.
+        PAGES.filled(|target| unsafe { cpu::fill_page(target, value) })
     }
 
     fn set_up(&mut self, micro: Micro, size: u64) -> Result<(), Refusal> {

@@ -17,6 +17,7 @@ use programs::{Fault, Ring, nano::syscall};
 /// Vectors with an entry: all that an instruction can raise (SDM 3A, table 6-1).
 const VECTORS: [u8; 15] = [0, 1, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 16, 17, 19];
 const DIVIDE_ERROR: u64 = 0;
+const BREAKPOINT: u64 = 3;
 const DOUBLE_FAULT: u64 = 8;
 const PAGE_FAULT: u64 = 14;
 /// Length of the division that the divzero workload does.
@@ -37,6 +38,8 @@ static KEY: AtomicU64 = AtomicU64::new(syscall::KEY);
 pub(super) static MENDED: AtomicU64 = AtomicU64::new(0);
 /// Divide errors are skipped.
 pub(super) static DIVISIONS: AtomicBool = AtomicBool::new(false);
+/// Breakpoints are counted.
+pub(super) static BREAKPOINTS: AtomicBool = AtomicBool::new(false);
 /// The entry that a probe page gets at its first touch; 0 is off.
 pub(super) static PROBE_ENTRY: AtomicU64 = AtomicU64::new(0);
 /// Pages of the storm that are mapped at their first touch; 0 is off.
@@ -144,6 +147,7 @@ fn mend(frame: &mut UpcallFrame) -> Result<bool, Errno> {
             frame.registers.rip += DIVISION;
             Ok(true)
         }
+        BREAKPOINT if BREAKPOINTS.load(Relaxed) => Ok(true),
         _ => Ok(false),
     }
 }

@@ -11,6 +11,7 @@ use programs::{
     micro::PAGE_WORDS,
     nano::{
         divzero::{self, Divisions},
+        int3::{self, Breakpoints},
         pgfault::{self, Touches},
         syscall::{self, Syscalls},
     },
@@ -182,6 +183,14 @@ impl Divisions for Application<'_> {
     }
 }
 
+impl Breakpoints for Application<'_> {
+    #[inline(always)]
+    fn hit(&mut self) {
+        // SAFETY: the kernel counts and comes back.
+        unsafe { asm!("int3", options(nostack)) };
+    }
+}
+
 /// The loop of the syscall workload.
 #[unsafe(link_section = ".utext")]
 #[inline(never)]
@@ -201,6 +210,13 @@ pub(super) fn touches(arena: &mut [u64], _size: u64, iterations: u64) -> u64 {
 #[inline(never)]
 pub(super) fn divisions(arena: &mut [u64], _size: u64, iterations: u64) -> u64 {
     divzero::divisions(&mut Application { arena }, iterations)
+}
+
+/// The loop of the int3 workload.
+#[unsafe(link_section = ".utext")]
+#[inline(never)]
+pub(super) fn breakpoints(arena: &mut [u64], _size: u64, iterations: u64) -> u64 {
+    int3::breakpoints(&mut Application { arena }, iterations)
 }
 
 /// The first word of the arena.

@@ -7,15 +7,23 @@ pub mod callret;
 pub mod cli_sti;
 pub mod cpuid;
 pub mod cr3_reload;
+pub mod cr3_touch;
 pub mod cr8wr;
 pub mod divzero;
 pub mod hypercall;
+pub mod int3;
 pub mod invlpg;
+mod pages;
 pub mod pgfault;
 pub mod port_in;
 pub mod port_out;
 pub mod ptemod;
+pub mod pushf_popf;
+pub mod rep_movsb;
+pub mod rep_stosq;
 pub mod syscall;
+
+pub use pages::Pages;
 
 use crate::{Platform, Refusal};
 
@@ -55,6 +63,16 @@ pub enum Operation {
     PteMod,
     /// Settles with 1 if interrupts are unmasked, else 0; leaves them masked.
     CliSti,
+    /// Starts with the count of breakpoints 0; settles with the count.
+    Int3,
+    /// As [`Operation::Cr3Reload`].
+    Cr3Touch,
+    /// Settles with 0.
+    PushfPopf,
+    /// Starts and settles as [`Pages`] says.
+    RepMovsb,
+    /// As [`Operation::RepMovsb`].
+    RepStosq,
 }
 
 impl Operation {
@@ -79,6 +97,11 @@ impl Operation {
             Operation::Cr8Write => cr8wr::writes(platform, iterations),
             Operation::PteMod => platform.modify_entries(iterations)?,
             Operation::CliSti => cli_sti::pairs(platform, iterations),
+            Operation::Int3 => platform.breakpoints(iterations)?,
+            Operation::Cr3Touch => cr3_touch::touches(platform, iterations),
+            Operation::PushfPopf => pushf_popf::pairs(platform, iterations),
+            Operation::RepMovsb => rep_movsb::copies(platform, iterations),
+            Operation::RepStosq => rep_stosq::fills(platform, iterations),
         })
     }
 }
