@@ -18,14 +18,15 @@ pub struct Available {
     pub backend: Option<&'static str>,
 }
 
-/// Creates an engine's vCPU over guest memory, with the interrupt controllers of the caller's choice.
-pub type Boot = fn(Arc<GuestRam>, Irqchip) -> Result<Box<dyn Vcpu>, Error>;
+/// Creates an engine's vCPUs, as many as are asked for (1 to [`Mode::cpus`]), over one guest memory,
+/// with the interrupt controllers of the caller's choice. They are numbered in order; a state is set
+/// for the first, and for others when they are started.
+pub type Boot = fn(Arc<GuestRam>, Irqchip, u8) -> Result<Vec<Box<dyn Vcpu>>, Error>;
 
 /// How an engine runs a guest.
 #[derive(Clone, Copy, Debug)]
 pub enum Runs {
-    /// As a vCPU over guest memory, by the run loop of `engine-core`: creates the vCPU, whose state
-    /// is set next.
+    /// As vCPUs over guest memory, by the run loop of `engine-core`.
     Vcpu(Boot),
     /// As processes of its own, by the run loop of `pv`.
     Processes,
@@ -49,6 +50,8 @@ pub struct Mode {
     /// Whether this host's kernel has interrupt controllers for it; `None` where the engine knows
     /// only the VMM's.
     pub kernel_irqchip: Option<fn() -> Result<(), Unavailable>>,
+    /// The most vCPUs that a guest can have.
+    pub cpus: u8,
     /// What runs it.
     pub runs: Runs,
 }
@@ -71,6 +74,9 @@ impl Mode {
     }
 }
 
+/// The most vCPUs of any mode: what local APIC ids of four bits tell apart.
+pub const MOST_CPUS: u8 = 16;
+
 /// Every mode, in the order in which reports name them.
 pub static MODES: &[Mode] = &[
     Mode {
@@ -82,6 +88,7 @@ pub static MODES: &[Mode] = &[
         // Translation needs nothing that an ordinary process doesn't have.
         probe: || Ok(Available { backend: None }),
         kernel_irqchip: None,
+        cpus: 1,
         runs: Runs::Vcpu(translated),
     },
     Mode {
@@ -92,6 +99,7 @@ pub static MODES: &[Mode] = &[
         image: images::unaware,
         probe: kvm_host,
         kernel_irqchip: Some(kvm::probe_irqchip),
+        cpus: MOST_CPUS,
         runs: Runs::Vcpu(in_hardware),
     },
     Mode {
@@ -102,6 +110,7 @@ pub static MODES: &[Mode] = &[
         image: images::aware,
         probe: || pv::probe().map(|()| Available { backend: None }),
         kernel_irqchip: None,
+        cpus: 1,
         runs: Runs::Processes,
     },
     Mode {
@@ -112,6 +121,7 @@ pub static MODES: &[Mode] = &[
         image: images::hybrid,
         probe: kvm_host,
         kernel_irqchip: Some(kvm::probe_irqchip),
+        cpus: MOST_CPUS,
         runs: Runs::Vcpu(in_hardware),
     },
     Mode {
@@ -122,23 +132,33 @@ pub static MODES: &[Mode] = &[
         image: images::hybrid,
         probe: || Ok(Available { backend: None }),
         kernel_irqchip: None,
+        cpus: 1,
         runs: Runs::Vcpu(translated),
     },
 ];
 
 /// The translator's vCPU.
-fn translated(ram: Arc<GuestRam>, _: Irqchip) -> Result<Box<dyn Vcpu>, Error> {
-    Ok(Box::new(bt::BtVcpu::new(ram, bt::Options::default())?))
+fn translated(ram: Arc<GuestRam>, _: Irqchip, _: u8) -> Result<Vec<Box<dyn Vcpu>>, Error> {
+    let vcpu = bt::BtVcpu::new(ram, bt::Options::default())?;
+    Ok(vec![Box::new(vcpu)])
 }
 
-/// KVM's vCPU. The VMM's interrupt controllers are the default: they are the same in every mode, and
+/// KVM's vCPUs. The VMM's interrupt controllers are the default: they are the same in every mode, and
 /// each access is counted.
-fn in_hardware(ram: Arc<GuestRam>, irqchip: Irqchip) -> Result<Box<dyn Vcpu>, Error> {
+fn in_hardware(
+    ram: Arc<GuestRam>,
+    irqchip: Irqchip,
+    cpus: u8,
+) -> Result<Vec<Box<dyn Vcpu>>, Error> {
     let options = kvm::Options {
         irqchip,
         ..kvm::Options::default()
     };
-    Ok(Box::new(kvm::KvmVcpu::new(ram, options)?))
+    let vcpus = kvm::KvmVcpu::several(ram, options, cpus)?;
+    Ok(vcpus
+        .into_iter()
+        .map(|vcpu| Box::new(vcpu) as Box<dyn Vcpu>)
+        .collect())
 }
 
 /// Whether KVM runs guests here.

@@ -6,7 +6,7 @@ mod support;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 
-use engine_core::cpuid::Leaf;
+use engine_core::cpuid::{Leaf, Place};
 use engine_core::devices::lapic;
 use engine_core::testing::{Guest, end};
 use iced_x86::IcedError;
@@ -221,7 +221,7 @@ fn task_priority_in_cr8_holds_an_interrupt_back() {
 fn cpuid_is_the_pinned_one() {
     on_every_mode(|mode| {
         let backend = (mode.probe)().unwrap().backend;
-        let leaves = engine_core::cpuid::leaves().filter(|Leaf { leaf, .. }| {
+        let leaves = engine_core::cpuid::leaves(Place::SOLE).filter(|Leaf { leaf, .. }| {
             // kvm_pvm takes these from the host, whatever KVM_SET_CPUID2 says.
             let honoured = !(matches!(*leaf, 1 | 7 | 0xd) && backend == Some("pvm"));
             if !honoured {

@@ -146,6 +146,10 @@ pub struct BtVcpu {
     arena: Arc<Arena>,
 }
 
+// SAFETY: what the pointers in it lead to is the vCPU's own arena and guest memory, and nothing is
+// tied to a thread but during a call: handlers and x87 state are taken over at its start.
+unsafe impl Send for BtVcpu {}
+
 impl BtVcpu {
     /// A vCPU over `ram`, to be given its first state by `set_state`.
     ///

@@ -11,9 +11,17 @@
 //! bit of [`HOSTED`] is there if the host has it too. Whoever compares runs of two hosts compares
 //! [`pinned`] first.
 //!
+//! Processors of one machine differ in their id alone, which [`Place`] adds: they are cores of one
+//! package, with one thread each.
+//!
 //! Layout of the leaves: SDM 2A, CPUID, tables 3-8 and following; APM 3 appendix E for 0x8000_xxxx.
 
+mod topology;
+
 use std::sync::OnceLock;
+
+pub use topology::Place;
+use topology::TOPOLOGY;
 
 /// Width of a guest-physical address in bits.
 pub const PHYSICAL_BITS: u32 = 40;
@@ -285,10 +293,11 @@ pub fn pinned(leaf: u32, subleaf: u32) -> [u32; 4] {
     found.map_or([0; 4], |entry| entry.registers)
 }
 
-/// As [`pinned`], with what follows from a processor's state: CR4.OSXSAVE shows in leaf 1 and XCR0
+/// As [`pinned`], with what follows from a processor's place among others and its state: CR4.OSXSAVE shows in leaf 1 and XCR0
 /// in the sizes of leaf 0xd (SDM 1 13.2).
-pub fn with_state(leaf: u32, subleaf: u32, osxsave: bool, xcr0: u64) -> [u32; 4] {
+pub fn with_state(place: Place, leaf: u32, subleaf: u32, osxsave: bool, xcr0: u64) -> [u32; 4] {
     let mut registers = pinned(leaf, subleaf);
+    place.adapt(leaf, subleaf, &mut registers);
     let size = AVX_AT + if xcr0 & 4 != 0 { AVX_BYTES } else { 0 };
     match (leaf, subleaf) {
         (1, _) => registers[2] |= u32::from(osxsave) << 27,
@@ -299,17 +308,30 @@ pub fn with_state(leaf: u32, subleaf: u32, osxsave: bool, xcr0: u64) -> [u32; 4]
     registers
 }
 
-/// Every leaf that exists, zeros included, in order: what an engine that must list them all feeds
-/// to its host.
-pub fn leaves() -> impl Iterator<Item = Leaf> {
+/// Every leaf that the processor at `place` has, zeros included, in order: what an engine that must
+/// list them all feeds to its host.
+pub fn leaves(place: Place) -> impl Iterator<Item = Leaf> {
     (0..=MAX_BASIC)
         .chain(0x8000_0000..=MAX_EXTENDED)
-        .flat_map(|leaf| {
-            let listed: Vec<Leaf> = table()
+        .flat_map(move |leaf| {
+            let topology = TOPOLOGY.iter().find(|(topology, _)| *topology == leaf);
+            if let Some(&(_, subleaves)) = topology.filter(|_| place.count > 1) {
+                return (0..subleaves)
+                    .map(|subleaf| Leaf {
+                        leaf,
+                        subleaf: Some(subleaf),
+                        registers: with_state(place, leaf, subleaf, false, 0),
+                    })
+                    .collect();
+            }
+            let mut listed: Vec<Leaf> = table()
                 .iter()
                 .copied()
                 .filter(|entry| entry.leaf == leaf)
                 .collect();
+            for entry in &mut listed {
+                place.adapt(leaf, entry.subleaf.unwrap_or(0), &mut entry.registers);
+            }
             if listed.is_empty() {
                 vec![Leaf {
                     leaf,
@@ -368,10 +390,10 @@ mod tests {
         let (xsave, avx) = (ecx >> 26 & 1, ecx >> 28 & 1);
         assert_eq!(xsave, avx);
         assert_eq!(pinned(0xd, 0)[0], 7 * avx);
-        assert_eq!(with_state(1, 0, true, 7)[2] >> 27 & 1, 1);
+        assert_eq!(with_state(Place::SOLE, 1, 0, true, 7)[2] >> 27 & 1, 1);
         if avx == 1 {
-            assert_eq!(with_state(0xd, 0, true, 7)[1], 832);
-            assert_eq!(with_state(0xd, 0, true, 3)[1], 576);
+            assert_eq!(with_state(Place::SOLE, 0xd, 0, true, 7)[1], 832);
+            assert_eq!(with_state(Place::SOLE, 0xd, 0, true, 3)[1], 576);
         }
     }
 
@@ -386,6 +408,6 @@ mod tests {
                 .windows(2)
                 .all(|pair| (pair[0].0, pair[0].1) < (pair[1].0, pair[1].1))
         );
-        assert_eq!(leaves().count(), 14 + 9 + 2);
+        assert_eq!(leaves(Place::SOLE).count(), 14 + 9 + 2);
     }
 }

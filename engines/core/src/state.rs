@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use crate::cpuid;
+
 /// A segment register with its hidden part (SDM 3A 3.4.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Segment {
@@ -129,6 +131,52 @@ impl CpuState {
         state.gpr[3] = start_info.into();
         state
     }
+
+    /// State after INIT (SDM 3A table 10-1): real-address mode, at the reset vector.
+    pub fn after_init() -> Self {
+        let segment = |attributes| Segment {
+            selector: 0,
+            base: 0,
+            limit: 0xffff,
+            attributes,
+        };
+        let data = segment(0x93);
+        let code = Segment {
+            selector: 0xf000,
+            base: 0xffff_0000,
+            ..segment(0x9b)
+        };
+        let table = DescriptorTable {
+            base: 0,
+            limit: 0xffff,
+        };
+        let mut state = CpuState {
+            rip: 0xfff0,
+            rflags: 2,
+            segments: [data, code, data, data, data, data],
+            ldtr: segment(0x82),
+            tr: segment(0x8b),
+            gdtr: table,
+            idtr: table,
+            // CD, NW and ET.
+            cr0: 0x6000_0010,
+            ..CpuState::default()
+        };
+        // EDX tells the processor's signature.
+        state.gpr[2] = cpuid::pinned(1, 0)[0].into();
+        state
+    }
+
+    /// State after INIT and a start-up IPI with `vector` (SDM 3A 10.4.4): at the start of that page
+    /// below 1 MiB.
+    pub fn startup(vector: u8) -> Self {
+        let mut state = Self::after_init();
+        let code = &mut state.segments[Self::CS];
+        code.selector = u16::from(vector) << 8;
+        code.base = u64::from(vector) << 12;
+        state.rip = 0;
+        state
+    }
 }
 
 /// The names of [`CpuState::gpr`], in its order.
@@ -170,5 +218,22 @@ impl fmt::Display for CpuState {
             "cr0={:08x} cr2={:016x} cr3={:016x} cr4={:08x} cr8={:x} efer={:04x}",
             self.cr0, self.cr2, self.cr3, self.cr4, self.cr8, self.efer
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_started_processor_is_in_real_mode_at_its_page() {
+        let state = CpuState::startup(0x9a);
+        let code = state.segments[CpuState::CS];
+        assert_eq!((code.selector, code.base, state.rip), (0x9a00, 0x9_a000, 0));
+        assert_eq!(state.cr0 & (1 << 31 | 1), 0);
+        assert_eq!(
+            CpuState::after_init().segments[CpuState::CS].base,
+            0xffff_0000
+        );
     }
 }

@@ -27,7 +27,12 @@ impl Irqchip {
 }
 
 /// One virtual CPU of one engine. Used by the run loop alone; `dyn` at this crate boundary.
-pub trait Vcpu {
+///
+/// A machine has one or several. Each is used by one thread, which need not be the one that made
+/// it: vCPU 0 by the caller of the run loop, the others by threads of their own. Its number is its
+/// local APIC's id ([`Place`](crate::cpuid::Place)). Memory is shared: an atomic access of one vCPU
+/// is atomic for all, and code that one of them changes is changed for all.
+pub trait Vcpu: Send {
     /// Runs the guest until something needs the VMM. State that an [`Exit`] borrows belongs to
     /// the vCPU; a read's data is consumed by the next call.
     fn run(&mut self) -> Result<Exit<'_>, Error>;
@@ -51,6 +56,30 @@ pub trait Vcpu {
     /// # Errors
     /// [`Error::Engine`] if the vCPU is not [`interruptible`](Vcpu::interruptible).
     fn interrupt(&mut self, vector: u8) -> Result<(), Error>;
+
+    /// Makes an NMI pending. It is delivered at the first boundary at which the processor takes one:
+    /// not before the next `iret` after an NMI was delivered, nor in the shadow of `mov ss`. One waits
+    /// at most: another while one is pending is lost (SDM 3A 6.7.1). A vCPU that left with
+    /// [`Exit::Hlt`] goes on behind its `hlt`.
+    ///
+    /// # Errors
+    /// The engine's.
+    fn nmi(&mut self) -> Result<(), Error>;
+
+    /// True from the delivery of an NMI to the `iret` that ends its handler. Asked of halted vCPUs
+    /// alone: one that halts in its handler isn't woken by the next.
+    fn nmi_blocked(&mut self) -> bool;
+
+    /// Brings the vCPU into the state that INIT leaves (SDM 3A table 10-1), whatever it was doing: an
+    /// access that waits for its completion is over, interrupts and NMIs that were pending or in
+    /// service are forgotten. Extended state and most MSRs stay. What comes next is
+    /// [`set_state`](Vcpu::set_state) with [`CpuState::startup`].
+    ///
+    /// # Errors
+    /// The engine's.
+    fn init(&mut self) -> Result<(), Error> {
+        self.set_state(&CpuState::after_init())
+    }
 
     /// Makes [`run`](Vcpu::run) return [`Exit::InterruptWindow`] as soon as the vCPU is interruptible.
     fn request_interrupt_window(&mut self, wanted: bool);
@@ -82,7 +111,8 @@ pub trait Vcpu {
     }
 
     /// Devices have written these pages of guest memory (page numbers) since the last call: code
-    /// kept of them is out of date. Called between two exits, before the guest runs on.
+    /// kept of them is out of date. Called between two exits, before the guest runs on; of several
+    /// vCPUs one is told, and the engine lets the others know.
     fn memory_written(&mut self, _pages: &[u64]) {}
 
     /// What this engine calls an exit to the VMM.

@@ -1,17 +1,17 @@
 //! The pinned CPUID as KVM wants it (KVM_SET_CPUID2, api.rst 4.20).
 
-use engine_core::cpuid::{Leaf, VIRTUALIZED};
+use engine_core::cpuid::{Leaf, Place, VIRTUALIZED};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-/// Every leaf of [`engine_core::cpuid`]. What follows from the vCPU's state (OSXSAVE, the sizes of
+/// Every leaf of [`engine_core::cpuid`] for the vCPU at `place`. What follows from the vCPU's state (OSXSAVE, the sizes of
 /// leaf 0xd) KVM keeps up to date itself; leaves that are not listed it answers as an Intel
 /// processor does, with the last basic leaf.
 ///
 /// The features that need MSRs of the machine ([`engine_core::cpuid::MACHINE_MSRS`]) are left out
 /// unless the guest's accesses to those reach it. What KVM itself has to virtualize is announced
 /// only if `supported` (KVM_GET_SUPPORTED_CPUID) has it.
-pub(crate) fn entries(machine_msrs: bool, supported: &CpuId) -> CpuId {
-    let mut entries: Vec<kvm_cpuid_entry2> = engine_core::cpuid::leaves()
+pub(crate) fn entries(place: Place, machine_msrs: bool, supported: &CpuId) -> CpuId {
+    let mut entries: Vec<kvm_cpuid_entry2> = engine_core::cpuid::leaves(place)
         .map(
             |Leaf {
                  leaf,

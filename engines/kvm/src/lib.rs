@@ -3,7 +3,7 @@
 //! "Hardware" is what stands behind /dev/kvm, which need not be VMX or SVM: [`probe`] finds out
 //! and [`Backend`] names it, and that name belongs to every figure taken here.
 //!
-//! [`KvmVcpu`] is one VM with one vCPU. Interrupt control is left to the VMM unless KVM's own
+//! [`KvmVcpu`] is a vCPU of one VM, which has one or several. Interrupt control is left to the VMM unless KVM's own
 //! controllers are asked for ([`Options::irqchip`]): so the machine is the same as every other
 //! engine's, and every access and interrupt is counted. KVM adds what it counts itself ([`stats`]).
 //!

@@ -1,4 +1,4 @@
-//! One VM with one vCPU behind [`Vcpu`].
+//! One VM with its vCPUs, each behind [`Vcpu`].
 //!
 //! KVM_RUN's exit is read from the shared kvm_run page rather than from kvm-ioctls' own exit
 //! enum, which leaves out the item size of a port access and the details of an internal error.
@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
+use engine_core::cpuid::Place;
 use engine_core::kick::KickHandle;
 use engine_core::tally::HostStat;
 use engine_core::{
@@ -57,7 +58,7 @@ impl Default for Options {
     }
 }
 
-/// A VM with one vCPU, through /dev/kvm.
+/// A vCPU of a VM, through /dev/kvm.
 pub struct KvmVcpu {
     // Fields drop in this order: the VM last, and RAM after everything that maps it.
     vcpu: VcpuFd,
@@ -79,11 +80,20 @@ fn host(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
 }
 
 impl KvmVcpu {
-    /// Creates a VM over `ram` and its vCPU, in KVM's reset state.
+    /// Creates a VM over `ram` with one vCPU, in KVM's reset state.
+    ///
+    /// # Errors
+    /// As [`KvmVcpu::several`].
+    pub fn new(ram: Arc<GuestRam>, options: Options) -> Result<Self, Error> {
+        let one = Self::several(ram, options, 1)?.pop();
+        Ok(one.expect("as many as were asked for"))
+    }
+
+    /// Creates a VM over `ram` and its `count` vCPUs, in KVM's reset state.
     ///
     /// # Errors
     /// [`Error`]: the probe's words if KVM can't be used, or the ioctl that failed.
-    pub fn new(ram: Arc<GuestRam>, options: Options) -> Result<Self, Error> {
+    pub fn several(ram: Arc<GuestRam>, options: Options, count: u8) -> Result<Vec<Self>, Error> {
         let (kvm, found) = backend::open(&options.device)
             .map_err(|unavailable: Unavailable| Error::Engine(unavailable.to_string()))?;
         KvmKick::prepare().map_err(|source| Error::Host {
@@ -101,32 +111,37 @@ impl KvmVcpu {
             Irqchip::User => (None, msr::leave(&kvm, &vm)),
             Irqchip::Kernel => (Some(Arc::new(KernelIrqchip::create(&vm)?)), true),
         };
-        let vcpu = vm.create_vcpu(0).map_err(host("KVM_CREATE_VCPU"))?;
         let supported = kvm
             .get_supported_cpuid(kb::KVM_MAX_CPUID_ENTRIES)
             .map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
-        vcpu.set_cpuid2(&cpuid::entries(machine_msrs, &supported))
-            .map_err(host("KVM_SET_CPUID2"))?;
-        let statistics = if found.statistics {
-            // A kernel may know the capability and still refuse, under a seccomp filter say:
-            // statistics are an extra, the guest runs without them.
-            [Statistics::open(&*vm), Statistics::open(&vcpu)]
-                .into_iter()
-                .flatten()
-                .collect()
-        } else {
-            Vec::new()
+        let create = |place: Place| {
+            let vcpu = vm
+                .create_vcpu(place.id.into())
+                .map_err(host("KVM_CREATE_VCPU"))?;
+            vcpu.set_cpuid2(&cpuid::entries(place, machine_msrs, &supported))
+                .map_err(host("KVM_SET_CPUID2"))?;
+            // The VM's own are told with the first vCPU's.
+            let of_vm = (place.id == 0).then(|| Statistics::open(&*vm));
+            let statistics = if found.statistics {
+                // A kernel may know the capability and still refuse, under a seccomp filter say:
+                // statistics are an extra, the guest runs without them.
+                let all = of_vm.into_iter().chain([Statistics::open(&vcpu)]);
+                all.flatten().collect()
+            } else {
+                Vec::new()
+            };
+            Ok(KvmVcpu {
+                vcpu,
+                statistics,
+                kick: Arc::new(KvmKick::default()),
+                backend: found.backend,
+                answer: Answer::default(),
+                controller: controller.clone(),
+                _vm: Arc::clone(&vm),
+                ram: Arc::clone(&ram),
+            })
         };
-        Ok(KvmVcpu {
-            vcpu,
-            statistics,
-            kick: Arc::new(KvmKick::default()),
-            backend: found.backend,
-            answer: Answer::default(),
-            controller,
-            _vm: vm,
-            ram,
-        })
+        Place::all(count).map(create).collect()
     }
 
     /// The implementation that runs this guest.
@@ -153,6 +168,21 @@ impl KvmVcpu {
                 Ok(false)
             }
             Err(error) => Err(host("KVM_RUN")(error)),
+        }
+    }
+
+    /// Ends the access that the last exit was for, without entering the guest: a KVM_RUN with
+    /// immediate_exit does that and no more (api.rst 5, immediate_exit).
+    fn complete(&mut self) -> Result<(), Error> {
+        self.answer.give(self.vcpu.get_kvm_run());
+        self.vcpu.set_kvm_immediate_exit(1);
+        let ran = self.vcpu.run().map(drop);
+        self.vcpu.set_kvm_immediate_exit(0);
+        match ran {
+            Err(error) if !matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                Err(host("KVM_RUN")(error))
+            }
+            Ok(()) | Err(_) => Ok(()),
         }
     }
 
@@ -292,6 +322,37 @@ impl Vcpu for KvmVcpu {
         // KVM queues one interrupt at a time, and says so again only at the next exit.
         self.vcpu.get_kvm_run().ready_for_interrupt_injection = 0;
         Ok(())
+    }
+
+    fn nmi(&mut self) -> Result<(), Error> {
+        self.vcpu.nmi().map_err(host("KVM_NMI"))
+    }
+
+    fn nmi_blocked(&mut self) -> bool {
+        let events = self.vcpu.get_vcpu_events();
+        events.is_ok_and(|events| events.nmi.masked != 0)
+    }
+
+    fn init(&mut self) -> Result<(), Error> {
+        self.complete()?;
+        self.answer = Answer::None;
+        // Nothing pending, nothing in service: INIT forgets both.
+        let events = kb::kvm_vcpu_events {
+            flags: kb::KVM_VCPUEVENT_VALID_NMI_PENDING | kb::KVM_VCPUEVENT_VALID_SHADOW,
+            ..Default::default()
+        };
+        self.vcpu
+            .set_vcpu_events(&events)
+            .map_err(host("KVM_SET_VCPU_EVENTS"))?;
+        let debug = kb::kvm_debugregs {
+            dr6: 0xffff_0ff0,
+            dr7: 0x400,
+            ..Default::default()
+        };
+        self.vcpu
+            .set_debug_regs(&debug)
+            .map_err(host("KVM_SET_DEBUGREGS"))?;
+        self.set_state(&CpuState::after_init())
     }
 
     fn request_interrupt_window(&mut self, wanted: bool) {

@@ -274,7 +274,13 @@ impl Core {
     /// The pinned CPUID, with the bits that follow the CPU's state.
     pub(super) fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
         let osxsave = self.cpu.cr4 & CR4_OSXSAVE != 0;
-        engine_core::cpuid::with_state(leaf, subleaf, osxsave, self.cpu.xcr0)
+        engine_core::cpuid::with_state(
+            engine_core::cpuid::Place::SOLE,
+            leaf,
+            subleaf,
+            osxsave,
+            self.cpu.xcr0,
+        )
     }
 }
 

@@ -154,6 +154,14 @@ impl Vcpu for BtVcpu {
         Ok(())
     }
 
+    fn nmi(&mut self) -> Result<(), Error> {
+        Err(Error::Engine("the translator delivers no NMIs".into()))
+    }
+
+    fn nmi_blocked(&mut self) -> bool {
+        false
+    }
+
     fn keeps_code(&self) -> bool {
         true
     }

@@ -180,17 +180,18 @@ fn run_mode(
             ),
         }
     }
-    let mut vcpu = match boot(Arc::clone(&ram), irqchip).and_then(|mut vcpu| {
-        vcpu.set_state(&entry)?;
-        Ok(vcpu)
+    let mut vcpus = match boot(Arc::clone(&ram), irqchip, 1).and_then(|mut vcpus| {
+        vcpus[0].set_state(&entry)?;
+        Ok(vcpus)
     }) {
-        Ok(vcpu) => vcpu,
+        Ok(vcpus) => vcpus,
         Err(error) => {
             let message = format!("engine {} could not start: {error}", mode.engine);
             let code = ExitCode::from(status::CRASHED);
             return Ok(report_end(&mut stats, "crashed", &message, &[], code));
         }
     };
+    let vcpu = &mut vcpus[0];
     let mut machine = Machine::new(MachineOptions {
         input: Source::Descriptor(std::io::stdin().as_fd().try_clone_to_owned()?),
         output: Sink::Descriptor(std::io::stdout().as_fd().try_clone_to_owned()?),
@@ -238,8 +239,8 @@ fn run_mode(
             code,
         ));
     }
-    let outcome = drive(&mut *vcpu, &mut machine, &limits);
-    let counts = machine.totals(&mut *vcpu);
+    let outcome = drive(&mut **vcpu, &mut machine, &limits);
+    let counts = machine.totals(&mut **vcpu);
     let mut stats = stats.borrow_mut();
     let state = vcpu.state().ok();
     Ok(conclude(
