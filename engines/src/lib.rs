@@ -18,10 +18,20 @@ pub struct Available {
     pub backend: Option<&'static str>,
 }
 
-/// Creates an engine's vCPUs, as many as are asked for (1 to [`Mode::cpus`]), over one guest memory,
-/// with the interrupt controllers of the caller's choice. They are numbered in order; a state is set
-/// for the first, and for others when they are started.
-pub type Boot = fn(Arc<GuestRam>, Irqchip, u8) -> Result<Vec<Box<dyn Vcpu>>, Error>;
+/// How an engine is set up; each takes what concerns it.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// Whose interrupt controllers the guest has.
+    pub irqchip: Irqchip,
+    /// How many vCPUs: 1 to [`Mode::cpus`].
+    pub cpus: u8,
+    /// The translator's.
+    pub translator: bt::Options,
+}
+
+/// Creates an engine's vCPUs over one guest memory. They are numbered in order; a state is set for
+/// the first, and for others when they are started.
+pub type Boot = fn(Arc<GuestRam>, Setup) -> Result<Vec<Box<dyn Vcpu>>, Error>;
 
 /// How an engine runs a guest.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +67,11 @@ pub struct Mode {
 }
 
 impl Mode {
+    /// Whether guest code is translated.
+    pub fn translates(&self) -> bool {
+        self.engine == "bt"
+    }
+
     /// The devices that the flavour's drivers are for.
     pub fn family(&self) -> Family {
         match self.flavour {
@@ -138,23 +153,19 @@ pub static MODES: &[Mode] = &[
 ];
 
 /// The translator's vCPU.
-fn translated(ram: Arc<GuestRam>, _: Irqchip, _: u8) -> Result<Vec<Box<dyn Vcpu>>, Error> {
-    let vcpu = bt::BtVcpu::new(ram, bt::Options::default())?;
+fn translated(ram: Arc<GuestRam>, setup: Setup) -> Result<Vec<Box<dyn Vcpu>>, Error> {
+    let vcpu = bt::BtVcpu::new(ram, setup.translator)?;
     Ok(vec![Box::new(vcpu)])
 }
 
 /// KVM's vCPUs. The VMM's interrupt controllers are the default: they are the same in every mode, and
 /// each access is counted.
-fn in_hardware(
-    ram: Arc<GuestRam>,
-    irqchip: Irqchip,
-    cpus: u8,
-) -> Result<Vec<Box<dyn Vcpu>>, Error> {
+fn in_hardware(ram: Arc<GuestRam>, setup: Setup) -> Result<Vec<Box<dyn Vcpu>>, Error> {
     let options = kvm::Options {
-        irqchip,
+        irqchip: setup.irqchip,
         ..kvm::Options::default()
     };
-    let vcpus = kvm::KvmVcpu::several(ram, options, cpus)?;
+    let vcpus = kvm::KvmVcpu::several(ram, options, setup.cpus)?;
     Ok(vcpus
         .into_iter()
         .map(|vcpu| Box::new(vcpu) as Box<dyn Vcpu>)

@@ -204,3 +204,31 @@ fn bad_orders_to_the_floors_are_answered() {
     // The console's end is a good end.
     assert_eq!(code, 0);
 }
+
+#[test]
+fn options_of_the_translator_are_its_own() {
+    let run = |mode: &str, more: &[&str]| {
+        let fixed = [
+            "run",
+            "--mode",
+            mode,
+            "--workload",
+            "alu",
+            "--iterations",
+            "1",
+        ];
+        trapline(&[&fixed, more].concat(), &[])
+    };
+    for mode in ["hardware", "para", "native"] {
+        for option in [&["--code-cache", "1M"][..], &["--count-paths"]] {
+            run(mode, option).check(2, "translates nothing: leave out --co");
+        }
+    }
+    for size in ["63K", "2G", "64k", "-1"] {
+        let ended = run("full", &["--code-cache", size]);
+        assert_eq!(ended.status.code(), Some(2), "{ended:?}");
+    }
+    for option in [&["--code-cache", "64K"][..], &["--count-paths"]] {
+        run("full", option).check(0, "");
+    }
+}

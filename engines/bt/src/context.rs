@@ -5,6 +5,8 @@
 //! general registers, vector registers and arithmetic flags are in the host's own; the slots here
 //! hold them whenever Rust code runs.
 
+use crate::lower::Path;
+
 /// One slot per host register number, plus everything that an exit must say.
 ///
 /// Invariant: translated code writes only the slots named here; nothing else in the process is
@@ -47,6 +49,10 @@ pub(crate) struct Context {
     pub upper: u32,
     /// 1 if the guest has enabled AVX: only then can it see the upper halves.
     pub avx: u32,
+    /// Times that translated code took each of [`Path`]'s ways, if it counts.
+    pub paths: [u64; Path::ALL.len()],
+    /// RAX while a slot of `paths` changes.
+    pub counting_rax: u64,
     /// Stand-in for memory that translated code may not touch directly. Its alignment keeps the
     /// low address bits of the access, which alignment-checking instructions look at.
     pub bounce: Aligned<[u8; BOUNCE_BYTES]>,

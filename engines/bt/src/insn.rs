@@ -327,6 +327,7 @@ impl Bench {
 fn vcpu(ram: &Arc<GuestRam>) -> Result<BtVcpu, Error> {
     let options = Options {
         code_cache: CODE_CACHE,
+        ..Options::default()
     };
     let mut vcpu = BtVcpu::new(Arc::clone(ram), options)?;
     let xsave = engine_core::cpuid::pinned(1, 0)[2] >> 26 & 1 == 1;

@@ -15,6 +15,7 @@ mod interface;
 mod listing;
 mod user;
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use engine_core::{Error, ExitCounts, ExitReason, GuestRam, Vcpu};
@@ -45,12 +46,22 @@ pub use user::{Extended, UserStop};
 pub struct Options {
     /// Room for translated code, in bytes. Full, it is emptied and filled anew.
     pub code_cache: usize,
+    /// Translated code counts its branches and accesses, which costs it time
+    /// ([`Vcpu::host_stats`]).
+    pub count_paths: bool,
+}
+
+impl Options {
+    /// Sizes of code cache that can be had: from room for the stubs and one block to what absolute
+    /// displacements reach.
+    pub const CODE_CACHE: RangeInclusive<usize> = Cache::MINIMUM..=1 << 30;
 }
 
 impl Default for Options {
     fn default() -> Self {
         Options {
             code_cache: 64 << 20,
+            count_paths: false,
         }
     }
 }
@@ -120,6 +131,8 @@ pub struct BtVcpu {
     cache: Cache,
     stubs: Stubs,
     counts: ExitCounts,
+    /// Translated code counts its own branches and accesses.
+    counting: bool,
     doorbell: Arc<Doorbell>,
     window: bool,
     /// Exceptions end the run instead of going through the IDT.
@@ -156,12 +169,12 @@ impl BtVcpu {
     /// # Errors
     /// [`Error::Host`] if memory can't be mapped, [`Error::Engine`] for a code cache too small.
     pub fn new(ram: Arc<GuestRam>, options: Options) -> Result<BtVcpu, Error> {
-        if options.code_cache < Cache::MINIMUM || options.code_cache > 1 << 30 {
+        if !Options::CODE_CACHE.contains(&options.code_cache) {
             return Err(Error::Engine(format!(
                 "code cache of {} bytes: choose {} to {}",
                 options.code_cache,
-                Cache::MINIMUM,
-                1 << 30
+                Options::CODE_CACHE.start(),
+                Options::CODE_CACHE.end()
             )));
         }
         let arena = Arena::new(options.code_cache).map_err(|source| Error::Host {
@@ -171,7 +184,7 @@ impl BtVcpu {
         let arena = Arc::new(arena);
         let (stubs, code) = stubs::emit(arena.context_disp(), arena.code());
         arena.write_code(arena.code(), &code);
-        let layout = Layout::new(&arena, &stubs);
+        let layout = Layout::new(&arena, &stubs, options.count_paths);
         let cache = Cache::new(&arena, layout, arena.code() + code.len() as u64);
         // SAFETY: the arena is dropped last and serves this core alone.
         let mut core = unsafe { Core::new(ram, &arena) };
@@ -182,6 +195,7 @@ impl BtVcpu {
             cache,
             stubs,
             counts: ExitCounts::default(),
+            counting: options.count_paths,
             doorbell: Arc::new(Doorbell::new(arena.clone())),
             window: false,
             intercept: false,
@@ -478,6 +492,7 @@ impl BtVcpu {
     /// A direct branch that isn't linked: finds its target and links it.
     fn direct(&mut self, index: usize, site: Site, target: u64) -> Result<(), Stop> {
         self.settle(site.homes, target);
+        self.counts.add(ExitReason::DirectMiss);
         if self.doorbell.answer() {
             return Err(Stop::Interrupted);
         }

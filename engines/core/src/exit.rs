@@ -139,6 +139,8 @@ reasons! {
     Bounce = Helper, "bounce";
     /// bt: a block translated.
     Translate = Translate, "translate";
+    /// bt: a direct branch that was not linked, taken through the runtime.
+    DirectMiss = Translate, "direct-miss";
     /// bt: a direct exit linked to its target block.
     Chain = Translate, "chain";
     /// bt: indirect branch target not in the lookup table.
@@ -180,6 +182,8 @@ pub enum ExitKind {
     SmcFlush,
     /// Instruction emulated by a helper.
     Helper,
+    /// What translated code did without leaving.
+    Inline,
     /// Anything else.
     Other,
 }
@@ -202,6 +206,7 @@ impl ExitKind {
             ExitKind::IndirectMiss => "indirect-miss",
             ExitKind::SmcFlush => "smc-flush",
             ExitKind::Helper => "helper",
+            ExitKind::Inline => "inline",
             ExitKind::Other => "other",
         }
     }

@@ -22,14 +22,14 @@ pub struct Count {
     pub count: u64,
 }
 
-/// Statistic of the host about a vCPU, cumulative.
+/// Statistic about a vCPU that only the engine or the host's kernel can collect, cumulative.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostStat {
-    /// Who counted ("kvm-stats").
+    /// Who counted ("kvm-stats", "translated-code").
     pub source: &'static str,
     /// Mode-neutral kind.
     pub kind: ExitKind,
-    /// The host's name for it.
+    /// Their name for it.
     pub name: String,
     /// Value since the vCPU was created.
     pub value: u64,

@@ -120,7 +120,8 @@ pub trait Vcpu: Send {
         reason.name()
     }
 
-    /// Statistics kept by the host's kernel for this VM and vCPU.
+    /// Statistics kept by the host's kernel for this VM and vCPU, or by the guest's own code where the
+    /// engine makes it.
     fn host_stats(&mut self) -> Vec<HostStat> {
         Vec::new()
     }

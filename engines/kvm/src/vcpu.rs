@@ -400,6 +400,7 @@ impl Vcpu for KvmVcpu {
             | ExitReason::TlbMiss
             | ExitReason::Bounce
             | ExitReason::Translate
+            | ExitReason::DirectMiss
             | ExitReason::Chain
             | ExitReason::IndirectMiss
             | ExitReason::SmcFlush

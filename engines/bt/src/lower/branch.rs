@@ -17,7 +17,7 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic};
 use std::mem::offset_of;
 
-use super::{CONTRACT, Cold, Lower};
+use super::{CONTRACT, Cold, Lower, Path};
 use crate::{
     context::Context,
     cpu::Bits,
@@ -33,6 +33,7 @@ impl Lower<'_> {
         if target <= insn.instr.ip() {
             self.doorbell(Ip::At(insn.instr.ip()));
         }
+        self.count(Path::Direct);
         self.direct(insn.instr.ip(), target);
     }
 
@@ -43,6 +44,8 @@ impl Lower<'_> {
         if target <= insn.instr.ip() {
             self.doorbell(Ip::At(insn.instr.ip()));
         }
+        // Either way: exactly one of the two exits is taken.
+        self.count(Path::Direct);
         let condition = condition(&insn.instr).ok_or("no condition")?;
         self.linked(&[0x0f, 0x80 | condition], insn.instr.ip(), target);
         self.direct(insn.instr.ip(), insn.instr.next_ip());
@@ -84,6 +87,7 @@ impl Lower<'_> {
             Mnemonic::Loop => 0xe2,
             _ => 0xe3,
         };
+        self.count(Path::Direct);
         if narrow {
             self.asm.push(0x67);
         }
@@ -101,6 +105,7 @@ impl Lower<'_> {
         if target <= insn.instr.ip() {
             self.doorbell(Ip::At(target));
         }
+        self.count(Path::Direct);
         self.direct(insn.instr.ip(), target);
         Ok(())
     }
@@ -141,6 +146,7 @@ impl Lower<'_> {
             self.exit(insn.instr.ip(), Kind::Indirect { rsp });
             return;
         }
+        self.count(Path::Indirect);
         if !self.homes.lazy {
             self.save_flags(target.map_or(0, |register| 1 << register));
         }

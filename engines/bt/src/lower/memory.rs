@@ -20,7 +20,7 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, OpKind, Register};
 use std::mem::offset_of;
 
-use super::{Cold, Lower, gpr64, lasting, memory_operand, needs_flags};
+use super::{Cold, Lower, Path, gpr64, lasting, memory_operand, needs_flags};
 use crate::{
     context::Context,
     cpu::Bits,
@@ -207,8 +207,10 @@ impl Lower<'_> {
         avoid: u16,
     ) -> Result<Open, String> {
         if let Some(member) = self.plan.members[self.at] {
+            self.count(Path::Shared);
             return self.open_member(insn, member, avoid);
         }
+        self.count(Path::Lookup);
         let lookup = self.look_up(insn, address, size, write, avoid)?;
         Ok(Open {
             register: lookup.register,

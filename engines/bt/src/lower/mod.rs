@@ -22,12 +22,14 @@
 //! exact registers. Arithmetic flags are exact if anything reads them before they are
 //! overwritten; flags that are dead may be scratch in the frame that an exception pushes.
 //!
-//! One file per family: `memory` (operands), `stack`, `branch`.
+//! One file per family: `memory` (operands), `stack`, `branch`; `count` for runs that count them.
 
 mod branch;
+mod count;
 mod memory;
 mod stack;
 
+pub(crate) use count::Path;
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
@@ -58,10 +60,12 @@ pub(crate) struct Layout {
     tlb: [i32; 4],
     jump: [i32; 2],
     exit: u64,
+    /// Code counts what it does.
+    counting: bool,
 }
 
 impl Layout {
-    pub(crate) fn new(arena: &Arena, stubs: &Stubs) -> Layout {
+    pub(crate) fn new(arena: &Arena, stubs: &Stubs, counting: bool) -> Layout {
         Layout {
             context: arena.context_disp(),
             doorbell: arena.doorbell() as i32,
@@ -69,6 +73,7 @@ impl Layout {
             tlb: std::array::from_fn(|index| arena.tlb(index) as i32),
             jump: std::array::from_fn(|index| arena.jump(index) as i32),
             exit: stubs.exit,
+            counting,
         }
     }
 
@@ -223,6 +228,7 @@ pub(crate) fn lower(
     }
     if let Some(last) = decoded.insns.last().filter(|last| !last.class.ends_block()) {
         lower.leave(last.live_out != 0);
+        lower.count(Path::Direct);
         lower.direct(last.instr.ip(), last.instr.next_ip());
     }
     lower.cold();

@@ -1,11 +1,16 @@
 //! The vCPU as the run loop of engine-core sees it.
 
+use engine_core::exit::ExitKind;
 use engine_core::{
     CpuState, Error, Exit, ExitCounts, ExitReason, GuestPhys, Vcpu, kick::KickHandle,
+    tally::HostStat,
 };
 
 use super::{BtVcpu, Pending, Resume, Stop};
-use crate::{core::Cause, site::Homes};
+use crate::{core::Cause, lower::Path, site::Homes};
+
+/// Source of what translated code counts by itself.
+const TRANSLATED_CODE: &str = "translated-code";
 
 impl Vcpu for BtVcpu {
     fn run(&mut self) -> Result<Exit<'_>, Error> {
@@ -118,6 +123,21 @@ impl Vcpu for BtVcpu {
 
     fn counts(&self) -> ExitCounts {
         self.counts.clone()
+    }
+
+    fn host_stats(&mut self) -> Vec<HostStat> {
+        if !self.counting {
+            return Vec::new();
+        }
+        let slots = self.core.context().paths;
+        let stats = Path::ALL.iter().zip(slots);
+        let stat = |(path, value): (&Path, u64)| HostStat {
+            source: TRANSLATED_CODE,
+            kind: ExitKind::Inline,
+            name: path.name().to_owned(),
+            value,
+        };
+        stats.map(stat).collect()
     }
 
     fn interruptible(&mut self) -> bool {

@@ -320,7 +320,11 @@ const LARGE_CACHE: usize = 4 << 20;
 const TIGHT_CACHE: usize = 64 << 10;
 
 fn vcpu(ram: &Arc<GuestRam>, code_cache: usize) -> BtVcpu {
-    let options = Options { code_cache };
+    let options = Options {
+        code_cache,
+        // Code that counts is code too: one of the two counts.
+        count_paths: code_cache == TIGHT_CACHE,
+    };
     let mut vcpu = BtVcpu::new(Arc::clone(ram), options).expect("a vCPU");
     if avx() {
         vcpu.set_xcr0(7);

@@ -241,6 +241,7 @@ fn the_whole_image_runs_in_the_smallest_code_cache() {
     let entry = engine_core::loader::load(&ram, images::unaware(), command).expect("it loads");
     let options = Options {
         code_cache: 64 * 1024,
+        ..Options::default()
     };
     let mut vcpu = bt::BtVcpu::new(ram, options).expect("a vCPU");
     vcpu.set_state(&entry).expect("a state");
@@ -309,6 +310,7 @@ fn a_code_cache_that_overflows_in_a_loop_keeps_the_results() {
     }
     let small = Options {
         code_cache: 64 * 1024,
+        ..Options::default()
     };
     let ended = run_with(&guest, small);
     assert_eq!(ended.report().results[0], u64::from(expected));

@@ -101,6 +101,12 @@ pub(crate) struct Run {
     /// Whose interrupt controllers and timer the guest has
     #[arg(long, value_name = "WHOSE", value_enum, default_value_t = Irqchip::User)]
     pub(crate) irqchip: Irqchip,
+    /// Room for translated code, as 64K or 16M; default 64M (full, hybrid-bt)
+    #[arg(long, value_name = "SIZE", value_parser = code_cache)]
+    pub(crate) code_cache: Option<usize>,
+    /// Count the branches and accesses that translated code does by itself too; slower (full, hybrid-bt)
+    #[arg(long)]
+    pub(crate) count_paths: bool,
     /// What the guest's exit code becomes as exit status
     #[arg(long, value_name = "HOW", value_enum, default_value_t = ExitPort::Plain)]
     pub(crate) exit_port: ExitPort,
@@ -176,6 +182,30 @@ fn address(text: &str) -> Result<u64, String> {
     parsed.map_err(|error| format!("'{text}' is no address: {error}"))
 }
 
+/// A size: decimal, with K, M or G for the powers of 1024.
+fn bytes(text: &str) -> Result<usize, String> {
+    let wrong = || format!("'{text}' is no size: a number with K, M or G");
+    let digits = text.trim_end_matches(['K', 'M', 'G']);
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        _ => return Err(wrong()),
+    };
+    let number: usize = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+fn code_cache(text: &str) -> Result<usize, String> {
+    let range = bt::Options::CODE_CACHE;
+    let (least, most) = (range.start() >> 10, range.end() >> 20);
+    bytes(text).and_then(|bytes| match range.contains(&bytes) {
+        true => Ok(bytes),
+        false => Err(format!("choose {least}K to {most}M")),
+    })
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let wrong = || format!("'{text}' is not a number of seconds above 0");
     let seconds: f64 = text.parse().map_err(|_| wrong())?;
@@ -201,6 +231,16 @@ mod tests {
         assert_eq!(address("4096"), Ok(4096));
         for text in ["", "0x", "7c00", "-1"] {
             assert!(address(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_take_the_powers_of_1024() {
+        assert_eq!(bytes("65536"), Ok(65536));
+        assert_eq!(bytes("64K"), Ok(64 << 10));
+        assert_eq!(bytes("16M"), Ok(16 << 20));
+        for text in ["", "K", "-1", "1T", "1KK", "16 M", "99999999999999999999G"] {
+            assert!(bytes(text).is_err(), "{text}");
         }
     }
 

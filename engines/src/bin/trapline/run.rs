@@ -56,7 +56,10 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
     let order = order(arguments)?;
     match engines::find(&arguments.mode) {
         Some(mode) => run_mode(mode, arguments, order.as_ref(), stats),
-        None => native::run(arguments, order.as_ref(), stats),
+        None => {
+            no_translator(cli::NATIVE, arguments)?;
+            native::run(arguments, order.as_ref(), stats)
+        }
     }
 }
 
@@ -136,6 +139,7 @@ fn run_mode(
         Some(order) => order.to_string(),
         None => arguments.cmdline.clone().unwrap_or_default(),
     };
+    let translator = translator(mode, arguments)?;
     let boot = match mode.runs {
         Runs::Vcpu(boot) => boot,
         Runs::Processes if arguments.guest.kernel.is_some() => {
@@ -180,7 +184,12 @@ fn run_mode(
             ),
         }
     }
-    let mut vcpus = match boot(Arc::clone(&ram), irqchip, 1).and_then(|mut vcpus| {
+    let setup = engines::Setup {
+        irqchip,
+        cpus: 1,
+        translator,
+    };
+    let mut vcpus = match boot(Arc::clone(&ram), setup).and_then(|mut vcpus| {
         vcpus[0].set_state(&entry)?;
         Ok(vcpus)
     }) {
@@ -250,6 +259,31 @@ fn run_mode(
         &mut stats,
         &counts,
     ))
+}
+
+/// What the arguments say of the translator.
+fn translator(mode: &Mode, arguments: &cli::Run) -> anyhow::Result<bt::Options> {
+    if !mode.translates() {
+        no_translator(mode.name, arguments)?;
+    }
+    let default = bt::Options::default();
+    Ok(bt::Options {
+        code_cache: arguments.code_cache.unwrap_or(default.code_cache),
+        count_paths: arguments.count_paths,
+    })
+}
+
+/// Refuses options of the translator where there is none.
+fn no_translator(mode: &str, arguments: &cli::Run) -> anyhow::Result<()> {
+    for (given, option) in [
+        (arguments.code_cache.is_some(), "--code-cache"),
+        (arguments.count_paths, "--count-paths"),
+    ] {
+        if given {
+            bail!("mode {mode} translates nothing: leave out {option}");
+        }
+    }
+    Ok(())
 }
 
 /// As [`run_mode`] goes on, for an engine of processes.
