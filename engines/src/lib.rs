@@ -33,6 +33,9 @@ pub struct Setup {
 /// the first, and for others when they are started.
 pub type Boot = fn(Arc<GuestRam>, Setup) -> Result<Vec<Box<dyn Vcpu>>, Error>;
 
+/// Finds out whether doorbells can be eventfds with those interrupt controllers.
+pub type ProbeDoorbells = fn(Irqchip) -> Result<(), Unavailable>;
+
 /// How an engine runs a guest.
 #[derive(Clone, Copy, Debug)]
 pub enum Runs {
@@ -57,6 +60,11 @@ pub struct Mode {
     pub image: fn() -> &'static [u8],
     /// Whether this host can run it.
     pub probe: fn() -> Result<Available, Unavailable>,
+    /// Whether this host's kernel takes doorbells for it ([`Doorbell::Eventfd`]), with those
+    /// interrupt controllers; `None` where the engine knows only exits.
+    ///
+    /// [`Doorbell::Eventfd`]: engine_core::Doorbell::Eventfd
+    pub eventfd_doorbells: Option<ProbeDoorbells>,
     /// Whether this host's kernel has interrupt controllers for it; `None` where the engine knows
     /// only the VMM's.
     pub kernel_irqchip: Option<fn() -> Result<(), Unavailable>>,
@@ -102,6 +110,7 @@ pub static MODES: &[Mode] = &[
         image: images::unaware,
         // Translation needs nothing that an ordinary process doesn't have.
         probe: || Ok(Available { backend: None }),
+        eventfd_doorbells: None,
         kernel_irqchip: None,
         cpus: 1,
         runs: Runs::Vcpu(translated),
@@ -113,6 +122,8 @@ pub static MODES: &[Mode] = &[
         about: "privileged instructions run in the processor's virtual context, through /dev/kvm",
         image: images::unaware,
         probe: kvm_host,
+        // Its devices have none.
+        eventfd_doorbells: None,
         kernel_irqchip: Some(kvm::probe_irqchip),
         cpus: MOST_CPUS,
         runs: Runs::Vcpu(in_hardware),
@@ -124,6 +135,7 @@ pub static MODES: &[Mode] = &[
         about: "the guest knows its host: commands instead of privileged instructions",
         image: images::aware,
         probe: || pv::probe().map(|()| Available { backend: None }),
+        eventfd_doorbells: None,
         kernel_irqchip: None,
         cpus: 1,
         runs: Runs::Processes,
@@ -135,6 +147,7 @@ pub static MODES: &[Mode] = &[
         about: "as hardware for privileged instructions, with paravirtual drivers for I/O",
         image: images::hybrid,
         probe: kvm_host,
+        eventfd_doorbells: Some(kvm::probe_doorbells),
         kernel_irqchip: Some(kvm::probe_irqchip),
         cpus: MOST_CPUS,
         runs: Runs::Vcpu(in_hardware),
@@ -146,6 +159,7 @@ pub static MODES: &[Mode] = &[
         about: "as full for privileged instructions, with paravirtual drivers for I/O",
         image: images::hybrid,
         probe: || Ok(Available { backend: None }),
+        eventfd_doorbells: None,
         kernel_irqchip: None,
         cpus: 1,
         runs: Runs::Vcpu(translated),

@@ -45,7 +45,12 @@ fn peer(path: &Path) {
 }
 
 /// Runs one workload; its checksum, or the reason why it has no meaning there.
-fn run(mode: &str, name: &str, size: u64) -> (Result<u64, String>, Ended, Vec<Value>) {
+fn run(
+    mode: &str,
+    name: &str,
+    size: u64,
+    options: &[&str],
+) -> (Result<u64, String>, Ended, Vec<Value>) {
     let call = Call::with_memory(mode, "64");
     let (image, socket) = (call.path("disk.img"), call.path("peer"));
     disk(&image);
@@ -58,6 +63,7 @@ fn run(mode: &str, name: &str, size: u64) -> (Result<u64, String>, Ended, Vec<Va
         .args(&["--workload", name, "--timeout", LONG])
         .args(&["--size", &size.to_string()])
         .args(&["--iterations", &REQUESTS.to_string()])
+        .args(options)
         .run();
     let text = String::from_utf8_lossy(&ended.stdout).into_owned();
     let answer = text.lines().find_map(|line| {
@@ -90,6 +96,57 @@ fn exits(windows: &[Value]) -> f64 {
     total as f64 / REQUESTS as f64
 }
 
+/// What a source has counted in the last window under reasons that begin with `reason`.
+fn counted(windows: &[Value], source: &str, reason: &str) -> u64 {
+    let counts = windows.last().unwrap()["counts"].as_array().unwrap();
+    let these = counts.iter().filter(|count| {
+        count["source"] == source && count["reason"].as_str().unwrap().starts_with(reason)
+    });
+    these.map(|count| count["count"].as_u64().unwrap()).sum()
+}
+
+#[test]
+fn doorbells_by_eventfd_are_counted_and_are_no_exits() {
+    let hybrid = engines::find("hybrid").unwrap();
+    let probe = hybrid.eventfd_doorbells.unwrap();
+    for (irqchip, name) in [
+        (engine_core::Irqchip::User, "user"),
+        (engine_core::Irqchip::Kernel, "kernel"),
+    ] {
+        if let Err(unavailable) = probe(irqchip) {
+            eprintln!("skipped: {unavailable}");
+            continue;
+        }
+        let options = ["--doorbell", "eventfd", "--irqchip", name];
+        for (workload, size, rings) in [
+            ("blk_seqread", SPAN, REQUESTS),
+            ("blk_randwrite32", SPAN, 1),
+            ("net_rr", 5, REQUESTS),
+            ("net_stream", 186, 1),
+        ] {
+            let (answer, ended, windows) = run("hybrid", workload, size, &options);
+            ended.check(0, "");
+            let expected = programs::find(workload).unwrap();
+            let expected = programs::oracle(expected, size, REQUESTS).unwrap();
+            assert_eq!(answer, Ok(expected), "{name} {workload}");
+            let seen = counted(&windows, "eventfd", "ioeventfd ");
+            assert!(seen >= rings, "{name} {workload}: {seen} doorbells");
+            let device = format!("KVM_EXIT_MMIO write virtio-{}", &workload[..3]);
+            let exits = counted(&windows, "vmm", &device);
+            // Interrupts are acknowledged by exits; notifications of a disk at depth 1 are all of
+            // its writes else, and waiting for it is polling.
+            assert!(
+                exits < REQUESTS || workload.starts_with("net"),
+                "{name} {workload}: {exits}"
+            );
+        }
+    }
+    for mode in ["full", "hardware", "hybrid-bt", "para"] {
+        let call = Call::new(mode).args(&["--workload", "alu", "--doorbell", "eventfd"]);
+        call.run().check(2, "leave out --doorbell");
+    }
+}
+
 #[test]
 fn io_workloads_agree_with_the_oracle_in_every_mode() {
     let processes = engines::MODES
@@ -111,7 +168,7 @@ fn agrees(mode: &'static Mode) {
         ("net_rr", 5),
         ("net_stream", 186),
     ] {
-        let (answer, ended, windows) = run(mode.name, name, size);
+        let (answer, ended, windows) = run(mode.name, name, size, &[]);
         let depth = name.ends_with("32");
         match answer {
             Ok(sum) => {

@@ -6,6 +6,7 @@
 //!
 //! Invariant: what a buffer points to stays mapped, and writable, for its lifetime.
 
+use std::borrow::Cow;
 use std::marker::PhantomData;
 
 use vm_memory::VolatileSlice;
@@ -149,6 +150,36 @@ pub fn gather(buffers: &[Buffer<'_>], mut skip: usize, into: &mut [u8]) -> usize
     done
 }
 
+/// The `length` bytes of `buffers` from `skip` on. Borrows where headers have a descriptor of their
+/// own, as drivers do it; a device must not rely on that (2.7.4.1).
+pub(crate) fn window<'a>(
+    buffers: &'a [Buffer<'a>],
+    mut skip: usize,
+    mut length: usize,
+) -> Cow<'a, [Buffer<'a>]> {
+    let mut first = 0;
+    while first < buffers.len() && skip >= buffers[first].len() {
+        skip -= buffers[first].len();
+        first += 1;
+    }
+    let mut last = first;
+    let mut room = 0;
+    while last < buffers.len() && room < skip + length {
+        room += buffers[last].len();
+        last += 1;
+    }
+    let whole = &buffers[first..last];
+    if skip == 0 && room == length {
+        return Cow::Borrowed(whole);
+    }
+    let cut = whole.iter().filter_map(|part| {
+        let part = part.after(std::mem::take(&mut skip)).first(length);
+        length -= part.len();
+        (!part.is_empty()).then_some(part)
+    });
+    Cow::Owned(cut.collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,5 +195,25 @@ mod tests {
         assert_eq!(&back[..5], b"abcde");
         assert_eq!(gather(&buffers, 7, &mut back), 0);
         assert_eq!((one, two), ([0, 0, b'a'], *b"bcde"));
+    }
+
+    #[test]
+    fn windows_cut_anywhere() {
+        let mut bytes: Vec<u8> = (0..20).collect();
+        let (left, right) = bytes.split_at_mut(7);
+        let buffers = [Buffer::new(left), Buffer::new(right)];
+        for skip in 0..=20 {
+            for length in 0..=20 - skip {
+                let part = window(&buffers, skip, length);
+                assert_eq!(total(&part), length);
+                let mut seen = vec![0xff; length];
+                gather(&part, 0, &mut seen);
+                let expected: Vec<u8> = (skip as u8..(skip + length) as u8).collect();
+                assert_eq!(seen, expected);
+            }
+        }
+        assert!(matches!(window(&buffers, 7, 13), Cow::Borrowed(_)));
+        assert!(matches!(window(&buffers, 0, 7), Cow::Borrowed(_)));
+        assert!(matches!(window(&buffers, 1, 7), Cow::Owned(_)));
     }
 }

@@ -11,6 +11,7 @@ pub mod clock;
 pub mod cpuid;
 pub mod devices;
 pub mod dma;
+pub mod doorbell;
 pub mod exit;
 pub mod host;
 pub mod interrupt;
@@ -32,6 +33,7 @@ mod window;
 
 pub use addr::{GuestPhys, GuestVirt};
 pub use clock::Clock;
+pub use doorbell::{Doorbell, Doorbells};
 pub use exit::{Exit, ExitCounts, ExitKind, ExitReason};
 pub use interrupt::{Interrupts, Line};
 pub use kick::Kick;

@@ -19,6 +19,7 @@ use crate::dma::WriteLog;
 use crate::host::console::{Output, Sink};
 use crate::host::events::Events;
 use crate::host::input::Input;
+use crate::host::io_thread::IoThread;
 use crate::host::{Pump, PumpOptions, WATCHED};
 use crate::interrupt::{Interrupts, Line};
 use crate::schedule::Schedule;
@@ -103,6 +104,8 @@ pub struct Machine {
     /// What devices write to memory, for engines that must be told.
     write_log: Option<Arc<WriteLog>>,
     windows: Windows,
+    /// Serves doorbells that are no exits.
+    pub(crate) io: Option<IoThread>,
 }
 
 impl Machine {
@@ -174,6 +177,7 @@ impl Machine {
             held: 0,
             write_log: None,
             windows: Windows::default(),
+            io: None,
         };
         for (ports, device) in board::devices(
             &machine,
@@ -470,6 +474,7 @@ impl Machine {
     pub(crate) fn may_wake(&mut self) -> bool {
         self.schedule.next().is_some()
             || self.watched != 0
+            || self.io.is_some()
             || self.input.claimed() && !self.input.exhausted()
             || self.serial.may_interrupt()
     }

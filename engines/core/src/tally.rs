@@ -6,6 +6,9 @@
 //! Ports get a counter of their own on first use; counting an exit is one table look-up and two
 //! additions.
 
+use std::sync::Arc;
+
+use crate::doorbell::Passed;
 use crate::exit::ExitKind;
 use crate::{ExitCounts, ExitReason, Vcpu};
 
@@ -59,6 +62,8 @@ pub struct Tally {
     ports: Vec<PortCounter>,
     /// By device slot; the last one is for addresses without a device.
     memory: Vec<(&'static str, Accesses)>,
+    /// What passes between guest and devices without an exit.
+    passed: Vec<Arc<Passed>>,
 }
 
 /// Counters at one moment.
@@ -83,6 +88,7 @@ impl Tally {
                 .chain(["unassigned"])
                 .map(|name| (name, Accesses::default()))
                 .collect(),
+            passed: Vec::new(),
         }
     }
 
@@ -90,6 +96,11 @@ impl Tally {
     pub fn add_device(&mut self, name: &'static str) {
         let last = self.memory.len() - 1;
         self.memory.insert(last, (name, Accesses::default()));
+    }
+
+    /// Adds what passes without an exit, beside the host's statistics.
+    pub(crate) fn add_passed(&mut self, passed: Arc<Passed>) {
+        self.passed.push(passed);
     }
 
     /// Exits so far.
@@ -148,12 +159,14 @@ impl Tally {
 
     /// All counters as they stand.
     pub fn snapshot(&self, vcpu: &mut dyn Vcpu) -> Snapshot {
+        let mut host = vcpu.host_stats();
+        host.extend(self.passed.iter().flat_map(|passed| passed.counts()));
         Snapshot {
             exits: self.exits.clone(),
             ports: self.ports.iter().map(|counter| counter.count).collect(),
             memory: self.memory.iter().map(|entry| entry.1).collect(),
             callouts: vcpu.counts(),
-            host: vcpu.host_stats(),
+            host,
         }
     }
 

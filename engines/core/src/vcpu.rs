@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::{
-    CpuState, Exit, ExitCounts, ExitReason, Interrupts, kick::KickHandle, tally::HostStat,
+    CpuState, Doorbells, Exit, ExitCounts, ExitReason, Interrupts, kick::KickHandle,
+    tally::HostStat,
 };
 
 /// Where a machine's interrupt controllers and their timer are.
@@ -87,6 +88,13 @@ pub trait Vcpu: Send {
     /// The interrupt controllers that the engine brings along ([`Irqchip::Kernel`]): the machine's
     /// own are left out then, and the engine delivers interrupts and halts by itself.
     fn controller(&self) -> Option<Arc<dyn Interrupts>> {
+        None
+    }
+
+    /// The doorbells that the engine's host kernel takes, if it does ([`Doorbell::Eventfd`]).
+    ///
+    /// [`Doorbell::Eventfd`]: crate::Doorbell::Eventfd
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         None
     }
 

@@ -11,6 +11,7 @@
 
 mod backend;
 mod cpuid;
+mod doorbell;
 mod irqchip;
 mod kick;
 mod msr;
@@ -19,5 +20,6 @@ pub mod stats;
 mod vcpu;
 
 pub use backend::{Backend, Host, probe, probe_device};
+pub use doorbell::probe_doorbells;
 pub use irqchip::probe_irqchip;
 pub use vcpu::{KvmVcpu, Options};

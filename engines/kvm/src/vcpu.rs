@@ -14,8 +14,8 @@ use engine_core::cpuid::Place;
 use engine_core::kick::KickHandle;
 use engine_core::tally::HostStat;
 use engine_core::{
-    CpuState, Error, Exit, ExitReason, GuestPhys, GuestRam, GuestVirt, Interrupts, Irqchip,
-    Unavailable, Vcpu,
+    CpuState, Doorbells, Error, Exit, ExitReason, GuestPhys, GuestRam, GuestVirt, Interrupts,
+    Irqchip, Unavailable, Vcpu,
 };
 use kvm_bindings as kb;
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -24,6 +24,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use crate::backend::{self, Backend, DEVICE};
+use crate::doorbell::KvmDoorbells;
 use crate::irqchip::KernelIrqchip;
 use crate::kick::KvmKick;
 use crate::msr::{self, Answer};
@@ -68,7 +69,7 @@ pub struct KvmVcpu {
     /// The answer that the last exit waits for.
     answer: Answer,
     controller: Option<Arc<KernelIrqchip>>,
-    _vm: Arc<VmFd>,
+    vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
 }
 
@@ -137,7 +138,7 @@ impl KvmVcpu {
                 backend: found.backend,
                 answer: Answer::default(),
                 controller: controller.clone(),
-                _vm: Arc::clone(&vm),
+                vm: Arc::clone(&vm),
                 ram: Arc::clone(&ram),
             })
         };
@@ -362,6 +363,11 @@ impl Vcpu for KvmVcpu {
     fn controller(&self) -> Option<Arc<dyn Interrupts>> {
         let controller = self.controller.as_ref()?;
         Some(Arc::clone(controller) as Arc<dyn Interrupts>)
+    }
+
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        let vm = Arc::clone(&self.vm);
+        Some(Arc::new(KvmDoorbells::new(vm, self.controller.is_some())))
     }
 
     fn kick_handle(&self) -> KickHandle {

@@ -12,7 +12,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use super::events::Events;
+use super::events::{Events, flag};
 
 /// PIPE_BUF on Linux.
 const CHUNK: usize = 4096;
@@ -60,6 +60,11 @@ impl Output {
     /// True when the host's end is gone.
     pub fn closed(&self) -> bool {
         self.closed
+    }
+
+    /// True once the run ends: what can go out still does, but nobody should begin much.
+    pub fn ending(&self) -> bool {
+        self.events.pending() & flag::FINAL != 0
     }
 
     /// Takes one byte of the guest.
@@ -138,7 +143,6 @@ impl Write for Output {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::events::flag;
 
     fn pipe() -> (OwnedFd, Output, Arc<Events>) {
         let (reader, writer) = rustix::pipe::pipe().unwrap();

@@ -3,6 +3,7 @@
 pub mod console;
 pub mod events;
 pub mod input;
+pub(crate) mod io_thread;
 mod pump;
 
 pub use pump::{Pump, PumpOptions, WATCHED};

@@ -10,12 +10,14 @@
 
 mod aligned;
 mod file;
+mod paced;
 
 use std::io;
 
 use crate::buffer::Buffer;
 
 pub use file::{FileOptions, OpenError, RawFile};
+pub(crate) use paced::Paced;
 
 /// Bytes of a sector.
 pub const SECTOR: u64 = 512;

@@ -22,6 +22,7 @@ Examples:
   trapline run --mode para --workload sieve
   trapline run --mode full --kernel test.elf --cmdline 'all' --exit-port raw --timeout 60
   trapline run --mode full --workload blk_seqread --disk disk.img,readonly
+  trapline run --mode hybrid --workload net_rr --net tap:t0 --irqchip kernel --doorbell eventfd
   trapline run --mode hardware --image vmlinux --cmdline 'console=ttyS0' --stats-fd 3 3>stats.json
 
 Exit status:
@@ -101,6 +102,9 @@ pub(crate) struct Run {
     /// Whose interrupt controllers and timer the guest has
     #[arg(long, value_name = "WHOSE", value_enum, default_value_t = Irqchip::User)]
     pub(crate) irqchip: Irqchip,
+    /// How drivers' notifications reach virtio devices
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = Doorbell::Exit)]
+    pub(crate) doorbell: Doorbell,
     /// Room for translated code, as 64K or 16M; default 64M (full, hybrid-bt)
     #[arg(long, value_name = "SIZE", value_parser = code_cache)]
     pub(crate) code_cache: Option<usize>,
@@ -126,6 +130,24 @@ impl From<Irqchip> for engine_core::Irqchip {
         match choice {
             Irqchip::User => engine_core::Irqchip::User,
             Irqchip::Kernel => engine_core::Irqchip::Kernel,
+        }
+    }
+}
+
+/// How a driver's notification reaches a virtio device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Doorbell {
+    /// By an exit; the vCPU's thread serves it, the same in every mode
+    Exit,
+    /// By an eventfd of the host's kernel (KVM); an I/O thread serves it, and the guest runs on
+    Eventfd,
+}
+
+impl From<Doorbell> for engine_core::Doorbell {
+    fn from(choice: Doorbell) -> Self {
+        match choice {
+            Doorbell::Exit => engine_core::Doorbell::Exit,
+            Doorbell::Eventfd => engine_core::Doorbell::Eventfd,
         }
     }
 }

@@ -51,6 +51,7 @@ pub(crate) fn run(
         engine: cli::NATIVE,
         backend: None,
         irqchip: None,
+        doorbell: None,
         memory_mib: 0,
     });
     let program = program().context("native program")?;

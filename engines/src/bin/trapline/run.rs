@@ -19,9 +19,11 @@ use anyhow::{Context, bail};
 use engine_core::host::console::Sink;
 use engine_core::loader::Boot;
 use engine_core::machine::Source;
+use engine_core::peripherals::Family;
 use engine_core::tally::Count;
 use engine_core::{
-    CpuState, GuestRam, Limit, Limits, Machine, MachineOptions, Outcome, Unavailable, drive,
+    CpuState, Doorbell, GuestRam, Irqchip, Limit, Limits, Machine, MachineOptions, Outcome,
+    Unavailable, drive,
 };
 use engines::{Mode, Runs};
 
@@ -156,7 +158,7 @@ fn run_mode(
     let ram = engine_core::memory::create(arguments.memory)?;
     let entry = load(&ram, mode, arguments, &command_line)?;
 
-    let peripherals = devices::open(arguments, mode.family())?;
+    let mut peripherals = devices::open(arguments, mode.family())?;
 
     let debug: Option<Box<dyn Write>> = match &arguments.debug_console {
         Some(path) => {
@@ -171,8 +173,8 @@ fn run_mode(
         Ok(found) => found,
         Err(unavailable) => return Ok(report_unavailable(mode, &unavailable, &mut stats)),
     };
-    let irqchip = engine_core::Irqchip::from(arguments.irqchip);
-    if irqchip == engine_core::Irqchip::Kernel {
+    let irqchip = Irqchip::from(arguments.irqchip);
+    if irqchip == Irqchip::Kernel {
         match mode.kernel_irqchip.map(|probe| probe()) {
             Some(Ok(())) => {}
             Some(Err(unavailable)) => {
@@ -184,6 +186,7 @@ fn run_mode(
             ),
         }
     }
+    let doorbell = doorbell(mode, arguments, irqchip)?;
     let setup = engines::Setup {
         irqchip,
         cpus: 1,
@@ -210,6 +213,9 @@ fn run_mode(
         memory: engine_core::memory::regions(&ram),
         command_line: command_line.to_string(),
     })?;
+    if doorbell == Doorbell::Eventfd {
+        peripherals.doorbells = vcpu.doorbells();
+    }
     machine.attach(peripherals, &ram, vcpu.keeps_code())?;
     if arguments.exit_port == cli::ExitPort::Raw {
         engine_core::devices::testdev::add(&mut machine)?;
@@ -219,6 +225,7 @@ fn run_mode(
         engine: mode.engine,
         backend: found.backend,
         irqchip: Some(irqchip.name()),
+        doorbell: (mode.family() == Family::Virtio).then_some(doorbell.name()),
         memory_mib: arguments.memory,
     });
     let stats = Rc::new(RefCell::new(stats));
@@ -286,6 +293,24 @@ fn no_translator(mode: &str, arguments: &cli::Run) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How doorbells are rung: as asked, or by exits where this host refuses anything else, which is said.
+fn doorbell(mode: &Mode, arguments: &cli::Run, irqchip: Irqchip) -> anyhow::Result<Doorbell> {
+    match (arguments.doorbell.into(), mode.eventfd_doorbells) {
+        (Doorbell::Exit, _) => Ok(Doorbell::Exit),
+        (Doorbell::Eventfd, None) => bail!(
+            "mode {} has no doorbells that could be eventfds: leave out --doorbell",
+            mode.name
+        ),
+        (Doorbell::Eventfd, Some(probe)) => match probe(irqchip) {
+            Ok(()) => Ok(Doorbell::Eventfd),
+            Err(unavailable) => {
+                say(&format!("{unavailable}; doorbells are exits in this run"));
+                Ok(Doorbell::Exit)
+            }
+        },
+    }
+}
+
 /// As [`run_mode`] goes on, for an engine of processes.
 fn run_processes(
     mode: &'static Mode,
@@ -295,6 +320,7 @@ fn run_processes(
     mut stats: Stats,
 ) -> anyhow::Result<ExitCode> {
     pv::check(image)?;
+    doorbell(mode, arguments, Irqchip::User)?;
     let devices = devices::open_rings(arguments)?;
     let found = match (mode.probe)() {
         Ok(found) => found,
@@ -321,6 +347,7 @@ fn run_processes(
         engine: mode.engine,
         backend: found.backend,
         irqchip: None,
+        doorbell: None,
         memory_mib: arguments.memory,
     });
     let stats = Rc::new(RefCell::new(stats));

@@ -28,6 +28,8 @@ pub(crate) enum Event<'a> {
         backend: Option<&'a str>,
         /// Whose interrupt controllers the guest has, where it has any.
         irqchip: Option<&'a str>,
+        /// How virtio devices are notified, where there are any.
+        doorbell: Option<&'a str>,
         memory_mib: u64,
     },
     /// A measured window has closed.
@@ -134,11 +136,12 @@ mod tests {
             engine: "bt",
             backend: None,
             irqchip: Some("user"),
+            doorbell: None,
             memory_mib: 256,
         };
         assert_eq!(
             serde_json::to_string(&start).unwrap(),
-            r#"{"event":"start","mode":"full","engine":"bt","backend":null,"irqchip":"user","memory_mib":256}"#
+            r#"{"event":"start","mode":"full","engine":"bt","backend":null,"irqchip":"user","doorbell":null,"memory_mib":256}"#
         );
     }
 }

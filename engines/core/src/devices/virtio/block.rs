@@ -6,9 +6,9 @@
 
 use std::io;
 
-use super::chain::{length, window};
+use super::chain::length;
 use super::{Broken, Chain, Ring, VirtioDevice, copy_config};
-use crate::buffer::{gather, scatter};
+use crate::buffer::{gather, scatter, window};
 use crate::storage::{SECTOR, Storage, range};
 
 /// Device type.

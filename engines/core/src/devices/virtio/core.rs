@@ -227,7 +227,10 @@ impl Core {
         if !self.live() {
             // Without a driver there are no rings to break.
             let _ = self.device.host_ready(None);
-            return Notice::NONE;
+            return Notice {
+                action: self.device.action(),
+                ..Notice::NONE
+            };
         }
         self.rings.iter_mut().for_each(Ring::start_round);
         let done = self.device.host_ready(Some(&mut self.rings));

@@ -71,6 +71,8 @@ pub struct Mmio {
     queue: usize,
     /// DriverFeatures as written so far.
     driver: u64,
+    /// Queues in which requests were left, one bit each.
+    left: u32,
 }
 
 impl Mmio {
@@ -92,12 +94,32 @@ impl Mmio {
             driver_half: 0,
             queue: 0,
             driver: 0,
+            left: 0,
         }
     }
 
     /// The device.
     pub fn core(&self) -> Option<&Core> {
         self.core.as_ref()
+    }
+
+    /// The driver notifies of queue `index`. What a round leaves over waits for
+    /// [`advance`](Device::advance), so that the guest and whoever limits it get a word in between.
+    pub(crate) fn notify(&mut self, index: usize) -> Action {
+        let Some(core) = &mut self.core else {
+            return Action::None;
+        };
+        let notice = core.notify(index);
+        if notice.more {
+            self.left |= 1u32.checked_shl(index as u32).unwrap_or(0);
+        }
+        self.tell(notice)
+    }
+
+    /// Asks for the interrupt anew if it is still wanted: somebody else has lowered the line.
+    pub(crate) fn ask_again(&mut self) {
+        self.line.set(false);
+        self.line.set(self.interrupts != 0);
     }
 
     fn tell(&mut self, notice: Notice) -> Action {
@@ -148,10 +170,7 @@ impl Mmio {
             }
         };
         match offset {
-            register::QUEUE_NOTIFY => {
-                let notice = core.notify(value as usize);
-                return self.tell(notice);
-            }
+            register::QUEUE_NOTIFY => return self.notify(value as usize),
             register::INTERRUPT_ACK => {
                 self.interrupts &= !value;
                 self.line.set(self.interrupts != 0);
@@ -198,6 +217,7 @@ impl Mmio {
                     self.interrupts = 0;
                     self.driver = 0;
                     self.queue = 0;
+                    self.left = 0;
                 }
                 return self.tell(notice);
             }
@@ -243,6 +263,20 @@ impl Device for Mmio {
                 self.set_register(offset, u32::from_le_bytes(word))
             }
             _ => Action::None,
+        }
+    }
+
+    /// At once, if requests were left.
+    fn deadline(&self) -> Option<u64> {
+        (self.left != 0).then_some(0)
+    }
+
+    fn advance(&mut self, _now: u64) {
+        let mut left = std::mem::take(&mut self.left);
+        while left != 0 {
+            let index = left.trailing_zeros();
+            left &= left - 1;
+            self.notify(index as usize);
         }
     }
 

@@ -7,9 +7,10 @@
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
-use super::chain::{length, window};
+use super::chain::length;
 use super::{Broken, Ring, VirtioDevice, copy_config};
-use crate::buffer::scatter;
+use crate::buffer::{scatter, window};
+use crate::devices::Action;
 use crate::net::{FrameCounts, LONGEST, MacAddress, NetBackend, Received};
 
 /// Device type.
@@ -200,5 +201,14 @@ impl VirtioDevice for Net {
 
     fn take_config_change(&mut self) -> bool {
         std::mem::take(&mut self.changed)
+    }
+
+    /// The descriptor of an interface that is gone stays ready for ever: nobody is to wait for it.
+    fn action(&self) -> Action {
+        if self.backend.gone() {
+            Action::Hold
+        } else {
+            Action::None
+        }
     }
 }

@@ -40,7 +40,13 @@ pub struct Ring {
     completed: bool,
     /// Requests that may still be taken in this round; see [`Ring::start_round`].
     budget: u32,
+    /// Bytes that they may still name.
+    bytes: usize,
 }
+
+/// Bytes that the requests of one round may name before everybody else gets a word in: more than
+/// honest drivers have in flight.
+const ROUND_BYTES: usize = 64 << 20;
 
 impl Ring {
     /// A queue of at most `most` descriptors, a power of two, not ready.
@@ -51,6 +57,7 @@ impl Ring {
             memory,
             completed: false,
             budget: 0,
+            bytes: 0,
         }
     }
 
@@ -103,9 +110,11 @@ impl Ring {
 
     /// Bounds what is done before the guest goes on: a driver that has the device overwrite its
     /// own ring could keep it busy for ever. No honest driver has more than a ring full of
-    /// requests, unless it adds some while they are served.
+    /// requests, unless it adds some while they are served. A request may name much more memory than
+    /// there is; the first one that is too long for the round ends it.
     pub(super) fn start_round(&mut self) {
         self.budget = 2 * u32::from(self.queue.size());
+        self.bytes = ROUND_BYTES;
     }
 
     /// True if the last round ended with requests left.
@@ -129,8 +138,12 @@ impl Ring {
         let Some(chain) = found else {
             return Ok(None);
         };
-        self.budget -= 1;
         self.chain.load(chain, most)?;
+        self.bytes = self.bytes.saturating_sub(self.chain.bytes());
+        self.budget = match self.bytes {
+            0 => 0,
+            _ => self.budget - 1,
+        };
         Ok(Some(&self.chain))
     }
 
