@@ -21,6 +21,9 @@ pub const MEMORY_MIB: u32 = 256;
 /// The engine whose host side may be no processor's virtualization.
 const KVM: &str = "kvm";
 
+/// Makes translated code count what it does, at the price of its speed.
+pub(crate) const COUNT_PATHS: &str = "--count-paths";
+
 /// The engine that the floors are the floors of.
 const PV: &str = "pv";
 
@@ -216,6 +219,11 @@ impl Contender {
         };
         self.launch.command.args.extend(arguments);
         self.devices = Some(Arc::new(devices));
+    }
+
+    /// Whether it can count what its guest's code does by itself, with [`COUNT_PATHS`].
+    pub fn counts_paths(&self) -> bool {
+        self.role == Role::Mode && engines::find(&self.name).is_some_and(|mode| mode.translates())
     }
 
     /// Whether the floors say something about it.

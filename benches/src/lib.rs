@@ -17,6 +17,7 @@ pub mod glob;
 pub mod interrupt;
 mod latencies;
 pub mod oracle;
+mod paths;
 pub mod peer;
 pub mod plan;
 pub mod priority;

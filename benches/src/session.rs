@@ -99,6 +99,9 @@ impl<'a> Session<'a> {
         } else {
             Ending::Complete
         };
+        if ending == Ending::Complete {
+            self.count_paths()?;
+        }
         self.account_for_the_rest(ending)?;
         Ok(ending)
     }

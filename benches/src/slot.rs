@@ -7,14 +7,14 @@ use std::time::Duration;
 use reports_data::{Phase, Status};
 
 use crate::console::Done;
-use crate::contender::Contender;
+use crate::contender::{COUNT_PATHS, Contender};
 use crate::oracle::Oracle;
 use crate::priority::Delays;
 use crate::record::Place;
 use crate::stats::Count;
 use crate::task::Task;
 use crate::verdict::{Refusal, Traits, software_backend};
-use crate::vm::{Fault, Request, Vm};
+use crate::vm::{Fault, Launch, Request, Vm};
 
 /// Boots in a row that may fail before a contender is given up.
 const BOOT_TRIES: u32 = 2;
@@ -147,6 +147,21 @@ impl Slot {
     /// It did not come up. A contender that is unavailable or has failed too often is
     /// [`out`](Slot::out) from now on.
     pub fn boot(&mut self, limit: Duration) -> Result<Duration, Failure> {
+        let launch = self.contender.launch.clone();
+        self.boot_as(&launch, limit)
+    }
+
+    /// As [`boot`](Slot::boot), with a machine that counts what its translated code does by itself.
+    ///
+    /// # Errors
+    /// As [`boot`](Slot::boot).
+    pub fn boot_counting(&mut self, limit: Duration) -> Result<(), Failure> {
+        let mut launch = self.contender.launch.clone();
+        launch.command.args.push(COUNT_PATHS.to_owned());
+        self.boot_as(&launch, limit).map(|_| ())
+    }
+
+    fn boot_as(&mut self, launch: &Launch, limit: Duration) -> Result<Duration, Failure> {
         self.drop_vm();
         if let Some(devices) = &self.contender.devices {
             devices.settle().map_err(|error| {
@@ -154,7 +169,7 @@ impl Slot {
                 Failure::lasting(Refusal::new(Status::Failed, reason))
             })?;
         }
-        match Vm::boot(&self.contender.launch, limit) {
+        match Vm::boot(launch, limit) {
             Ok(vm) => {
                 vm.pause();
                 self.learn_backend(vm.backend());

@@ -25,7 +25,8 @@ pub struct ExitRow {
     pub phase: Phase,
     /// Round of the window: with `phase` the key to its samples.
     pub round: u32,
-    /// Who counted: `vmm` (the run loop), `translator`, `kvm-stats`, `tracepoint`.
+    /// Who counted: `vmm` (the run loop), `translator`, `translated-code`
+    /// ([`TRANSLATED_CODE`](crate::TRANSLATED_CODE)), `kvm-stats`, `tracepoint`.
     pub source: String,
     /// Mode-neutral kind (`pio`, `shadow-fault`, `translate`, ...).
     pub kind: String,

@@ -34,6 +34,7 @@ mod json;
 mod latency_row;
 pub mod manifest;
 mod metric;
+pub mod paths;
 mod run;
 mod sample;
 pub mod statistics;
@@ -49,6 +50,7 @@ pub use host::{file_system, sha256_hex, tool_version};
 pub use latency_row::LatencyRow;
 pub use manifest::{Backing, Circumstances, Manifest, ModeInfo, Role};
 pub use metric::Metric;
+pub use paths::TRANSLATED_CODE;
 pub use run::{
     EXITS, ExitWriter, LATENCY, LatencyWriter, MANIFEST, REPORT, Run, SAMPLES, SUMMARY,
     SampleWriter,

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 use maud::{Markup, html};
 use reports_data::held_against::ENGINE;
-use reports_data::{Metric, Phase};
+use reports_data::{Metric, Phase, TRANSLATED_CODE};
 
 use super::nothing;
 use super::tally::{
@@ -24,7 +24,7 @@ const EMULATED: &str = "insn_emulation";
 pub(super) fn content(view: &View<'_>) -> Result<Markup> {
     let (vmm, others): (Vec<Tally<'_>>, Vec<Tally<'_>>) = tallies(view)
         .into_iter()
-        .filter(|tally| tally.source != TRANSLATOR)
+        .filter(|tally| ![TRANSLATOR, TRANSLATED_CODE].contains(&tally.source))
         .partition(|tally| tally.source == VMM);
     let caution = html! {
         p.caution {

@@ -8,6 +8,7 @@ mod io;
 mod limits;
 mod nano;
 mod para;
+mod paths;
 mod ring0;
 mod rows;
 mod slowdown;

@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use maud::{Markup, html};
 use reports_data::Phase;
 
-use super::nothing;
 use super::tally::{Matrix, Series, TRANSLATOR, Tally, matrix, panels, tallies, tally_table};
+use super::{nothing, paths};
 use crate::Result;
 use crate::chart::stacked_bars;
 use crate::format;
@@ -45,6 +45,7 @@ pub(super) fn content(view: &View<'_>) -> Result<Markup> {
             Some(chart) => (chart),
             None => (nothing("No callout in any warm window.")),
         }
+        (paths::content(view))
         @for column in columns() {
             @for phase in [Phase::Cold, Phase::Warm] {
                 (matrix(view, &tallies, &Matrix {

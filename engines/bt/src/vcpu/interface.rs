@@ -130,14 +130,24 @@ impl Vcpu for BtVcpu {
             return Vec::new();
         }
         let slots = self.core.context().paths;
-        let stats = Path::ALL.iter().zip(slots);
-        let stat = |(path, value): (&Path, u64)| HostStat {
+        let paths = Path::ALL.iter().map(|path| path.name()).zip(slots);
+        // The same windows' callouts, so that shares are of one run.
+        let of = |reason| self.counts.get(reason);
+        let missed = [
+            ("direct-branch missed", of(ExitReason::DirectMiss)),
+            ("indirect-branch missed", of(ExitReason::IndirectMiss)),
+            (
+                "access missed",
+                of(ExitReason::TlbMiss) + of(ExitReason::Bounce),
+            ),
+        ];
+        let stat = |(name, value): (&str, u64)| HostStat {
             source: TRANSLATED_CODE,
             kind: ExitKind::Inline,
-            name: path.name().to_owned(),
+            name: name.to_owned(),
             value,
         };
-        stats.map(stat).collect()
+        paths.chain(missed).map(stat).collect()
     }
 
     fn interruptible(&mut self) -> bool {
