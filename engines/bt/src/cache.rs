@@ -23,6 +23,7 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::{
     arena::Arena,
+    checks::Outside,
     decode::{self, Mode},
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
@@ -57,6 +58,9 @@ pub(crate) struct Block {
     alive: bool,
     /// Shared lookups that could not succeed.
     strikes: u8,
+    /// Accesses that the window was not for, and the instructions they are of.
+    misses: u8,
+    missed: Outside,
 }
 
 /// Integer keys need mixing, not protection from collisions by design: a guest that makes its own
@@ -115,6 +119,8 @@ pub(crate) struct Cache {
     by_page: Map<u64, Vec<u32>>,
     /// Blocks whose accesses look up for themselves, because sharing didn't pay.
     apart: HashSet<Key, BuildHasherDefault<Mix>>,
+    /// Accesses of blocks that go around the window, because it wasn't for them.
+    outside: Map<Key, Outside>,
     /// Linked sites whose target lies in another page.
     across: Vec<u32>,
     encoder: Encoder,
@@ -141,6 +147,7 @@ impl Cache {
             by_key: Map::default(),
             by_page: Map::default(),
             apart: HashSet::default(),
+            outside: Map::default(),
             across: Vec::new(),
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
@@ -174,7 +181,7 @@ impl Cache {
     }
 
     /// The mark that covers the host address `rip`, and its block's number.
-    pub(crate) fn mark(&self, rip: u64) -> Option<Mark> {
+    pub(crate) fn mark(&self, rip: u64) -> Option<(Mark, u32)> {
         let index = self
             .blocks
             .partition_point(|block| block.entry <= rip)
@@ -188,7 +195,7 @@ impl Cache {
             .marks
             .partition_point(|mark| mark.offset <= offset)
             .checked_sub(1)?;
-        Some(block.marks[at])
+        Some((block.marks[at], index as u32))
     }
 
     /// True if the next translation would empty the cache.
@@ -209,6 +216,7 @@ impl Cache {
         self.by_page.clear();
         self.across.clear();
         self.apart.clear();
+        self.outside.clear();
         mmu.jumps.iter().for_each(|jumps| jumps.flush());
         self.emptied += 1;
     }
@@ -241,6 +249,7 @@ impl Cache {
             first_site: self.sites.len(),
             first_system: self.system.len(),
             groups: !self.apart.contains(&key),
+            outside: self.outside.get(&key).copied().unwrap_or_default(),
         };
         let Lowered {
             code,
@@ -274,6 +283,8 @@ impl Cache {
             incoming: Vec::new(),
             alive: true,
             strikes: 0,
+            misses: 0,
+            missed: Outside::default(),
         });
         self.next = (self.next + code.len() as u64).next_multiple_of(16);
         self.sites.extend(sites);
@@ -298,9 +309,33 @@ impl Cache {
         if found.strikes != STRIKES {
             return;
         }
+        self.apart.insert(found.key);
+        self.replace(block, arena, mmu);
+    }
+
+    /// Notes that the window was not for an access in `missed`, of `block`. A block where that keeps happening is thrown away, to be translated with other ways for
+    /// them.
+    pub(crate) fn miss(&mut self, block: u32, missed: Outside, arena: &Arena, mmu: &Mmu) {
+        /// A stray pointer now and then is no reason to slow its instruction down for good.
+        const MISSES: u8 = 8;
+        let found = &mut self.blocks[block as usize];
+        found.misses = found.misses.saturating_add(1);
+        found.missed.sum |= missed.sum;
+        found.missed.tlb |= missed.tlb;
+        if found.misses != MISSES || !found.alive {
+            return;
+        }
+        let outside = self.outside.entry(found.key).or_default();
+        outside.tlb |= found.missed.tlb | outside.sum & found.missed.sum;
+        outside.sum |= found.missed.sum;
+        self.replace(block, arena, mmu);
+    }
+
+    /// Throws a block away that is to be translated in another way.
+    fn replace(&mut self, block: u32, arena: &Arena, mmu: &Mmu) {
+        let found = &mut self.blocks[block as usize];
         found.alive = false;
         let key = found.key;
-        self.apart.insert(key);
         if self.by_key.get(&key) == Some(&block) {
             self.by_key.remove(&key);
         }

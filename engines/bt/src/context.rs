@@ -10,7 +10,7 @@ use crate::lower::Path;
 /// One slot per host register number, plus everything that an exit must say.
 ///
 /// Invariant: translated code writes only the slots named here; nothing else in the process is
-/// reachable from it except guest RAM through the software TLB.
+/// reachable from it except guest RAM through the software TLB and the window.
 #[repr(C, align(64))]
 pub(crate) struct Context {
     /// Guest general registers in encoding order; raw: a spilled register's value is in `spill`.
@@ -39,6 +39,10 @@ pub(crate) struct Context {
     pub mxcsr: u32,
     /// Host MXCSR while the guest runs.
     pub host_mxcsr: u32,
+    /// Base registers of accesses through the window are below this.
+    pub window_limit: u64,
+    /// And index registers below this.
+    pub index_limit: u64,
     /// What the signal handler met, if the site is [`HOST_FAULT`].
     pub fault: HostFault,
     /// Guest XMM registers while Rust runs.
@@ -80,6 +84,8 @@ pub(crate) struct HostFault {
     pub rip: u64,
     /// si_addr.
     pub address: u64,
+    /// Page faults: the error code.
+    pub error: u32,
 }
 
 /// Cache-line alignment for what SSE instructions and the bounce rule need.

@@ -213,7 +213,11 @@ impl Core {
         if let Some(mode) = self.mode {
             return mode;
         }
-        let mode = self.current_mode();
+        let mut mode = self.current_mode();
+        // Where every access has to be looked at, segments are limited even in 64-bit code.
+        let looked_at = mode.bits == Bits::Bits64 && mode.limited != 0;
+        mode.window =
+            mode.user && mode.bits != Bits::Bits16 && !looked_at && self.mmu.window.ready();
         self.mode = Some(mode);
         mode
     }
@@ -230,6 +234,7 @@ impl Core {
         Mode {
             bits,
             user,
+            window: false,
             flat,
             code_base: if flat {
                 0

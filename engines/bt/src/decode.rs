@@ -65,6 +65,8 @@ pub(crate) struct Mode {
     pub bits: Bits,
     /// CPL 3: data accesses obey user permissions.
     pub user: bool,
+    /// Accesses go through the window where they can.
+    pub window: bool,
     /// es, cs, ss, ds have base 0, as 64-bit mode enforces.
     pub flat: bool,
     /// Whether FPU and SSE instructions fault.
@@ -92,6 +94,7 @@ impl Mode {
     pub(crate) const LONG: Mode = Mode {
         bits: Bits::Bits64,
         user: false,
+        window: false,
         flat: true,
         fpu: Fpu::READY,
         tsc: true,

@@ -11,6 +11,7 @@
 //! | `lower` | a block to host code |
 //! | `cache` | blocks, links between them, self-modifying code |
 //! | `mmu`, `tlb` | the guest's page tables, and the tables translated code looks into |
+//! | `window`, `checks` | ring 3's memory at host addresses, and what is compared before its use |
 //! | `core`, `system`, `cpu`, `fault` | privileged instructions and exceptions |
 //! | `stubs`, `signal`, `arena`, `context`, `site` | between translated code and Rust |
 //! | `vcpu` | the run loop of it all |
@@ -18,6 +19,7 @@
 
 mod arena;
 mod cache;
+mod checks;
 mod context;
 mod core;
 mod cpu;
@@ -43,6 +45,7 @@ mod stubs;
 mod system;
 mod tlb;
 mod vcpu;
+mod window;
 mod x87;
 
 pub use vcpu::{BtVcpu, Extended, Options, UserStop};

@@ -13,6 +13,8 @@ use std::sync::{
     atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
+use std::os::fd::AsRawFd;
+
 use engine_core::GuestRam;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -23,6 +25,7 @@ use crate::{
     },
     fault::Fault,
     tlb::{JumpCache, Span, Tlb, tlb_index},
+    window::{Piece, SIZE, Window},
 };
 
 /// Physical address width that the pinned CPUID announces.
@@ -51,6 +54,8 @@ pub(crate) struct Page {
     pub phys: u64,
     /// Bytes that the page-table entry maps.
     pub bytes: u64,
+    /// Writes by the same privilege need no other walk: allowed, and the dirty bit is set.
+    pub writable: bool,
     /// Supervisor accesses depend on EFLAGS.AC (CR4.SMAP): no TLB may hold it for them.
     pub guarded: bool,
 }
@@ -60,6 +65,8 @@ struct Region {
     start: u64,
     len: u64,
     host: *mut u8,
+    /// Descriptor and offset of the file behind it.
+    file: Option<(i32, u64)>,
 }
 
 /// RAM, TLBs and the knowledge of which pages hold translated code.
@@ -67,6 +74,8 @@ pub(crate) struct Mmu {
     regions: Vec<Region>,
     _ram: Arc<GuestRam>,
     tlbs: [Tlb; 4],
+    /// User accesses at host addresses of their own.
+    pub window: Window,
     /// Jump caches for supervisor and user code.
     pub jumps: [JumpCache; 2],
     /// Large pages with translations in the tables above or in links between blocks.
@@ -89,6 +98,9 @@ impl Mmu {
                 host: region
                     .get_host_address(MemoryRegionAddress(0))
                     .expect("a mapped region has a host address"),
+                file: region
+                    .file_offset()
+                    .map(|file| (file.file().as_raw_fd(), file.start())),
             })
             .collect();
         let code_pages = regions
@@ -103,6 +115,7 @@ impl Mmu {
             regions,
             _ram: ram,
             tlbs,
+            window: Window::new(),
             jumps,
             large: RefCell::default(),
             code_pages,
@@ -126,6 +139,7 @@ impl Mmu {
     /// Forgets every translation of data addresses and every branch target.
     pub(crate) fn flush(&mut self) {
         self.tlbs.iter().for_each(Tlb::flush);
+        self.window.flush();
         self.jumps.iter().for_each(JumpCache::flush);
         self.large.borrow_mut().clear();
     }
@@ -145,6 +159,7 @@ impl Mmu {
                 None => tlb.remove(span.start),
             }
         }
+        self.window.remove_span(span);
         self.jumps.iter().for_each(|jumps| jumps.remove_span(span));
         span
     }
@@ -189,6 +204,7 @@ impl Mmu {
             // Any alias may be in a write TLB; which, nobody knows.
             self.tlbs[tlb_index(false, true)].flush();
             self.tlbs[tlb_index(true, true)].flush();
+            self.window.protect(phys & !0xfff);
         }
     }
 
@@ -208,6 +224,86 @@ impl Mmu {
         true
     }
 
+    /// Maps the page around `address` in the window, for accesses by user code, and what its entry maps
+    /// besides. Returns false if the access must take another way: a fault, device memory, a write to a
+    /// page with code, or the host refuses.
+    pub(crate) fn fill_window(&mut self, cpu: &Cpu, address: u64, write: bool) -> bool {
+        if address >= SIZE {
+            return false;
+        }
+        let access = if write { Access::Write } else { Access::Read };
+        let Ok(page) = self.walk(cpu, address, access, true) else {
+            return false;
+        };
+        let Some((index, offset)) = self.region(page.phys, 4096) else {
+            return false;
+        };
+        let region = self.regions[index];
+        let Some((fd, start)) = region.file else {
+            return false;
+        };
+        if write && self.is_code(page.phys) {
+            return false;
+        }
+        self.note(address, page);
+        let here = address & !0xfff;
+        let single = Piece {
+            virt: here,
+            bytes: 4096,
+            phys: page.phys,
+            fd,
+            offset: start + offset,
+            writable: page.writable && !self.is_code(page.phys),
+        };
+        // A hole where code was, in an extent that is mapped already.
+        if self.window.shows(here, page.phys, page.writable) {
+            return self.window.fill_hole(single);
+        }
+        let span = Span::around(address, page.bytes);
+        let before = (here - span.start).min(offset);
+        let after = (span.bytes - (here - span.start))
+            .min(region.len - offset)
+            .min(SIZE - here);
+        let whole = Piece {
+            virt: here - before,
+            bytes: before + after,
+            phys: page.phys - before,
+            fd,
+            offset: start + offset - before,
+            writable: page.writable,
+        };
+        let mut code = Vec::new();
+        if page.writable {
+            code = self.code_in(index, offset - before, whole.bytes);
+        }
+        // So many holes aren't worth it.
+        let piece = if code.len() <= 64 { whole } else { single };
+        if piece.bytes == 4096 {
+            code.clear();
+        }
+        self.window.fill(piece, &code)
+    }
+
+    /// Physical addresses of pages with translated code in part of a region.
+    fn code_in(&self, index: usize, offset: u64, bytes: u64) -> Vec<u64> {
+        let words = &self.code_pages[index];
+        let (mut page, end) = (offset >> 12, (offset + bytes) >> 12);
+        let mut found = Vec::new();
+        while page < end {
+            let word = words[page as usize / 64] >> (page % 64);
+            if word == 0 {
+                page = (page / 64 + 1) * 64;
+                continue;
+            }
+            page += u64::from(word.trailing_zeros());
+            if page < end {
+                found.push(self.regions[index].start + (page << 12));
+            }
+            page += 1;
+        }
+        found
+    }
+
     /// Translates `address` for an access by the current or an implied privilege.
     ///
     /// # Errors
@@ -223,6 +319,7 @@ impl Mmu {
             return Ok(Page {
                 phys: address & 0xffff_f000,
                 bytes: 4096,
+                writable: true,
                 guarded: false,
             });
         }
@@ -334,6 +431,7 @@ impl Mmu {
             return Ok(Page {
                 phys,
                 bytes: span,
+                writable: can_write && (write || entry & DIRTY != 0),
                 guarded,
             });
         }

@@ -157,6 +157,7 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
                 code: (*info).si_code,
                 rip,
                 address: (*info).si_addr() as u64,
+                error: gregs[libc::REG_ERR as usize] as u32,
             };
             gregs[libc::REG_RIP as usize] = active.exit_after_signal as i64;
             gregs[libc::REG_RSP as usize] = target.host_rsp as i64;

@@ -36,6 +36,9 @@ impl Homes {
 pub(crate) enum Kind {
     /// An access missed the software TLB; phase 1 is a bounced access that has to be written back.
     Memory(Slow),
+    /// A register is too large for the window: `steps` instructions are executed one by one, of
+    /// which those in `users` relied on it.
+    Outside { steps: u16, users: u64 },
     /// A lookup for several accesses missed.
     Group(Shared),
     /// A direct branch that isn't linked yet: `patch` is the address of its rel32.
@@ -108,6 +111,8 @@ pub(crate) struct Mark {
     pub offset: u32,
     pub ip: Ip,
     pub homes: Homes,
+    /// Which instruction of its block this is.
+    pub at: u8,
 }
 
 /// The guest instruction pointer at a mark.

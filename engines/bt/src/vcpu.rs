@@ -8,12 +8,14 @@
 //! | `interface` | what engine-core's run loop sees |
 //! | `listing` | translated code as text |
 //! | `user` | ring-3 code without a kernel |
+//! | `window` | accesses that the window wasn't ready or isn't for |
 
 mod access;
 mod answer;
 mod interface;
 mod listing;
 mod user;
+mod window;
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -189,6 +191,8 @@ impl BtVcpu {
         // SAFETY: the arena is dropped last and serves this core alone.
         let mut core = unsafe { Core::new(ram, &arena) };
         core.context().mxcsr = 0x1f80;
+        core.context().window_limit = crate::window::SIZE;
+        core.context().index_limit = crate::window::INDEX_LIMIT;
         x87::reset(&mut core.context().x87);
         Ok(BtVcpu {
             core,
@@ -234,6 +238,7 @@ impl BtVcpu {
             operation: "install fault handlers",
             source,
         })?;
+        self.core.mmu.window.activate();
         x87::acquire(self.arena.context());
         if let Some(stop) = self.answer() {
             return Ok(stop);
@@ -244,7 +249,8 @@ impl BtVcpu {
                 Resume::Host(entry) => entry,
                 Resume::Boundary => match self.boundary() {
                     Ok(Some(entry)) => {
-                        if lower::lend(self.core.context()) {
+                        let mode = self.core.mode();
+                        if lower::lend(self.core.context(), mode) {
                             stub = self.stubs.enter_lazy;
                         }
                         entry
@@ -454,6 +460,10 @@ impl BtVcpu {
                 done: 0,
                 step: 0,
             }),
+            Kind::Outside { steps, users } => {
+                self.outside(site, steps, users);
+                Ok(())
+            }
             Kind::Group(shared) => {
                 self.shared(site, shared);
                 Ok(())

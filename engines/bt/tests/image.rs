@@ -60,7 +60,7 @@ fn code_that_counts_its_paths_does_the_same() {
         // Whatever took the long way has gone a way of this kind first.
         assert!(of("direct-branch") >= counts.get(ExitReason::DirectMiss));
         assert!(of("indirect-branch") >= counts.get(ExitReason::IndirectMiss));
-        let accesses = of("software-access") + of("shared-access");
+        let accesses = of("software-access") + of("shared-access") + of("window-access");
         match name {
             // One call and one return for each number above 1, as many as fib(20) counts.
             "fib" => {

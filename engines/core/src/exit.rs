@@ -137,6 +137,12 @@ reasons! {
     TlbMiss = ShadowFault, "tlb-miss";
     /// bt: access completed through a bounce buffer (page crossing, device memory, code page).
     Bounce = Helper, "bounce";
+    /// bt: guest memory mapped where translated code reaches it without a lookup.
+    WindowFill = ShadowFault, "window-fill";
+    /// bt: such mappings taken away.
+    WindowDrop = ShadowFault, "window-drop";
+    /// bt: an access that the window is not for, executed through the software TLB.
+    WindowMiss = Helper, "window-miss";
     /// bt: a block translated.
     Translate = Translate, "translate";
     /// bt: a direct branch that was not linked, taken through the runtime.
@@ -227,6 +233,11 @@ impl ExitCounts {
     #[inline]
     pub fn add(&mut self, reason: ExitReason) {
         self.0[reason as usize] += 1;
+    }
+
+    /// Sets one, for whoever counts it elsewhere.
+    pub fn set(&mut self, reason: ExitReason, count: u64) {
+        self.0[reason as usize] = count;
     }
 
     /// Takes one back: what opens or closes a measured window is not part of it.

@@ -15,7 +15,6 @@ mod doorbell;
 mod irqchip;
 mod kick;
 mod msr;
-mod posted;
 mod registers;
 pub mod stats;
 mod vcpu;

@@ -17,7 +17,7 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic};
 use std::mem::offset_of;
 
-use super::{CONTRACT, Cold, Lower, Path};
+use super::{Cold, Lower, Path, contract};
 use crate::{
     context::Context,
     cpu::Bits,
@@ -172,7 +172,7 @@ impl Lower<'_> {
         self.asm.push_i32(0);
         let site = self.add_site(insn.instr.ip(), Kind::Indirect { rsp });
         self.cold.push(Cold::Exit { site, patch });
-        let lent = (CONTRACT >> entry) & 1 == 1 && self.homes.spilled >> entry & 1 == 1;
+        let lent = (contract(self.mode) >> entry) & 1 == 1 && self.homes.spilled >> entry & 1 == 1;
         dynasm!(self.asm ; .arch x64 ; mov Rq(entry), [Rq(entry) + table + 8]);
         if !lent {
             dynasm!(self.asm ; .arch x64 ; mov [resume], Rq(entry));

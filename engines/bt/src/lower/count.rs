@@ -25,11 +25,19 @@ pub(crate) enum Path {
     Lookup,
     /// A memory access that shares the lookup of one before it.
     Shared,
+    /// An instruction's accesses through the window.
+    Window,
 }
 
 impl Path {
     /// Every path, in the order of the slots.
-    pub(crate) const ALL: [Path; 4] = [Path::Direct, Path::Indirect, Path::Lookup, Path::Shared];
+    pub(crate) const ALL: [Path; 5] = [
+        Path::Direct,
+        Path::Indirect,
+        Path::Lookup,
+        Path::Shared,
+        Path::Window,
+    ];
 
     /// Its name among the counters.
     pub(crate) fn name(self) -> &'static str {
@@ -38,6 +46,7 @@ impl Path {
             Path::Indirect => "indirect-branch",
             Path::Lookup => "software-access",
             Path::Shared => "shared-access",
+            Path::Window => "window-access",
         }
     }
 }

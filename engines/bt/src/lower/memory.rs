@@ -84,7 +84,7 @@ struct Lookup {
 pub(super) struct Pending {
     open: Open,
     body: Vec<u8>,
-    marks: Vec<(u32, Ip, Homes)>,
+    marks: Vec<(u32, Mark)>,
     resume: usize,
     after: Homes,
     next_ip: Option<u64>,
@@ -356,7 +356,7 @@ impl Lower<'_> {
         let body = self.asm.ops[open.body..].to_vec();
         let marks = self.marks[open.first_mark..]
             .iter()
-            .map(|mark| (mark.offset - open.body as u32, mark.ip, mark.homes))
+            .map(|mark| (mark.offset - open.body as u32, *mark))
             .collect();
         self.cold.push(Cold::Memory(Pending {
             body,
@@ -424,11 +424,10 @@ impl Lower<'_> {
             ..bounce_later
         };
         self.sites[site].kind = Kind::Memory(slow);
-        for (offset, ip, homes) in marks {
+        for (offset, mark) in marks {
             self.marks.push(Mark {
                 offset: bounce as u32 + offset,
-                ip,
-                homes,
+                ..mark
             });
         }
         self.asm.extend(&body);
@@ -442,7 +441,7 @@ impl Lower<'_> {
 
     /// Emits the guest-virtual address into `register`, with `scratch` at its disposal. Returns the
     /// segment's number.
-    fn address_into(
+    pub(super) fn address_into(
         &mut self,
         address: Address<'_>,
         register: u8,
@@ -636,6 +635,17 @@ pub(super) fn plain_address(instr: &Instruction, code: Code, target: Register) -
 
 /// `instr` with an operand of no displacement, index or segment, waiting for its base register.
 fn with_operand(instr: &Instruction) -> Instruction {
+    let mut body = whole_operand(instr);
+    body.set_memory_index(Register::None);
+    body.set_memory_index_scale(1);
+    body.set_memory_displacement64(0);
+    body.set_memory_displ_size(0);
+    body.set_segment_prefix(Register::None);
+    body
+}
+
+/// `instr` in the form that 64-bit code has of it, its operand as it is.
+pub(super) fn whole_operand(instr: &Instruction) -> Instruction {
     let mut body = *instr;
     body.set_code(match instr.code() {
         Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
@@ -651,10 +661,5 @@ fn with_operand(instr: &Instruction) -> Instruction {
     if let Some(operand) = memory_operand(instr) {
         body.set_op_kind(operand, OpKind::Memory);
     }
-    body.set_memory_index(Register::None);
-    body.set_memory_index_scale(1);
-    body.set_memory_displacement64(0);
-    body.set_memory_displ_size(0);
-    body.set_segment_prefix(Register::None);
     body
 }

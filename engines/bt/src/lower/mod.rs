@@ -7,12 +7,14 @@
 //! needs scratch borrows a guest register: its value goes to `Context::spill`, and it comes back
 //! when the guest's code next reads it, not before (`need`). Registers that are overwritten first
 //! never come back. Where blocks meet, R12 and R13 are borrowed and everything else is home: blocks
-//! link freely, and most accesses find two scratch registers that cost nothing.
+//! link freely, and most accesses find two scratch registers that cost nothing. Blocks that use the
+//! window need little scratch and meet with every register at home.
 //!
 //! # Memory
 //!
 //! An access computes its address into a scratch register, looks it up in the software TLB and
-//! uses the host address found there (see [`memory`]). The lookup ruins the flags; if somebody
+//! uses the host address found there (see [`memory`]), or stays as it is and goes through the window
+//! (see [`window`]). The lookup ruins the flags; if somebody
 //! still reads them they move to `Context::lazy_flags` first and come back, again, when read.
 //!
 //! # Faults
@@ -22,12 +24,14 @@
 //! exact registers. Arithmetic flags are exact if anything reads them before they are
 //! overwritten; flags that are dead may be scratch in the frame that an exception pushes.
 //!
-//! One file per family: `memory` (operands), `stack`, `branch`; `count` for runs that count them.
+//! One file per family: `memory` (operands), `window` (operands there), `stack`, `branch`; `count` for
+//! runs that count them.
 
 mod branch;
 mod count;
 mod memory;
 mod stack;
+mod window;
 
 pub(crate) use count::Path;
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
@@ -36,6 +40,7 @@ use std::mem::offset_of;
 
 use crate::{
     arena::Arena,
+    checks::{self, Checks, Outside},
     context::Context,
     cpu::Bits,
     decode::{Class, Decoded, Insn, Mode},
@@ -48,8 +53,11 @@ use crate::{
 
 pub(crate) const RAX: u16 = 1;
 pub(crate) const RSP: u16 = 1 << 4;
-/// Registers that are borrowed wherever blocks meet: the last that compilers hand out.
-pub(crate) const CONTRACT: u16 = 1 << 12 | 1 << 13;
+/// Registers that are borrowed wherever blocks of a mode meet: the last that compilers hand out. None
+/// where accesses go through the window, which needs no scratch.
+pub(crate) fn contract(mode: Mode) -> u16 {
+    if mode.window { 0 } else { 1 << 12 | 1 << 13 }
+}
 
 /// Addresses that lowered code refers to, as displacements.
 #[derive(Clone, Copy)]
@@ -123,6 +131,7 @@ pub(crate) struct Lower<'a> {
     /// Borrowed registers that hold something until the access being emitted is done.
     busy: u16,
     plan: Plan,
+    checks: Checks,
     /// Registers that hold a group's host address, and which group's.
     pinned: u16,
     pins: Vec<u8>,
@@ -163,6 +172,8 @@ pub(crate) struct Place {
     pub first_system: usize,
     /// Accesses may share lookups.
     pub groups: bool,
+    /// Accesses that the window is not for.
+    pub outside: Outside,
 }
 
 /// Lowers `decoded`, whose first byte is `bytes[0]` at `ip`.
@@ -178,7 +189,7 @@ pub(crate) fn lower(
     layout: &Layout,
     encoder: &mut Encoder,
 ) -> Result<Lowered, String> {
-    let plan = if place.groups {
+    let plan = if place.groups && !mode.window {
         groups::plan(&decoded.insns, mode)
     } else {
         Plan::apart(decoded.insns.len())
@@ -193,13 +204,14 @@ pub(crate) fn lower(
         encoder,
         mode,
         homes: Homes {
-            spilled: CONTRACT,
+            spilled: contract(mode),
             lazy: false,
         },
         busy: 0,
         pinned: 0,
         pins: vec![0; plan.groups.len()],
         plan,
+        checks: checks::plan(&decoded.insns, mode, place.outside),
         sites: Vec::new(),
         marks: Vec::new(),
         system: Vec::new(),
@@ -251,16 +263,24 @@ impl Lower<'_> {
     fn lazy_entry(&mut self) -> u32 {
         let position = self.position() as u32;
         self.homes = Homes {
-            spilled: CONTRACT,
+            spilled: contract(self.mode),
             lazy: true,
         };
         self.restore_flags(0);
+        self.settle_registers();
         let start = self.base;
         self.jump_to(0xe9, start);
         position
     }
 
     fn insn(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
+        self.compare(insn);
+        if self.windowed() {
+            self.count(Path::Window);
+        }
+        if let Some(done) = self.in_window(insn) {
+            return done;
+        }
         match insn.class {
             Class::Nop => Ok(()),
             Class::Plain => self.plain(insn, raw),
@@ -505,9 +525,10 @@ impl Lower<'_> {
     }
 
     fn settle_registers(&mut self) {
-        self.need(!CONTRACT);
+        let contract = contract(self.mode);
+        self.need(!contract);
         for register in 0..16 {
-            if CONTRACT >> register & 1 == 1 {
+            if contract >> register & 1 == 1 {
                 self.spill(register);
             }
         }
@@ -544,6 +565,7 @@ impl Lower<'_> {
             offset: self.position() as u32,
             ip,
             homes: self.homes,
+            at: self.at as u8,
         });
     }
 
@@ -614,11 +636,11 @@ impl Lower<'_> {
 
 /// Puts settled registers and flags where a block's lazy entry expects them. Returns true if the
 /// host's own flags don't matter: DF, which has no other home, is clear.
-pub(crate) fn lend(context: &mut Context) -> bool {
+pub(crate) fn lend(context: &mut Context, mode: Mode) -> bool {
     // An entry may take the flags from either place.
     context.lazy_flags = (context.flags & 0xd5) << 8 | context.flags >> 11 & 1;
     for register in 0..16 {
-        if CONTRACT >> register & 1 == 1 {
+        if contract(mode) >> register & 1 == 1 {
             context.spill[register] = context.gpr[register];
         }
     }

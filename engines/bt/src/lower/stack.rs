@@ -228,6 +228,11 @@ impl Lower<'_> {
     /// Puts the target of an indirect branch into `Context::target`.
     pub(super) fn load_target(&mut self, insn: &Insn) -> Result<(), String> {
         let slot = self.layout.target();
+        if self.loads_target_in_window(insn) {
+            let value = self.target_in_window(insn)?;
+            dynasm!(self.asm ; .arch x64 ; mov [slot], Rq(value));
+            return Ok(());
+        }
         let size = if self.mode.bits == Bits::Bits64 { 8 } else { 4 };
         if memory_operand(&insn.instr).is_some() {
             self.load_operand(insn, size, 0, Some(slot))?;
@@ -247,6 +252,9 @@ impl Lower<'_> {
 
     /// Pushes the return address of a call.
     pub(super) fn push_return(&mut self, insn: &Insn) -> Result<(), String> {
+        if self.windowed() {
+            return self.push_return_in_window(insn);
+        }
         let size = -self.return_size();
         let next = insn.instr.next_ip() as i64;
         self.store_push(insn, Source::Immediate(next), -size, 0)?;
@@ -258,7 +266,11 @@ impl Lower<'_> {
     /// more.
     pub(super) fn pop_return(&mut self, insn: &Insn, extra: i32) -> Result<u8, String> {
         let size = self.return_size();
-        let value = self.load_stack(insn, Address::Stack(0), size, 0)?;
+        let value = if self.windowed() {
+            self.return_in_window(insn)?
+        } else {
+            self.load_stack(insn, Address::Stack(0), size, 0)?
+        };
         dynasm!(self.asm ; .arch x64 ; mov [self.layout.target()], Rq(value));
         self.move_rsp(size + extra);
         Ok(value)
@@ -269,7 +281,7 @@ impl Lower<'_> {
     }
 
     /// Moves RSP without touching the flags.
-    fn move_rsp(&mut self, by: i32) {
+    pub(super) fn move_rsp(&mut self, by: i32) {
         debug_assert!(self.homes.spilled & RSP == 0);
         if self.mode.bits == Bits::Bits64 {
             dynasm!(self.asm ; .arch x64 ; lea rsp, [rsp + by]);

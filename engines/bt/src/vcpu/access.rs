@@ -104,7 +104,7 @@ impl BtVcpu {
         let user = self.core.user();
         // The check of a limited segment has to be done again next time.
         if !crosses && slow.segment.is_none() && self.core.mmu.fill(ea, page, access, user) {
-            self.counts.add(ExitReason::TlbMiss);
+            self.tlb_missed();
             self.resume = Resume::Host(slow.retry);
             return Ok(());
         }
@@ -131,7 +131,7 @@ impl BtVcpu {
             && let Ok(page) = self.core.mmu.walk(&self.core.cpu, ea, access, user)
             && self.core.mmu.fill(ea, page, access, user)
         {
-            self.counts.add(ExitReason::TlbMiss);
+            self.tlb_missed();
             self.resume = Resume::Host(shared.retry);
             return;
         }
@@ -237,13 +237,20 @@ impl BtVcpu {
                 fault.signal, fault.code, fault.vector, fault.rip, fault.address
             ))
         };
-        let Some(mark) = self.cache.mark(fault.rip) else {
+        let Some((mark, block)) = self.cache.mark(fault.rip) else {
             return Err(lost("a fault outside every block"));
         };
         let ip = match mark.ip {
             Ip::At(ip) => ip,
             Ip::Target => self.core.context().target,
         };
+        if fault.signal == libc::SIGSEGV
+            && fault.vector == fault::PF
+            && let Some(address) = self.core.mmu.window.guest(fault.address)
+        {
+            self.window_fault(address, mark, block, ip);
+            return Ok(());
+        }
         self.settle(mark.homes, ip);
         if fault.signal == libc::SIGSEGV && self.doorbell.contains(fault.address) {
             self.doorbell.open();

@@ -122,7 +122,11 @@ impl Vcpu for BtVcpu {
     }
 
     fn counts(&self) -> ExitCounts {
-        self.counts.clone()
+        let mut counts = self.counts.clone();
+        let window = &self.core.mmu.window;
+        counts.set(ExitReason::WindowFill, window.fills);
+        counts.set(ExitReason::WindowDrop, window.drops);
+        counts
     }
 
     fn host_stats(&mut self) -> Vec<HostStat> {

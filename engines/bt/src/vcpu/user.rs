@@ -187,7 +187,7 @@ impl BtVcpu {
         if !code.contains(&ip) {
             return;
         }
-        let guest = match self.cache.mark(ip).map(|mark| mark.ip) {
+        let guest = match self.cache.mark(ip).map(|(mark, _)| mark.ip) {
             Some(crate::site::Ip::At(guest)) => guest,
             Some(crate::site::Ip::Target) | None => 0,
         };

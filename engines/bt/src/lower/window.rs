@@ -1,0 +1,301 @@
+//! Accesses through the window ([`crate::window`]): comparisons, and operands that need nothing else.
+//!
+//! The operand stays as it is and gets the segment prefix GS:
+//!
+//! ```text
+//! cmp  base, [limit]          ; where the plan of `checks` says
+//! jae  outside
+//! body gs:[guest operand]
+//! ```
+//!
+//! A page that isn't there is a fault of the host's, by which the runtime fills it and has the body
+//! run again: nothing of an instruction is committed before the one host instruction that touches
+//! guest memory for it.
+
+use dynasmrt::{DynasmApi, dynasm};
+use iced_x86::{Code, Instruction, MemoryOperand, OpKind, Register};
+use std::mem::offset_of;
+
+use super::{Cold, Lower, gpr64, memory::Address, memory::whole_operand, memory_operand};
+use crate::{
+    checks::{Route, constant},
+    context::Context,
+    cpu::Bits,
+    decode::{Class, Insn},
+    site::{Ip, Kind},
+};
+
+impl Lower<'_> {
+    /// The instruction's accesses go through the window.
+    pub(super) fn windowed(&self) -> bool {
+        self.checks.routes[self.at] != Route::Tlb
+    }
+
+    /// Emits the comparisons that belong before `insn`.
+    pub(super) fn compare(&mut self, insn: &Insn) {
+        for check in std::mem::take(&mut self.checks.before[self.at]) {
+            if insn.live_in != 0 && !self.homes.lazy {
+                self.save_flags(0);
+            }
+            self.need(1 << check.register);
+            let kind = Kind::Outside {
+                steps: check.steps,
+                users: check.users,
+            };
+            self.limit(insn, check.register, check.index, kind);
+        }
+    }
+
+    /// Leaves if `register` is too large.
+    fn limit(&mut self, insn: &Insn, register: u8, index: bool, kind: Kind) {
+        let limit = self.layout.slot(if index {
+            offset_of!(Context, index_limit)
+        } else {
+            offset_of!(Context, window_limit)
+        });
+        dynasm!(self.asm ; .arch x64 ; cmp Rq(register), [limit]);
+        self.asm.extend([0x0f, 0x83]);
+        let patch = self.position();
+        self.asm.push_i32(0);
+        let site = self.add_site(insn.instr.ip(), kind);
+        self.cold.push(Cold::Exit { site, patch });
+    }
+
+    /// `instr` with its operand in the window. A `Sum` is added up and compared first.
+    fn operand_in_window(
+        &mut self,
+        insn: &Insn,
+        mut instr: Instruction,
+    ) -> Result<Instruction, String> {
+        instr.set_segment_prefix(Register::GS);
+        if self.checks.routes[self.at] == Route::Sum {
+            if insn.live_in != 0 && !self.homes.lazy {
+                self.save_flags(0);
+                self.need(insn.reads);
+            }
+            let register = self.take(0, insn);
+            self.busy = 1 << register;
+            self.address_into(Address::Operand(&insn.instr, 0), register, register, 0)?;
+            let kind = Kind::Outside {
+                steps: 1,
+                users: 1 << self.at,
+            };
+            self.limit(insn, register, false, kind);
+            instr.set_memory_base(gpr64(register));
+            instr.set_memory_index(Register::None);
+            instr.set_memory_index_scale(1);
+            instr.set_memory_displacement64(0);
+            instr.set_memory_displ_size(0);
+        } else if let Some(address) = constant(&insn.instr) {
+            instr.set_memory_base(Register::None);
+            instr.set_memory_index(Register::None);
+            instr.set_memory_index_scale(1);
+            instr.set_memory_displacement64(address);
+            instr.set_memory_displ_size(8);
+        }
+        Ok(instr)
+    }
+
+    /// An instruction with one memory operand and nothing else to it.
+    pub(super) fn memory_in_window(&mut self, insn: &Insn) -> Result<(), String> {
+        self.need(insn.reads);
+        let body = self.operand_in_window(insn, whole_operand(&insn.instr))?;
+        self.flags_for(insn);
+        self.need(insn.reads);
+        self.mark(Ip::At(insn.instr.ip()));
+        self.encode(&body)?;
+        self.busy = 0;
+        self.done(insn);
+        Ok(())
+    }
+
+    fn stack_operand(&self, displacement: i32) -> MemoryOperand {
+        let base = match self.mode.bits {
+            Bits::Bits64 => Register::RSP,
+            Bits::Bits32 | Bits::Bits16 => Register::ESP,
+        };
+        based(base, displacement)
+    }
+
+    /// Stores `value` at RSP - `size`; RSP stays.
+    fn store_in_window(&mut self, insn: &Insn, value: u8, size: i32) -> Result<(), String> {
+        let (code, base) = match size {
+            8 => (Code::Mov_rm64_r64, Register::RAX),
+            4 => (Code::Mov_rm32_r32, Register::EAX),
+            _ => (Code::Mov_rm16_r16, Register::AX),
+        };
+        let register = base + u32::from(value);
+        let operand = self.stack_operand(-size);
+        self.mark(Ip::At(insn.instr.ip()));
+        self.encode_made(Instruction::with2(code, operand, register))
+    }
+
+    fn store_constant_in_window(
+        &mut self,
+        insn: &Insn,
+        value: i64,
+        size: i32,
+    ) -> Result<(), String> {
+        if size == 8 && i64::from(value as i32) != value {
+            let register = self.take(0, insn);
+            self.load_constant(register, value as u64);
+            return self.store_in_window(insn, register, size);
+        }
+        let code = match size {
+            8 => Code::Mov_rm64_imm32,
+            4 => Code::Mov_rm32_imm32,
+            _ => Code::Mov_rm16_imm16,
+        };
+        let operand = self.stack_operand(-size);
+        self.mark(Ip::At(insn.instr.ip()));
+        let value = match size {
+            2 => i32::from(value as i16),
+            _ => value as i32,
+        };
+        self.encode_made(Instruction::with2(code, operand, value))
+    }
+
+    pub(super) fn push_in_window(&mut self, insn: &Insn) -> Result<(), String> {
+        let size = -insn.instr.stack_pointer_increment();
+        self.need(insn.reads);
+        if insn.instr.op0_kind() == OpKind::Register {
+            let register = insn.instr.op0_register().full_register().number() as u8;
+            self.store_in_window(insn, register, size)?;
+        } else {
+            self.store_constant_in_window(insn, insn.instr.immediate(0) as i64, size)?;
+        }
+        self.move_rsp(-size);
+        Ok(())
+    }
+
+    pub(super) fn push_return_in_window(&mut self, insn: &Insn) -> Result<(), String> {
+        let size = self.return_size();
+        self.store_constant_in_window(insn, insn.instr.next_ip() as i64, size)?;
+        self.move_rsp(-size);
+        Ok(())
+    }
+
+    /// Loads into a register; nothing else.
+    fn load_in_window(
+        &mut self,
+        insn: &Insn,
+        value: u8,
+        operand: MemoryOperand,
+        size: i32,
+    ) -> Result<(), String> {
+        let (code, base) = match size {
+            8 => (Code::Mov_r64_rm64, Register::RAX),
+            4 => (Code::Mov_r32_rm32, Register::EAX),
+            _ => (Code::Mov_r16_rm16, Register::AX),
+        };
+        self.mark(Ip::At(insn.instr.ip()));
+        self.encode_made(Instruction::with2(code, base + u32::from(value), operand))
+    }
+
+    pub(super) fn pop_in_window(&mut self, insn: &Insn) -> Result<(), String> {
+        let size = insn.instr.stack_pointer_increment();
+        self.need(insn.reads);
+        let target = insn.instr.op0_register().full_register().number() as u8;
+        let operand = self.stack_operand(0);
+        self.load_in_window(insn, target, operand, size)?;
+        self.homes.spilled &= !(1 << target);
+        self.move_rsp(size);
+        Ok(())
+    }
+
+    pub(super) fn leave_in_window(&mut self, insn: &Insn) -> Result<(), String> {
+        self.need(insn.reads | 1 << 5);
+        let value = self.take(0, insn);
+        if self.mode.bits == Bits::Bits64 {
+            self.load_in_window(insn, value, based(Register::RBP, 0), 8)?;
+            dynasm!(self.asm ; .arch x64 ; lea rsp, [rbp + 8] ; mov rbp, Rq(value));
+        } else {
+            self.load_in_window(insn, value, based(Register::EBP, 0), 4)?;
+            dynasm!(self.asm ; .arch x64 ; lea esp, [rbp + 4] ; mov ebp, Rd(value));
+        }
+        Ok(())
+    }
+
+    /// Loads the return address into a borrowed register.
+    pub(super) fn return_in_window(&mut self, insn: &Insn) -> Result<u8, String> {
+        self.need(insn.reads);
+        let value = self.take(0, insn);
+        let operand = self.stack_operand(0);
+        self.load_in_window(insn, value, operand, self.return_size())?;
+        Ok(value)
+    }
+
+    /// Loads the target of an indirect branch from memory into a borrowed register.
+    pub(super) fn target_in_window(&mut self, insn: &Insn) -> Result<u8, String> {
+        let (code, base) = match self.mode.bits {
+            Bits::Bits64 => (Code::Mov_r64_rm64, Register::RAX),
+            Bits::Bits32 | Bits::Bits16 => (Code::Mov_r32_rm32, Register::EAX),
+        };
+        self.need(insn.reads);
+        let value = self.take(0, insn);
+        let mut load = insn.instr;
+        load.set_code(code);
+        load.set_op0_kind(OpKind::Register);
+        load.set_op0_register(base + u32::from(value));
+        load.set_op1_kind(OpKind::Memory);
+        let load = self.operand_in_window(insn, load)?;
+        self.mark(Ip::At(insn.instr.ip()));
+        self.encode(&load)?;
+        Ok(value)
+    }
+
+    fn encode_made(
+        &mut self,
+        instr: Result<Instruction, iced_x86::IcedError>,
+    ) -> Result<(), String> {
+        let instr = instr.map_err(|error| error.to_string())?;
+        self.encode(&instr)
+    }
+
+    /// The whole of `insn`, if it is one that needs nothing but its access.
+    pub(super) fn in_window(&mut self, insn: &Insn) -> Option<Result<(), String>> {
+        if !self.windowed() {
+            return None;
+        }
+        match insn.class {
+            Class::Memory => Some(self.memory_in_window(insn)),
+            Class::Push => Some(self.push_in_window(insn)),
+            Class::Pop => Some(self.pop_in_window(insn)),
+            Class::Leave => Some(self.leave_in_window(insn)),
+            // Half of these is the branch: `push_return` and its kin ask for themselves.
+            Class::Call
+            | Class::CallIndirect
+            | Class::JumpIndirect
+            | Class::Return
+            | Class::Plain
+            | Class::Nop
+            | Class::Lea
+            | Class::BitString
+            | Class::MaskedMove
+            | Class::Cli
+            | Class::Sti
+            | Class::Jump
+            | Class::Branch
+            | Class::Loop
+            | Class::System
+            | Class::Fault(_) => None,
+        }
+    }
+
+    /// True if `insn` has a target in memory that is loaded through the window.
+    pub(super) fn loads_target_in_window(&self, insn: &Insn) -> bool {
+        self.windowed() && memory_operand(&insn.instr).is_some()
+    }
+}
+
+fn based(base: Register, displacement: i32) -> MemoryOperand {
+    MemoryOperand::new(
+        base,
+        Register::None,
+        1,
+        displacement.into(),
+        u32::from(displacement != 0),
+        false,
+        Register::GS,
+    )
+}

@@ -1,0 +1,71 @@
+//! Accesses that the window wasn't ready for, or isn't for.
+//!
+//! A page that isn't mapped there is filled, and the instruction of the host's that faulted runs
+//! again. Whatever else happens is left to the software TLB: the instructions concerned are executed
+//! one by one, in blocks that use nothing else, which see the guest's faults, its devices and its code
+//! pages as they always do.
+
+use engine_core::ExitReason;
+
+use super::{BtVcpu, Resume};
+use crate::{
+    checks::Outside,
+    mmu::Access,
+    site::{Mark, Site},
+};
+
+/// Error code of a page fault: the access was a write (SDM 3A 4.7).
+const WRITE: u32 = 2;
+
+impl BtVcpu {
+    /// Translated code faulted on `address` in the window.
+    pub(super) fn window_fault(&mut self, address: u64, mark: Mark, block: u32, ip: u64) {
+        let fault = self.core.context().fault;
+        let write = fault.error & WRITE != 0;
+        let filled = self.core.mmu.fill_window(&self.core.cpu, address, write);
+        if filled {
+            self.resume = Resume::Host(fault.rip);
+            return;
+        }
+        self.settle(mark.homes, ip);
+        self.steps = 1;
+        self.counts.add(ExitReason::WindowMiss);
+        // A fault of the guest's is its kernel's business: the same instruction may well find memory
+        // next time.
+        let access = if write { Access::Write } else { Access::Read };
+        if self
+            .core
+            .mmu
+            .walk(&self.core.cpu, address, access, true)
+            .is_ok()
+        {
+            let missed = Outside {
+                tlb: 1 << mark.at,
+                ..Outside::default()
+            };
+            self.cache.miss(block, missed, &self.arena, &self.core.mmu);
+        }
+    }
+
+    /// A register was too large for the window.
+    pub(super) fn outside(&mut self, site: Site, steps: u16, users: u64) {
+        self.settle(site.homes, site.ip);
+        self.steps = steps;
+        self.counts.add(ExitReason::WindowMiss);
+        let missed = Outside {
+            sum: users,
+            ..Outside::default()
+        };
+        self.cache
+            .miss(site.block, missed, &self.arena, &self.core.mmu);
+    }
+
+    /// The software TLB missed: a sign of life of code that may be waiting for the window.
+    pub(super) fn tlb_missed(&mut self) {
+        self.counts.add(ExitReason::TlbMiss);
+        if self.core.mmu.window.waits() {
+            // The next boundary asks again.
+            self.core.mode = None;
+        }
+    }
+}
