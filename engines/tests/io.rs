@@ -183,6 +183,11 @@ fn agrees(mode: &'static Mode) {
                 continue;
             }
         }
+        if mode.name == "hardware" && name.ends_with("write") {
+            // 2048 words each, which would be as many exits.
+            let exits = exits(&windows);
+            assert!(exits <= 150.0, "{name}: {exits} exits");
+        }
         if mode.family() == Family::Virtio && name.starts_with("blk") {
             let limit = if depth { 0.2 } else { 1.1 };
             let exits = exits(&windows);

@@ -10,6 +10,7 @@
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::bus::{AddressMap, Slot};
 use crate::clock::Clock;
@@ -104,6 +105,10 @@ pub struct Machine {
     /// What devices write to memory, for engines that must be told.
     write_log: Option<Arc<WriteLog>>,
     windows: Windows,
+    /// Devices that let writes wait: slot, data port, how many.
+    posting: Vec<(Slot, u16, u32)>,
+    /// How many may, for the engine.
+    postable: Arc<AtomicU32>,
     /// Serves doorbells that are no exits.
     pub(crate) io: Option<IoThread>,
 }
@@ -177,6 +182,8 @@ impl Machine {
             held: 0,
             write_log: None,
             windows: Windows::default(),
+            posting: Vec::new(),
+            postable: Arc::default(),
             io: None,
         };
         for (ports, device) in board::devices(
@@ -232,6 +239,49 @@ impl Machine {
             offset += count as u8;
         }
         Ok(())
+    }
+
+    /// As [`add_ports`](Machine::add_ports), for a device whose data register, at `port`, takes writes
+    /// that may wait ([`Device::postable`]).
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn add_posted(
+        &mut self,
+        ranges: &[(u16, u16)],
+        port: u16,
+        device: Box<dyn Device>,
+    ) -> io::Result<()> {
+        let postable = device.postable();
+        self.add_ports(ranges, device)?;
+        let slot = usize::from(FIRST_OTHER) + self.others.len() - 1;
+        self.posting.push((slot as Slot, port, postable));
+        Ok(())
+    }
+
+    /// Lets `vcpu`, the only one, keep such writes back ([`Vcpu::post_writes`]).
+    pub fn post_writes(&self, vcpu: &mut dyn Vcpu) {
+        if !self.posting.is_empty() {
+            let ports: Vec<u16> = self.posting.iter().map(|posting| posting.1).collect();
+            vcpu.post_writes(&ports, &self.postable);
+        }
+    }
+
+    /// Says how many writes may wait now: as many as the device that expects some allows. While none
+    /// does there is nothing to wait for.
+    fn repost(&mut self, slot: Slot) {
+        let postable = self.device(slot).postable();
+        let entry = self.posting.iter_mut().find(|posting| posting.0 == slot);
+        let Some(entry) = entry.filter(|entry| entry.2 != postable) else {
+            return;
+        };
+        entry.2 = postable;
+        let least = self.posting.iter().map(|posting| posting.2).min();
+        let least = least.filter(|&least| least != u32::MAX).unwrap_or(0);
+        self.postable.store(least, Ordering::Relaxed);
     }
 
     /// Adds a device at `size` bytes of guest-physical memory from `start`.
@@ -396,6 +446,9 @@ impl Machine {
         }
         if self.held != 0 {
             self.release(slot);
+        }
+        if self.posting.iter().any(|posting| posting.0 == slot) {
+            self.repost(slot);
         }
         action
     }

@@ -100,11 +100,11 @@ impl Machine {
                 if let Some(disk) = disk {
                     let disk = Ata::new(disk, self.line(ata::IRQ));
                     let ports = [ata::COMMAND_PORTS, ata::CONTROL_PORTS];
-                    self.add_ports(&ports, Box::new(disk))?;
+                    self.add_posted(&ports, ata::COMMAND_PORTS.0, Box::new(disk))?;
                 }
                 if let Some(net) = net {
                     let card = Ne2000::new(net, mac, self.line(ne2000::IRQ));
-                    self.add_ports(&[ne2000::PORTS], Box::new(card))?;
+                    self.add_posted(&[ne2000::PORTS], ne2000::DATA_PORT, Box::new(card))?;
                 }
             }
             Family::Virtio => {

@@ -1,6 +1,7 @@
 //! The boundary between the run loop and an engine.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 
 use crate::{
     CpuState, Doorbells, Exit, ExitCounts, ExitReason, Interrupts, kick::KickHandle,
@@ -90,6 +91,11 @@ pub trait Vcpu: Send {
     fn controller(&self) -> Option<Arc<dyn Interrupts>> {
         None
     }
+
+    /// Lets writes to each of `ports` and the three after it wait for the guest's next exit, as many
+    /// at any time as `postable` says: they come as one exit with many items, before that exit or with
+    /// it. For machines with one vCPU. Engines for which that is no gain leave it at that.
+    fn post_writes(&mut self, _ports: &[u16], _postable: &Arc<AtomicU32>) {}
 
     /// The doorbells that the engine's host kernel takes, if it does ([`Doorbell::Eventfd`]).
     ///

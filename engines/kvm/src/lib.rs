@@ -15,6 +15,7 @@ mod doorbell;
 mod irqchip;
 mod kick;
 mod msr;
+mod posted;
 mod registers;
 pub mod stats;
 mod vcpu;

@@ -8,7 +8,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicU8, AtomicU32};
 
 use engine_core::cpuid::Place;
 use engine_core::kick::KickHandle;
@@ -18,7 +18,7 @@ use engine_core::{
     Irqchip, Unavailable, Vcpu,
 };
 use kvm_bindings as kb;
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
@@ -28,6 +28,7 @@ use crate::doorbell::KvmDoorbells;
 use crate::irqchip::KernelIrqchip;
 use crate::kick::KvmKick;
 use crate::msr::{self, Answer};
+use crate::posted::Posted;
 use crate::stats::Statistics;
 use crate::{cpuid, registers};
 
@@ -69,6 +70,11 @@ pub struct KvmVcpu {
     /// The answer that the last exit waits for.
     answer: Answer,
     controller: Option<Arc<KernelIrqchip>>,
+    /// Writes that wait for the next exit.
+    posted: Option<Posted>,
+    /// The exit in kvm_run has not been told yet: such writes came first.
+    held: bool,
+    kvm: Arc<Kvm>,
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
 }
@@ -101,6 +107,7 @@ impl KvmVcpu {
             operation: "sigaction",
             source,
         })?;
+        let kvm = Arc::new(kvm);
         let vm = Arc::new(kvm.create_vm().map_err(host("KVM_CREATE_VM"))?);
         if found.backend == Backend::Intel {
             vm.set_identity_map_address(IDENTITY_MAP)
@@ -138,6 +145,9 @@ impl KvmVcpu {
                 backend: found.backend,
                 answer: Answer::default(),
                 controller: controller.clone(),
+                posted: None,
+                held: false,
+                kvm: Arc::clone(&kvm),
                 vm: Arc::clone(&vm),
                 ram: Arc::clone(&ram),
             })
@@ -150,8 +160,33 @@ impl KvmVcpu {
         self.backend
     }
 
+    /// Takes writes that waited for the exit in kvm_run, and that exit with them if it is one more of
+    /// them; else it is held. False if it is none that a device sees.
+    #[cold]
+    fn posted_first(&mut self) -> bool {
+        let Some(posted) = &mut self.posted else {
+            return false;
+        };
+        let run = self.vcpu.get_kvm_run();
+        let unseen = [
+            kb::KVM_EXIT_IRQ_WINDOW_OPEN,
+            kb::KVM_EXIT_INTR,
+            kb::KVM_EXIT_SET_TPR,
+        ];
+        if unseen.contains(&run.exit_reason) {
+            return false;
+        }
+        posted.take();
+        let last = !posted.any() && run.exit_reason == kb::KVM_EXIT_IO;
+        self.held = !(last && posted.join(&access(run)));
+        true
+    }
+
     /// Enters the guest. True if it came back with an exit, false if it was interrupted.
     fn enter(&mut self) -> Result<bool, Error> {
+        if let Some(posted) = &mut self.posted {
+            posted.allow();
+        }
         if self.answer != Answer::None {
             self.answer.give(self.vcpu.get_kvm_run());
         }
@@ -250,8 +285,12 @@ fn map_ram(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
 
 impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<Exit<'_>, Error> {
-        if !self.enter()? {
+        if !std::mem::take(&mut self.held) && !self.enter()? {
             return Ok(Exit::Interrupted);
+        }
+        if self.posted.as_ref().is_some_and(Posted::any) && self.posted_first() {
+            let posted = self.posted.as_ref().expect("just looked at");
+            return Ok(posted.exit());
         }
         let backend = self.backend;
         match self.vcpu.get_kvm_run().exit_reason {
@@ -305,7 +344,9 @@ impl Vcpu for KvmVcpu {
 
     fn interruptible(&mut self) -> bool {
         let run = self.vcpu.get_kvm_run();
-        run.ready_for_interrupt_injection != 0 && run.if_flag != 0 && !self.answer.faults()
+        let ready = run.ready_for_interrupt_injection != 0 && run.if_flag != 0;
+        // An exit that is held has not been answered yet.
+        ready && !self.answer.faults() && !self.held
     }
 
     fn interrupt(&mut self, vector: u8) -> Result<(), Error> {
@@ -363,6 +404,14 @@ impl Vcpu for KvmVcpu {
     fn controller(&self) -> Option<Arc<dyn Interrupts>> {
         let controller = self.controller.as_ref()?;
         Some(Arc::clone(controller) as Arc<dyn Interrupts>)
+    }
+
+    fn post_writes(&mut self, ports: &[u16], postable: &Arc<AtomicU32>) {
+        let postable = Arc::clone(postable);
+        // A KVM that won't is one where each write leaves.
+        self.posted = Posted::new(&self.kvm, &self.vm, &self.vcpu, ports, postable)
+            .ok()
+            .flatten();
     }
 
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {

@@ -99,6 +99,13 @@ pub trait Device {
         Action::None
     }
 
+    /// How many more writes to its data register nobody would notice: the device does nothing but
+    /// keep them before the one after them. `u32::MAX` while it expects none. Asked after each access
+    /// to a device that was added with [`Machine::add_posted`](crate::Machine::add_posted).
+    fn postable(&self) -> u32 {
+        0
+    }
+
     /// When [`advance`](Device::advance) is wanted next, if ever. Asked after each access to the
     /// device, so it must be cheap.
     fn deadline(&self) -> Option<u64> {
@@ -119,4 +126,9 @@ pub trait Device {
     fn host_ready(&mut self) -> Action {
         Action::None
     }
+}
+
+/// Items that may be posted where `bytes` bytes make something happen: none is wider than 4 bytes.
+fn posted_items(bytes: usize) -> u32 {
+    (bytes / 4).saturating_sub(1) as u32
 }

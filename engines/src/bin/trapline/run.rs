@@ -217,6 +217,7 @@ fn run_mode(
         peripherals.doorbells = vcpu.doorbells();
     }
     machine.attach(peripherals, &ram, vcpu.keeps_code())?;
+    machine.post_writes(&mut **vcpu);
     if arguments.exit_port == cli::ExitPort::Raw {
         engine_core::devices::testdev::add(&mut machine)?;
     }

@@ -20,7 +20,7 @@ mod identify;
 mod transfer;
 
 use self::transfer::Transfer;
-use crate::devices::{Action, Device};
+use crate::devices::{Action, Device, posted_items as items};
 use crate::interrupt::Line;
 use crate::storage::Storage;
 
@@ -281,6 +281,10 @@ impl Device for Ata {
             self.data_out(data);
         }
         Action::None
+    }
+
+    fn postable(&self) -> u32 {
+        self.unnoticed().map_or(u32::MAX, items)
     }
 
     fn write_items(&mut self, offset: u64, size: usize, data: &[u8]) -> Action {

@@ -148,6 +148,13 @@ impl Ata {
         self.block_ready();
     }
 
+    /// Bytes up to the end of the DRQ block that the guest is to write; None if it is to write none.
+    pub(super) fn unnoticed(&self) -> Option<usize> {
+        let transfer = &self.transfer;
+        let writes = transfer.direction == Direction::Write && self.status & status::DRQ != 0;
+        writes.then(|| transfer.block_end - transfer.at)
+    }
+
     /// Writes what the guest has given. False if that failed, and the command with it.
     fn drain(&mut self) -> bool {
         let transfer = &mut self.transfer;

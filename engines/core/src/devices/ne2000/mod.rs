@@ -19,13 +19,15 @@ mod remote;
 use std::os::fd::BorrowedFd;
 
 use self::memory::Memory;
-use super::{Action, Device};
+use super::{Action, Device, posted_items};
 use crate::buffer::Buffer;
 use crate::interrupt::Line;
 use crate::net::{FrameCounts, LONGEST, MacAddress, NetBackend};
 
 /// Ports of the card: first and their number.
 pub const PORTS: (u16, u16) = (0x300, 32);
+/// The first port of remote DMA.
+pub const DATA_PORT: u16 = PORTS.0 + 0x10;
 /// Interrupt line, as QEMU's ne2k_isa has it.
 pub const IRQ: u8 = 9;
 
@@ -321,6 +323,13 @@ impl Device for Ne2000 {
             }
         }
         Action::None
+    }
+
+    fn postable(&self) -> u32 {
+        match self.remote_count {
+            0 => u32::MAX,
+            count => posted_items(count.into()),
+        }
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
