@@ -18,7 +18,7 @@ use crate::{
     fault::{self, Fault},
     mmu::{Access, Mmu},
     site::Homes,
-    system::Debugging,
+    system::{Debugging, Nmi},
     tlb::Span,
 };
 
@@ -33,6 +33,7 @@ pub(crate) struct Core {
     /// What [`Core::mode`] said last, until something that it depends on changes.
     pub mode: Option<Mode>,
     pub debug: Debugging,
+    pub nmi: Nmi,
     /// What devices have answered to the string comparison under way.
     pub device_values: Vec<u64>,
     /// Somebody asked for the task priority since `run` last returned: an interrupt waits for it to
@@ -81,6 +82,7 @@ impl Core {
             flushed: Flushed::Nothing,
             mode: None,
             debug: Debugging::default(),
+            nmi: Nmi::default(),
             device_values: Vec::new(),
             priority_matters: false,
             exact_flags: false,
@@ -240,6 +242,11 @@ impl Core {
                 0
             } else {
                 cpu.segments[Seg::CS].base as u32
+            },
+            code_limit: if long {
+                u32::MAX
+            } else {
+                cpu.segments[Seg::CS].limit
             },
             narrow_stack: !long && !cpu.segments[Seg::SS].db(),
             // Every access has to be looked at.

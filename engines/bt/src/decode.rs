@@ -81,6 +81,8 @@ pub(crate) struct Mode {
     pub single: bool,
     /// Base of CS where it isn't flat: the same bytes are other instructions' neighbours then.
     pub code_base: u32,
+    /// Limit of CS, where it has one: no block reaches beyond.
+    pub code_limit: u32,
     /// SP is the stack pointer, not ESP.
     pub narrow_stack: bool,
     /// Segments, one bit each as instructions encode them, whose limit or kind has to be looked at
@@ -102,6 +104,7 @@ impl Mode {
         exact: false,
         single: false,
         code_base: 0,
+        code_limit: u32::MAX,
         narrow_stack: false,
         limited: 0,
     };

@@ -12,6 +12,7 @@
 //! | `gate` | call gates, task gates, TSSs as branch targets |
 //! | `legacy` | decimal arithmetic, bound, arpl |
 //! | `masked` | AVX, element by element |
+//! | `nmi` | non-maskable interrupts |
 //! | `operand` | memory operands: addresses, limits, loads and stores |
 //! | `segment` | segment registers and descriptors |
 //! | `stack` | pushes and pops, near branches of 16-bit code |
@@ -28,6 +29,7 @@ mod flow;
 mod gate;
 mod legacy;
 mod masked;
+mod nmi;
 mod operand;
 mod segment;
 mod stack;
@@ -38,6 +40,7 @@ mod xstate;
 pub(crate) use xstate::stores_x87_pointers;
 
 pub(crate) use debug::Debugging;
+pub(crate) use nmi::Nmi;
 use engine_core::ExitReason;
 use engine_core::devices::lapic::owns_msr;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
@@ -188,6 +191,13 @@ impl Core {
                     | Sysexit
                     | Sysexitq
             );
+        let of_descriptors = matches!(
+            mnemonic,
+            Sldt | Str | Lldt | Ltr | Lar | Lsl | Verr | Verw | Arpl
+        );
+        if of_descriptors && self.cpu.real_addressing() {
+            return Err(Fault::ud().into());
+        }
         let hidden = self.cpu.cr4 & CR4_UMIP != 0 && UNPRIVILEGED_STORES.contains(&mnemonic);
         if (privileged || hidden) && self.cpu.cpl() != 0 {
             return Err(Fault::gp().into());
@@ -317,7 +327,9 @@ impl Core {
                     return Err(Fault::gp().into());
                 }
                 let mut segment = self.system_descriptor(selector)?;
-                if segment.attributes & 0x1f != 9 {
+                // Available, of 32 or 64 bits, or of 16 outside IA-32e mode.
+                let narrow = segment.attributes & 0x1f == 1 && !self.cpu.long();
+                if segment.attributes & 0x1f != 9 && !narrow {
                     return Err(Fault::selector(fault::GP, selector).into());
                 }
                 segment.attributes |= 2;

@@ -169,6 +169,7 @@ impl Vcpu for BtVcpu {
             && self.core.interrupts_enabled()
             && !self.core.cpu.shadow
             && !self.core.trap_due()
+            && !self.core.nmi_due()
     }
 
     fn interrupt(&mut self, vector: u8) -> Result<(), Error> {
