@@ -195,12 +195,7 @@ impl Core {
     }
 
     /// The stack segment that a return to `rpl` loads.
-    fn return_stack(
-        &mut self,
-        selector: u16,
-        rpl: u8,
-        code: &Segment,
-    ) -> Result<Segment, Fault> {
+    fn return_stack(&mut self, selector: u16, rpl: u8, code: &Segment) -> Result<Segment, Fault> {
         if selector & !3 == 0 {
             if code.long() && rpl != 3 {
                 return Ok(flat(selector, 0xc093 | u16::from(rpl) << 5));

@@ -40,10 +40,10 @@ mod xstate;
 pub(crate) use xstate::stores_x87_pointers;
 
 pub(crate) use debug::Debugging;
-pub(crate) use nmi::Nmi;
 use engine_core::ExitReason;
 use engine_core::devices::lapic::owns_msr;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+pub(crate) use nmi::Nmi;
 
 use crate::{
     core::{Core, Flushed, Shutdown},

@@ -3,6 +3,9 @@
 //! | module | what |
 //! |---|---|
 //! | `kernel`, `run` | the guest around each test, and the ways to run it |
+//! | `rig` | a bare CPU, driven instruction by instruction |
+//! | `descriptors` | what loading a descriptor checks and changes |
+//! | `nmi` | non-maskable interrupts |
 //! | `exceptions` | frames, stacks, error codes, double and triple faults |
 //! | `debug` | single steps, breakpoints, alignment checks |
 //! | `paging` | accessed and dirty bits, permissions, invalidation |
@@ -17,14 +20,17 @@
 
 mod code;
 mod debug;
+mod descriptors;
 mod exceptions;
 mod interrupts;
 mod kernel;
 mod limits;
 mod memory;
+mod nmi;
 mod paging;
 mod privilege;
 mod protected;
 mod real;
+mod rig;
 mod run;
 mod state;
