@@ -11,8 +11,8 @@ use crate::{
     arena::Arena,
     context::{Context, NATIVE_FLAGS, flags_from_lazy},
     cpu::{
-        Bits, CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_OSXSAVE, CR4_TSD, Cpu, FLAG_IF, SYSTEM_FLAGS,
-        Seg, XCR0_AVX, XCR0_SSE, canonical,
+        Bits, CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_OSXSAVE, CR4_TSD, Cpu, FLAG_AC, FLAG_IF,
+        SYSTEM_FLAGS, Seg, XCR0_AVX, XCR0_SSE, canonical,
     },
     decode::{Fpu, Mode},
     fault::{self, Fault},
@@ -128,6 +128,9 @@ impl Core {
     pub(crate) fn set_rflags(&mut self, value: u64) {
         self.context().flags = value & NATIVE_FLAGS | 0x202;
         self.cpu.flags = value & SYSTEM_FLAGS;
+        if value & FLAG_AC == 0 {
+            self.mmu.close_guarded();
+        }
         self.set_interrupts(value & FLAG_IF != 0);
         self.mode = None;
     }
@@ -264,7 +267,7 @@ impl Core {
                     && cpu.xcr0 & (XCR0_SSE | XCR0_AVX) == XCR0_SSE | XCR0_AVX,
             },
             exact: self.exact_flags,
-            tsc: cpu.cr4 & CR4_TSD == 0 || !user,
+            tsc: cpu.tsc_offset == 0 && (cpu.cr4 & CR4_TSD == 0 || !user),
             interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,
         }

@@ -26,8 +26,8 @@ pub(crate) const ALL_FLAGS: u32 = RflagsBits::OF
 
 /// Opcodes 0F 0D and 0F 18 to 0F 1F do nothing on a processor that lacks what they were given to
 /// later: prefetches, MPX, CET (SDM 1 18.3.1, SDM 2B NOP). Compilers emit some of them (rdsspq,
-/// endbr64) without asking CPUID.
-const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP;
+/// endbr64) without asking CPUID. A wbnoinvd is a wbinvd there, with a prefix that says nothing.
+const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP | DecoderOptions::NO_WBNOINVD;
 
 /// Most instructions in one block.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -71,7 +71,7 @@ pub(crate) struct Mode {
     pub flat: bool,
     /// Whether FPU and SSE instructions fault.
     pub fpu: Fpu,
-    /// rdtsc is allowed here (CR4.TSD clear or CPL 0).
+    /// rdtsc is allowed here (CR4.TSD clear or CPL 0) and reads the host's counter.
     pub tsc: bool,
     /// cli and sti are allowed (CPL <= IOPL).
     pub interrupts: bool,
@@ -606,13 +606,15 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         Cli if mode.interrupts => Class::Cli,
         Sti if mode.interrupts && !mode.single => Class::Sti,
         Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cpuid | Rdtscp | Rdpmc
-        | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpid | Xgetbv | Xsave | Xsave64
-        | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 | Fxsave | Fxsave64
-        | Fnsave | Fnstenv | Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd | Vpgatherdd
-        | Vpgatherdq | Vpgatherqd | Vpgatherqq | Vmaskmovps | Vmaskmovpd | Vpmaskmovd
-        | Vpmaskmovq | Vmaskmovdqu | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw | Lar | Lsl
-        | Lds | Les | Lss | Lfs | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad | Popa
-        | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
+        | Rdpkru | Wrpkru | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpid | Xgetbv | Xsave
+        | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 | Fxsave
+        | Fxsave64 | Fnsave | Fnstenv | Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd
+        | Vpgatherdd | Vpgatherdq | Vpgatherqd | Vpgatherqq | Vmaskmovps | Vmaskmovpd
+        | Vpmaskmovd | Vpmaskmovq | Vmaskmovdqu | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw
+        | Lar | Lsl | Lds | Les | Lss | Lfs | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad
+        | Popa | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => {
+            Class::System
+        }
         Rdtsc if !mode.tsc => Class::System,
         Maskmovq | Maskmovdqu => Class::MaskedMove,
         Push => Class::Push,

@@ -217,11 +217,6 @@ impl BtVcpu {
         })
     }
 
-    /// Asserts the CPU's NMI line: the next run delivers one as soon as it may (SDM 3A 6.7).
-    pub fn nmi(&mut self) {
-        self.core.latch_nmi();
-    }
-
     /// Times that translated code was entered: what a hot loop must not need.
     pub fn entries(&self) -> u64 {
         self.entries

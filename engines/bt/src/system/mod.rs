@@ -223,8 +223,7 @@ impl Core {
                 if self.cpu.cr4 & CR4_TSD != 0 && self.user() {
                     return Err(Fault::gp().into());
                 }
-                // SAFETY: reads a counter.
-                let tsc = unsafe { std::arch::x86_64::_rdtsc() };
+                let tsc = self.tsc();
                 self.set_gpr(0, tsc & 0xffff_ffff);
                 self.set_gpr(2, tsc >> 32);
                 if mnemonic == Rdtscp {
@@ -368,6 +367,9 @@ impl Core {
                 }
                 self.cpu.flags =
                     self.cpu.flags & !FLAG_AC | if mnemonic == Stac { FLAG_AC } else { 0 };
+                if mnemonic == Clac {
+                    self.mmu.close_guarded();
+                }
                 self.mode = None;
             }
             Rdmsr => {
@@ -392,6 +394,7 @@ impl Core {
                 let register = instr.op0_register().full_register().number();
                 self.set_gpr(register, self.cpu.tsc_aux & 0xffff_ffff);
             }
+            Rdpkru | Wrpkru => self.key_rights(mnemonic == Wrpkru)?,
             Xgetbv => self.xgetbv()?,
             Xsetbv => self.xsetbv()?,
             Fxsave | Fxsave64 => self.fxsave(instr)?,

@@ -40,6 +40,16 @@ impl Core {
         self.deliver(VECTOR, None, Cause::External)
     }
 
+    /// None is delivered before the next `iret`.
+    pub(crate) fn nmi_blocked(&self) -> bool {
+        self.nmi.blocked
+    }
+
+    /// As after INIT.
+    pub(crate) fn forget_nmis(&mut self) {
+        self.nmi = Nmi::default();
+    }
+
     /// An `iret` is being executed.
     pub(super) fn unblock_nmi(&mut self) {
         self.nmi.blocked = false;

@@ -1,5 +1,6 @@
 //! Non-maskable interrupts: when they come, and when they have to wait.
 
+use engine_core::Vcpu;
 use iced_x86::code_asm::*;
 
 use crate::rig::{End, FREE, GDT, HANDLERS, IDT, Rig, SPARE, TSS, TSS_2, gate, system_descriptor};
@@ -18,7 +19,7 @@ fn counting(rig: &mut Rig) {
 fn an_nmi_comes_before_the_next_instruction_whatever_if_says() {
     let mut rig = Rig::long();
     rig.code(|asm| asm.inc(eax));
-    rig.vcpu.nmi();
+    rig.vcpu.nmi().expect("it waits");
     assert_eq!(rig.run(), End::Vector(2));
     let state = rig.after();
     assert_eq!(state.gpr[0], 0);
@@ -29,11 +30,11 @@ fn an_nmi_comes_before_the_next_instruction_whatever_if_says() {
 fn the_next_one_waits_for_iret_and_several_are_one() {
     let mut rig = Rig::long();
     rig.code(|asm| asm.nop());
-    rig.vcpu.nmi();
+    rig.vcpu.nmi().expect("it waits");
     assert_eq!(rig.run(), End::Vector(2));
     // In the handler: two more, then code that counts on.
-    rig.vcpu.nmi();
-    rig.vcpu.nmi();
+    rig.vcpu.nmi().expect("it waits");
+    rig.vcpu.nmi().expect("it waits");
     counting(&mut rig);
     rig.put(
         HANDLERS + 0x21,
@@ -55,14 +56,14 @@ fn an_nmi_wakes_a_halted_cpu_and_waits_for_the_shadow_of_mov_ss() {
         asm.mov(rax, qword_ptr(FREE))
     });
     assert_eq!(rig.run(), End::Halt);
-    rig.vcpu.nmi();
+    rig.vcpu.nmi().expect("it waits");
     assert_eq!(rig.go_on(), End::Halt);
     assert_eq!((rig.read(FREE), rig.after().gpr[0]), (1, 1));
 }
 
 #[test]
 fn an_nmi_that_a_device_access_raises_comes_right_after_it() {
-    use engine_core::{Exit, Vcpu};
+    use engine_core::Exit;
     let mut rig = Rig::long();
     counting(&mut rig);
     rig.code(|asm| {
@@ -78,7 +79,7 @@ fn an_nmi_that_a_device_access_raises_comes_right_after_it() {
             other => panic!("{other:?}"),
         }
     }
-    rig.vcpu.nmi();
+    rig.vcpu.nmi().expect("it waits");
     assert_eq!(rig.go_on(), End::Halt);
     assert_eq!(rig.after().gpr[1], 1);
 }
@@ -108,7 +109,7 @@ fn an_nmi_goes_through_a_task_gate_and_iret_lets_the_next_one_in() {
     });
     assert_eq!(rig.run(), End::Halt);
     for _ in 0..2 {
-        rig.vcpu.nmi();
+        rig.vcpu.nmi().expect("it waits");
     }
     assert_eq!(rig.go_on(), End::Halt);
     assert_eq!(rig.read_32(FREE), 1);
