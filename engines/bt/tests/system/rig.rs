@@ -194,7 +194,7 @@ impl Rig {
     pub(crate) fn real() -> Rig {
         let mut rig = Rig::new();
         for vector in 0..256u64 {
-            let target = (HANDLERS >> 4) << 16 | 16 * vector;
+            let target = ((HANDLERS >> 4) << 16) | (16 * vector);
             rig.put(4 * vector, &(target as u32).to_le_bytes());
         }
         let data = segment((CODE >> 4) as u16, CODE, 0xffff, 0x93);
