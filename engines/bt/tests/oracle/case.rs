@@ -5,7 +5,7 @@
 
 use bt::insn::{Bench, Case, End, Outcome};
 use bt::{Extended, UserStop};
-use iced_x86::{Instruction, Mnemonic, RflagsBits};
+use iced_x86::{Code, Decoder, Instruction, Mnemonic, RflagsBits};
 
 use crate::layout::{FX_AVX, PAGE};
 use crate::process::{Ended, MEMORY, Pages, Process};
@@ -25,7 +25,10 @@ pub(crate) struct Liberty {
 
 fn stop(ended: &Ended, code: &[u8], load: u64) -> UserStop {
     let at = ended.rip.wrapping_sub(load) as usize;
-    if ended.vector == 13 && code.get(at) == Some(&0xf4) {
+    let halts = code
+        .get(at..)
+        .is_some_and(|code| Decoder::new(64, code, 0).decode().mnemonic() == Mnemonic::Hlt);
+    if ended.vector == 13 && halts {
         return UserStop::Halt;
     }
     let vector = ended.vector as u8;
