@@ -4,6 +4,7 @@
 //! base            Context                         rw
 //! +DOORBELL       doorbell page                   rw, or nothing while a kick is pending
 //! +WINDOW         interrupt window page           rw, or nothing while one is waited for
+//! +PRIVILEGED     system registers                rw
 //! +TLB            4 software TLBs (see tlb.rs)    rw
 //! +JUMP           2 jump caches (see tlb.rs)      rw
 //! +CODE           code cache                      rx   (the same pages are rw at `writable`)
@@ -16,6 +17,7 @@ use std::{io, ptr};
 
 use crate::{
     context::Context,
+    privileged::Privileged,
     tlb::{JUMP_BYTES, TLB_BYTES},
 };
 
@@ -24,11 +26,13 @@ const PAGE: usize = 4096;
 pub(crate) const DOORBELL: usize = PAGE;
 /// Offset of the interrupt window page.
 pub(crate) const WINDOW: usize = 2 * PAGE;
-const TLB: usize = 3 * PAGE;
+const PRIVILEGED: usize = 3 * PAGE;
+const TLB: usize = 5 * PAGE;
 const JUMP: usize = TLB + 4 * TLB_BYTES;
 const CODE: usize = JUMP + 2 * JUMP_BYTES;
 
 const _: () = assert!(size_of::<Context>() <= PAGE);
+const _: () = assert!(size_of::<Privileged>() <= TLB - PRIVILEGED);
 
 /// One vCPU's low-memory arena.
 pub(crate) struct Arena {
@@ -110,6 +114,11 @@ impl Arena {
     /// Address of the context as a displacement.
     pub(crate) fn context_disp(&self) -> i32 {
         self.base as i32
+    }
+
+    /// The system registers, not filled in yet.
+    pub(crate) fn privileged(&self) -> *mut Privileged {
+        (self.base + PRIVILEGED) as *mut Privileged
     }
 
     /// Address of the doorbell page.

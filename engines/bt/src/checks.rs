@@ -271,6 +271,7 @@ fn needs(insn: &Insn, mode: Mode) -> Option<Needs> {
         | Class::JumpIndirect
         | Class::Branch
         | Class::Loop
+        | Class::Privileged
         | Class::System
         | Class::Fault(_) => None,
     }

@@ -12,33 +12,34 @@ use crate::{
     context::{Context, NATIVE_FLAGS, flags_from_lazy},
     cpu::{
         Bits, CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_OSXSAVE, CR4_TSD, Cpu, FLAG_AC, FLAG_IF,
-        SYSTEM_FLAGS, Seg, XCR0_AVX, XCR0_SSE, canonical,
+        FLAG_IOPL, FLAG_VM, SYSTEM_FLAGS, Seg, XCR0_AVX, XCR0_SSE, canonical,
     },
     decode::{Fpu, Mode},
     fault::{self, Fault},
     mmu::{Access, Mmu},
+    privileged::{Leaf, Placed, Shortcuts},
     site::Homes,
-    system::{Debugging, Nmi},
+    system::{self, Debugging},
     tlb::Span,
 };
 
 /// Registers and memory of one guest CPU.
 pub(crate) struct Core {
     context: *mut Context,
-    pub cpu: Cpu,
+    pub cpu: Placed<Cpu>,
+    pub shortcuts: Placed<Shortcuts>,
     pub mmu: Mmu,
     pub rip: u64,
     /// Address translations were dropped: links between pages have to go too.
     pub flushed: Flushed,
-    /// What [`Core::mode`] said last, until something that it depends on changes.
-    pub mode: Option<Mode>,
+    /// What [`Core::mode`] said last of privileged and of user code, and for which
+    /// [`Core::mode_key`], until something else that it depends on changes.
+    modes: [Option<(u64, Mode)>; 2],
+    /// [`Shortcuts::enabled`] says what it can.
+    pub settled: bool,
     pub debug: Debugging,
-    pub nmi: Nmi,
     /// What devices have answered to the string comparison under way.
     pub device_values: Vec<u64>,
-    /// Somebody asked for the task priority since `run` last returned: an interrupt waits for it to
-    /// fall, so writing CR8 has to end the run.
-    pub priority_matters: bool,
     /// Arithmetic flags are exact at every fault, at some cost.
     pub exact_flags: bool,
     /// RAM with translated code that was written since the run loop last looked.
@@ -73,18 +74,26 @@ impl Core {
     /// # Safety
     /// `arena` outlives the core and serves no other.
     pub(crate) unsafe fn new(ram: Arc<GuestRam>, arena: &Arena) -> Core {
+        let privileged = arena.privileged();
+        // SAFETY: the caller's promise; both are parts of the arena's own page.
+        let (cpu, shortcuts) = unsafe {
+            (
+                Placed::new(&raw mut (*privileged).cpu, Cpu::new(&CpuState::default())),
+                Placed::new(&raw mut (*privileged).shortcuts, Shortcuts::new()),
+            )
+        };
         Core {
             context: arena.context(),
-            cpu: Cpu::new(&CpuState::default()),
+            cpu,
+            shortcuts,
             // SAFETY: the caller's promise.
             mmu: unsafe { Mmu::new(ram, arena) },
             rip: 0,
             flushed: Flushed::Nothing,
-            mode: None,
+            modes: [None; 2],
+            settled: false,
             debug: Debugging::default(),
-            nmi: Nmi::default(),
             device_values: Vec::new(),
-            priority_matters: false,
             exact_flags: false,
             code_writes: Vec::new(),
         }
@@ -128,11 +137,7 @@ impl Core {
     pub(crate) fn set_rflags(&mut self, value: u64) {
         self.context().flags = value & NATIVE_FLAGS | 0x202;
         self.cpu.flags = value & SYSTEM_FLAGS;
-        if value & FLAG_AC == 0 {
-            self.mmu.close_guarded();
-        }
         self.set_interrupts(value & FLAG_IF != 0);
-        self.mode = None;
     }
 
     /// Maskable interrupts are enabled.
@@ -188,7 +193,7 @@ impl Core {
     pub(crate) fn set_xcr0(&mut self, value: u64) {
         self.cpu.xcr0 = value;
         self.context().avx = u32::from(value & XCR0_AVX != 0);
-        self.mode = None;
+        self.forget_modes();
     }
 
     /// Arithmetic flags alone.
@@ -202,62 +207,111 @@ impl Core {
     }
 
     pub(crate) fn set_segment(&mut self, index: usize, segment: Segment) {
-        self.mode = None;
+        let before = self.cpu.bits();
         self.cpu.segments[index] = segment;
         self.context().segment_base[index] = segment.base;
+        if before != Bits::Bits64 || self.cpu.bits() != Bits::Bits64 {
+            self.forget_modes();
+        }
+        if !matches!(index, Seg::CS | Seg::SS) {
+            self.shortcuts.drops = u32::from(self.drops_segments());
+        }
+    }
+
+    /// True if a return to ring 3 has data segments to drop.
+    fn drops_segments(&self) -> bool {
+        [Seg::ES, Seg::DS, Seg::FS, Seg::GS]
+            .into_iter()
+            .any(|index| system::drops(&self.cpu.segments[index], 3))
     }
 
     pub(crate) fn set_segment_base(&mut self, index: usize, base: u64) {
-        self.mode = None;
         self.cpu.segments[index].base = base;
         self.context().segment_base[index] = base;
     }
 
     /// What translation depends on, now.
     pub(crate) fn mode(&mut self) -> Mode {
-        if let Some(mode) = self.mode {
+        let key = self.mode_key();
+        let user = usize::from(self.user());
+        if let Some((known, mode)) = self.modes[user]
+            && known == key
+        {
             return mode;
         }
-        let mut mode = self.current_mode();
-        // Where every access has to be looked at, segments are limited even in 64-bit code.
-        let looked_at = mode.bits == Bits::Bits64 && mode.limited != 0;
-        mode.window =
-            mode.user && mode.bits != Bits::Bits16 && !looked_at && self.mmu.window.ready();
-        self.mode = Some(mode);
+        let window = user == 1 && self.mmu.window.ready();
+        let mode = self.mode_of(&self.cpu, window);
+        self.modes[user] = Some((key, mode));
         mode
     }
 
-    fn current_mode(&self) -> Mode {
-        let cpu = &self.cpu;
-        let user = self.user();
+    /// What a mode depends on and translated code changes by itself.
+    fn mode_key(&self) -> u64 {
+        let flags = self.cpu.flags & (FLAG_AC | FLAG_IOPL | FLAG_VM);
+        let [_, cs, ss, ..] = &self.cpu.segments;
+        u64::from(cs.attributes) | u64::from(ss.attributes) << 16 | flags << 32
+    }
+
+    /// Something that modes depend on has changed.
+    pub(crate) fn forget_modes(&mut self) {
+        self.modes = [None; 2];
+        self.shortcuts.enabled = 0;
+        self.settled = false;
+    }
+
+    /// The modes of 64-bit code in ring 0 and in ring 3 as privileges change by themselves; None
+    /// where they may not, since somebody is debugging or looks at every exception.
+    pub(crate) fn usual_modes(&mut self) -> Option<[Mode; 2]> {
+        let odd = self.exact_flags || self.armed() || !self.cpu.long();
+        let window = self.mmu.window.ready();
+        (!odd).then(|| {
+            [0, 3].map(|privilege: u16| {
+                let mut cpu = self.cpu.clone();
+                cpu.segments[Seg::CS].attributes = 0xa09b | privilege << 5;
+                cpu.segments[Seg::SS].attributes = 0xc093 | privilege << 5;
+                cpu.flags = 0;
+                self.mode_of(&cpu, window)
+            })
+        })
+    }
+
+    /// Remembers what CPUID says in leaves without subleaves.
+    pub(crate) fn remember_leaves(&mut self) {
+        const SUBLEAVES: [u32; 4] = [4, 7, 0xb, 0xd];
+        for leaf in (0..=0xd).chain(0x8000_0000..=0x8000_0008) {
+            if !SUBLEAVES.contains(&leaf) {
+                let values = self.cpuid(leaf, 0);
+                self.shortcuts.leaves[Leaf::index(leaf)] = Leaf::new(leaf, values);
+            }
+        }
+    }
+
+    fn mode_of(&self, cpu: &Cpu, window: bool) -> Mode {
+        let user = cpu.cpl() == 3;
         let bits = cpu.bits();
         let long = bits == Bits::Bits64;
         let flat = long
             || [Seg::ES, Seg::CS, Seg::SS, Seg::DS]
                 .iter()
                 .all(|&index| cpu.segments[index].base == 0);
+        // Every access has to be looked at, even in 64-bit code.
+        let limited = if self.watching() || Core::aligns(cpu) {
+            0xff
+        } else {
+            cpu.limited_segments()
+        };
         Mode {
             bits,
             user,
-            window: false,
+            window: user && bits != Bits::Bits16 && !(long && limited != 0) && window,
             flat,
             code_base: if flat {
                 0
             } else {
                 cpu.segments[Seg::CS].base as u32
             },
-            code_limit: if long {
-                u32::MAX
-            } else {
-                cpu.segments[Seg::CS].limit
-            },
             narrow_stack: !long && !cpu.segments[Seg::SS].db(),
-            // Every access has to be looked at.
-            limited: if self.watching() || self.checks_alignment() {
-                0xff
-            } else {
-                cpu.limited_segments()
-            },
+            limited,
             fpu: Fpu {
                 emulated: cpu.cr0 & CR0_EM != 0,
                 switched: cpu.cr0 & CR0_TS != 0,
@@ -267,7 +321,8 @@ impl Core {
                     && cpu.xcr0 & (XCR0_SSE | XCR0_AVX) == XCR0_SSE | XCR0_AVX,
             },
             exact: self.exact_flags,
-            tsc: cpu.tsc_offset == 0 && (cpu.cr4 & CR4_TSD == 0 || !user),
+            ring_0: cpu.cpl() == 0,
+            tsc: cpu.cr4 & CR4_TSD == 0 || !user,
             interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,
         }
@@ -284,7 +339,6 @@ impl Core {
     }
 
     pub(crate) fn flush(&mut self) {
-        self.mode = None;
         self.mmu.flush();
         self.flushed = Flushed::Everything;
     }

@@ -14,6 +14,7 @@ use crate::{
     cpu::Bits,
     fault::Fault,
     features::{alignment, announced, fpu_fault},
+    lower::inline,
 };
 
 /// The six arithmetic flags, in iced's numbering.
@@ -26,8 +27,8 @@ pub(crate) const ALL_FLAGS: u32 = RflagsBits::OF
 
 /// Opcodes 0F 0D and 0F 18 to 0F 1F do nothing on a processor that lacks what they were given to
 /// later: prefetches, MPX, CET (SDM 1 18.3.1, SDM 2B NOP). Compilers emit some of them (rdsspq,
-/// endbr64) without asking CPUID. A wbnoinvd is a wbinvd there, with a prefix that says nothing.
-const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP | DecoderOptions::NO_WBNOINVD;
+/// endbr64) without asking CPUID.
+const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP;
 
 /// Most instructions in one block.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -65,13 +66,15 @@ pub(crate) struct Mode {
     pub bits: Bits,
     /// CPL 3: data accesses obey user permissions.
     pub user: bool,
+    /// CPL 0.
+    pub ring_0: bool,
     /// Accesses go through the window where they can.
     pub window: bool,
     /// es, cs, ss, ds have base 0, as 64-bit mode enforces.
     pub flat: bool,
     /// Whether FPU and SSE instructions fault.
     pub fpu: Fpu,
-    /// rdtsc is allowed here (CR4.TSD clear or CPL 0) and reads the host's counter.
+    /// rdtsc is allowed here (CR4.TSD clear or CPL 0).
     pub tsc: bool,
     /// cli and sti are allowed (CPL <= IOPL).
     pub interrupts: bool,
@@ -81,8 +84,6 @@ pub(crate) struct Mode {
     pub single: bool,
     /// Base of CS where it isn't flat: the same bytes are other instructions' neighbours then.
     pub code_base: u32,
-    /// Limit of CS, where it has one: no block reaches beyond.
-    pub code_limit: u32,
     /// SP is the stack pointer, not ESP.
     pub narrow_stack: bool,
     /// Segments, one bit each as instructions encode them, whose limit or kind has to be looked at
@@ -96,6 +97,7 @@ impl Mode {
     pub(crate) const LONG: Mode = Mode {
         bits: Bits::Bits64,
         user: false,
+        ring_0: true,
         window: false,
         flat: true,
         fpu: Fpu::READY,
@@ -104,7 +106,6 @@ impl Mode {
         exact: false,
         single: false,
         code_base: 0,
-        code_limit: u32::MAX,
         narrow_stack: false,
         limited: 0,
     };
@@ -138,6 +139,8 @@ pub(crate) enum Class {
     Call,
     CallIndirect,
     Return,
+    /// Has code of its own that acts on system registers, and leaves for the runtime at will.
+    Privileged,
     /// Executed by the runtime.
     System,
     /// Raises this.
@@ -158,7 +161,8 @@ impl Class {
             | Class::Pop
             | Class::Leave
             | Class::Cli
-            | Class::Sti => false,
+            | Class::Sti
+            | Class::Privileged => false,
             Class::Jump
             | Class::JumpIndirect
             | Class::Branch
@@ -333,7 +337,8 @@ impl Decoded {
             | Class::Pop
             | Class::Leave
             | Class::Cli
-            | Class::Sti => peek(next),
+            | Class::Sti
+            | Class::Privileged => peek(next),
             Class::JumpIndirect
             | Class::Loop
             | Class::CallIndirect
@@ -592,6 +597,9 @@ fn counts_cx(instr: &Instruction) -> bool {
 
 fn classify_next(instr: &Instruction, mode: Mode) -> Class {
     use Mnemonic::*;
+    if inline(instr, mode) {
+        return Class::Privileged;
+    }
     let system_register = (0..instr.op_count()).any(|operand| {
         let register = instr.op_register(operand);
         instr.op_kind(operand) == OpKind::Register
@@ -606,15 +614,13 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         Cli if mode.interrupts => Class::Cli,
         Sti if mode.interrupts && !mode.single => Class::Sti,
         Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cpuid | Rdtscp | Rdpmc
-        | Rdpkru | Wrpkru | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpid | Xgetbv | Xsave
-        | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 | Fxsave
-        | Fxsave64 | Fnsave | Fnstenv | Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd
-        | Vpgatherdd | Vpgatherdq | Vpgatherqd | Vpgatherqq | Vmaskmovps | Vmaskmovpd
-        | Vpmaskmovd | Vpmaskmovq | Vmaskmovdqu | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw
-        | Lar | Lsl | Lds | Les | Lss | Lfs | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad
-        | Popa | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => {
-            Class::System
-        }
+        | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpid | Xgetbv | Xsave | Xsave64
+        | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 | Fxsave | Fxsave64
+        | Fnsave | Fnstenv | Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd | Vpgatherdd
+        | Vpgatherdq | Vpgatherqd | Vpgatherqq | Vmaskmovps | Vmaskmovpd | Vpmaskmovd
+        | Vpmaskmovq | Vmaskmovdqu | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw | Lar | Lsl
+        | Lds | Les | Lss | Lfs | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad | Popa
+        | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
         Rdtsc if !mode.tsc => Class::System,
         Maskmovq | Maskmovdqu => Class::MaskedMove,
         Push => Class::Push,

@@ -230,6 +230,7 @@ fn operand(insn: &Insn, moved: i64) -> Option<Operand> {
         | Class::JumpIndirect
         | Class::Branch
         | Class::Loop
+        | Class::Privileged
         | Class::System
         | Class::Fault(_) => None,
     }
@@ -274,6 +275,7 @@ mod tests {
 
     const MODE: Mode = Mode {
         user: true,
+        ring_0: false,
         interrupts: false,
         ..Mode::LONG
     };

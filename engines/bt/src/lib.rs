@@ -14,6 +14,7 @@
 //! | `window`, `checks` | ring 3's memory at host addresses, and what is compared before its use |
 //! | `core`, `system`, `cpu`, `fault` | privileged instructions and exceptions |
 //! | `stubs`, `signal`, `arena`, `context`, `site` | between translated code and Rust |
+//! | `privileged`, `transitions` | system registers that translated code reaches, privilege changes without Rust |
 //! | `vcpu` | the run loop of it all |
 //! | `insn` | ring-3 snippets, one at a time |
 
@@ -35,6 +36,7 @@ mod kick;
 )]
 mod lower;
 mod mmu;
+mod privileged;
 mod signal;
 mod site;
 #[allow(
@@ -44,6 +46,11 @@ mod site;
 mod stubs;
 mod system;
 mod tlb;
+#[allow(
+    clippy::useless_conversion,
+    reason = "dynasm! converts every register number, whatever its type"
+)]
+mod transitions;
 mod vcpu;
 mod window;
 mod x87;

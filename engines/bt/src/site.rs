@@ -5,7 +5,10 @@
 //! block was translated and waits here: the guest's instruction, where each register's true value
 //! is, where to go on.
 
-use crate::{context::Context, context::flags_from_lazy, fault::Fault};
+use crate::{
+    context::{Context, flags_from_lazy},
+    fault::Fault,
+};
 
 /// Where the guest's registers and flags are at a point of translated code.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,6 +20,12 @@ pub(crate) struct Homes {
 }
 
 impl Homes {
+    /// Where blocks and the stubs of [`crate::transitions`] meet.
+    pub(crate) const MEETING: Homes = Homes {
+        spilled: 1 << 12 | 1 << 13,
+        lazy: true,
+    };
+
     /// Brings every register and flag home to `gpr` and `flags`.
     pub(crate) fn settle(self, context: &mut Context) {
         let mut spilled = self.spilled;

@@ -27,16 +27,18 @@ use crate::{
     cache::{Cache, Key, Refusal, Source},
     context::HOST_FAULT,
     core::{Core, Flushed, Shutdown},
-    cpu::{Bits, Seg, canonical},
+    cpu::{Bits, EFER_SCE, Seg, canonical},
     decode::Mode,
     fault::Fault,
     kick::Doorbell,
     lower::{self, Layout},
     mmu::Access,
+    privileged::{KERNEL, SYSCALLS, USER},
     signal::{Active, Guard},
     site::{Homes, Kind, Site},
     stubs::{self, Stubs},
     system::Trap,
+    transitions::{self, BOUNDARY, Transitions},
     x87,
 };
 use access::Transfer;
@@ -132,6 +134,7 @@ pub struct BtVcpu {
     core: Core,
     cache: Cache,
     stubs: Stubs,
+    transitions: Transitions,
     counts: ExitCounts,
     /// Translated code counts its own branches and accesses.
     counting: bool,
@@ -186,8 +189,11 @@ impl BtVcpu {
         let arena = Arc::new(arena);
         let (stubs, code) = stubs::emit(arena.context_disp(), arena.code());
         arena.write_code(arena.code(), &code);
-        let layout = Layout::new(&arena, &stubs, options.count_paths);
-        let cache = Cache::new(&arena, layout, arena.code() + code.len() as u64);
+        let next = (arena.code() + code.len() as u64).next_multiple_of(64);
+        let (transitions, code) = transitions::emit(&arena, stubs.exit, next);
+        arena.write_code(next, &code);
+        let layout = Layout::new(&arena, &stubs, transitions, options.count_paths);
+        let cache = Cache::new(&arena, layout, transitions.end);
         // SAFETY: the arena is dropped last and serves this core alone.
         let mut core = unsafe { Core::new(ram, &arena) };
         core.context().mxcsr = 0x1f80;
@@ -198,6 +204,7 @@ impl BtVcpu {
             core,
             cache,
             stubs,
+            transitions,
             counts: ExitCounts::default(),
             counting: options.count_paths,
             doorbell: Arc::new(Doorbell::new(arena.clone())),
@@ -259,6 +266,9 @@ impl BtVcpu {
                     Err(stop) => return Ok(stop),
                 },
             };
+            if !self.core.settled {
+                self.settle_shortcuts();
+            }
             if let Err(stop) = self.enter(stub, entry) {
                 return Ok(stop);
             }
@@ -275,9 +285,6 @@ impl BtVcpu {
         let debugging = self.core.debugging();
         if debugging && let Some(trap) = self.core.take_trap() {
             return self.raise(trap).map(|()| None);
-        }
-        if self.core.nmi_due() {
-            return self.deliver_nmi().map(|()| None);
         }
         if self.window && self.interruptible() {
             self.request_interrupt_window(false);
@@ -329,14 +336,6 @@ impl BtVcpu {
         Ok(self.core.raise(fault)?)
     }
 
-    fn deliver_nmi(&mut self) -> Result<(), Stop> {
-        self.counts.add(ExitReason::Interrupt);
-        match self.core.deliver_nmi() {
-            Ok(()) => Ok(()),
-            Err(fault) => self.raise(fault),
-        }
-    }
-
     /// Address of the code for RIP, and its block's number if it is one to link to.
     fn find(&mut self, single: bool) -> Result<(u64, Option<u32>), Trap> {
         let mode = Mode {
@@ -349,6 +348,7 @@ impl BtVcpu {
             if self.jump_modes[user] != Some(mode) {
                 self.core.mmu.jumps[user].flush();
                 self.jump_modes[user] = Some(mode);
+                self.core.settled = false;
             } else if let Some(entry) = self.core.mmu.jumps[user].get(virt) {
                 return Ok((entry, None));
             }
@@ -361,6 +361,26 @@ impl BtVcpu {
             self.core.mmu.jumps[user].fill(virt, entry);
         }
         Ok((entry, Some(number)))
+    }
+
+    /// Says what privilege changes translated code may make by itself.
+    #[cold]
+    fn settle_shortcuts(&mut self) {
+        self.core.settled = true;
+        let enabled = match self.core.usual_modes() {
+            Some([kernel, user]) if !self.intercept => {
+                let [privileged, unprivileged] = self.jump_modes;
+                let syscalls = self.core.cpu.efer & EFER_SCE != 0;
+                (if privileged == Some(kernel) {
+                    KERNEL
+                } else {
+                    0
+                }) | (if unprivileged == Some(user) { USER } else { 0 })
+                    | (if syscalls { SYSCALLS } else { 0 })
+            }
+            Some(_) | None => 0,
+        };
+        self.core.shortcuts.enabled = enabled;
     }
 
     /// The block at `virt`, translated if need be.
@@ -392,8 +412,7 @@ impl BtVcpu {
         }
         self.counts.add(ExitReason::Translate);
         let room = 4096 - (virt & 0xfff) as usize;
-        let inside = self.core.code_left();
-        let mut bytes = vec![0xff; room.min(1024).min(inside)];
+        let mut bytes = vec![0xff; room.min(1024)];
         self.fetch(key.phys, &mut bytes);
         let source = Source {
             key,
@@ -407,11 +426,10 @@ impl BtVcpu {
         {
             Ok(number) => return Ok(number),
             Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message)),
-            Err(Refusal::Crosses) if inside <= room => return Err(Fault::gp().into()),
             Err(Refusal::Crosses) => {}
         }
         let second = self.next_page(virt, mode)?;
-        let mut bytes = vec![0xff; inside.min(15)];
+        let mut bytes = [0xff; 15];
         self.fetch(key.phys, &mut bytes[..room]);
         self.fetch(second, &mut bytes[room..]);
         let source = Source {
@@ -425,8 +443,7 @@ impl BtVcpu {
             .translate(&source, &self.arena, &mut self.core.mmu)
         {
             Ok(number) => Ok(number),
-            // Fifteen bytes hold any instruction: it is one that is too long, or it leaves the
-            // code segment.
+            // Fifteen bytes hold any instruction: it is one that is too long.
             Err(Refusal::Crosses) => Err(Fault::gp().into()),
             Err(Refusal::Bug(message)) => Err(Trap::Unsupported(message)),
         }
@@ -462,6 +479,12 @@ impl BtVcpu {
         let number = self.core.context().site;
         if number == HOST_FAULT {
             return self.host_fault();
+        }
+        if number == BOUNDARY {
+            let target = self.core.context().target;
+            self.settle(Homes::MEETING, target);
+            self.counts.add(ExitReason::Helper);
+            return Ok(());
         }
         let index = (number >> 1) as usize;
         let site = self.cache.site(index);

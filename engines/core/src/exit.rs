@@ -240,6 +240,11 @@ impl ExitCounts {
         self.0[reason as usize] = count;
     }
 
+    /// Adds many.
+    pub fn add_many(&mut self, reason: ExitReason, count: u64) {
+        self.0[reason as usize] += count;
+    }
+
     /// Takes one back: what opens or closes a measured window is not part of it.
     pub(crate) fn remove(&mut self, reason: ExitReason) {
         self.0[reason as usize] -= 1;

@@ -24,16 +24,19 @@
 //! exact registers. Arithmetic flags are exact if anything reads them before they are
 //! overwritten; flags that are dead may be scratch in the frame that an exception pushes.
 //!
-//! One file per family: `memory` (operands), `window` (operands there), `stack`, `branch`; `count` for
-//! runs that count them.
+//! One file per family: `memory` (operands), `window` (operands there), `stack`, `branch`,
+//! `privileged`; `count` for runs that count them.
 
 mod branch;
 mod count;
 mod memory;
+mod privileged;
 mod stack;
 mod window;
 
 pub(crate) use count::Path;
+pub(crate) use privileged::inline;
+
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
@@ -49,6 +52,7 @@ use crate::{
     site::{Homes, Ip, Kind, Mark, Site, number},
     stubs::Stubs,
     tlb::tlb_index,
+    transitions::Transitions,
 };
 
 pub(crate) const RAX: u16 = 1;
@@ -68,12 +72,19 @@ pub(crate) struct Layout {
     tlb: [i32; 4],
     jump: [i32; 2],
     exit: u64,
+    privileged: i32,
+    transitions: Transitions,
     /// Code counts what it does.
     counting: bool,
 }
 
 impl Layout {
-    pub(crate) fn new(arena: &Arena, stubs: &Stubs, counting: bool) -> Layout {
+    pub(crate) fn new(
+        arena: &Arena,
+        stubs: &Stubs,
+        transitions: Transitions,
+        counting: bool,
+    ) -> Layout {
         Layout {
             context: arena.context_disp(),
             doorbell: arena.doorbell() as i32,
@@ -82,6 +93,8 @@ impl Layout {
             jump: std::array::from_fn(|index| arena.jump(index) as i32),
             exit: stubs.exit,
             counting,
+            privileged: arena.privileged() as usize as i32,
+            transitions,
         }
     }
 
@@ -161,6 +174,12 @@ enum Cold {
     Exit {
         site: usize,
         patch: usize,
+    },
+    Raise {
+        patch: usize,
+        homes: Homes,
+        ip: u64,
+        fault: Fault,
     },
 }
 
@@ -307,6 +326,8 @@ impl Lower<'_> {
             Class::Call => self.call(insn),
             Class::CallIndirect => self.call_indirect(insn),
             Class::Return => self.ret(insn),
+            Class::Privileged => self.privileged(insn),
+            Class::System if self.transition(insn) => Ok(()),
             Class::System => {
                 let index = (self.first_system + self.system.len()) as u32;
                 self.system.push(insn.instr);
@@ -314,17 +335,10 @@ impl Lower<'_> {
                 Ok(())
             }
             Class::Fault(fault) => {
-                self.exit(insn.instr.ip(), Kind::Fault(fault));
+                self.raise(insn.instr.ip(), fault);
                 Ok(())
             }
         }
-    }
-
-    /// The place after an sti's shadow where a waiting interrupt gets in: a store to a page that is
-    /// taken away while one waits.
-    fn interrupt_window(&mut self, next_ip: u64) {
-        self.mark(Ip::At(next_ip));
-        dynasm!(self.asm ; .arch x64 ; mov [self.layout.window], eax);
     }
 
     /// A divisor of zero is common enough as an operation (it is how kernels and benchmarks raise
@@ -346,9 +360,12 @@ impl Lower<'_> {
         self.asm.extend([0x0f, 0x84]);
         let patch = self.position();
         self.asm.push_i32(0);
-        let fault = Kind::Fault(Fault::plain(fault::DE));
-        let site = self.add_site(insn.instr.ip(), fault);
-        self.cold.push(Cold::Exit { site, patch });
+        self.cold.push(Cold::Raise {
+            patch,
+            homes: self.homes,
+            ip: insn.instr.ip(),
+            fault: Fault::plain(fault::DE),
+        });
     }
 
     fn plain(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
@@ -617,6 +634,12 @@ impl Lower<'_> {
                 } => {
                     self.cold_group(site, miss, [register, table], disp);
                 }
+                Cold::Raise {
+                    patch,
+                    homes,
+                    ip,
+                    fault,
+                } => self.cold_raise(patch, homes, ip, fault),
                 Cold::Direct { site, patch } | Cold::Exit { site, patch } => {
                     self.bind(patch, self.position());
                     let here = self.address(self.position());

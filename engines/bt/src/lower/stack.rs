@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// What is pushed.
-enum Source {
+pub(super) enum Source {
     Register(u8),
     Immediate(i64),
 }
@@ -40,7 +40,7 @@ impl Lower<'_> {
     }
 
     /// Stores below the stack; RSP stays.
-    fn store_push(
+    pub(super) fn store_push(
         &mut self,
         insn: &Insn,
         source: Source,
@@ -81,7 +81,7 @@ impl Lower<'_> {
             }
         }
         let next_ip = match insn.class {
-            Class::Push => Some(insn.instr.next_ip()),
+            Class::Push | Class::Privileged => Some(insn.instr.next_ip()),
             Class::Call => Some(insn.instr.near_branch_target()),
             // CallIndirect: the target is in its slot, and only the code that follows knows.
             Class::CallIndirect
@@ -175,7 +175,7 @@ impl Lower<'_> {
     }
 
     /// Loads from the stack into a borrowed register, which it returns.
-    fn load_stack(
+    pub(super) fn load_stack(
         &mut self,
         insn: &Insn,
         address: Address<'_>,

@@ -277,6 +277,7 @@ impl Lower<'_> {
             | Class::Jump
             | Class::Branch
             | Class::Loop
+            | Class::Privileged
             | Class::System
             | Class::Fault(_) => None,
         }

@@ -7,7 +7,7 @@ use crate::{
     core::Core,
     cpu::{
         Bits, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_ANNOUNCED, CR4_OSXSAVE, CR4_PAE,
-        CR4_PCIDE, CR4_PKE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, Seg, canonical,
+        CR4_PCIDE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, Seg, canonical,
     },
     fault::Fault,
     mmu::PHYSICAL_BITS,
@@ -51,7 +51,7 @@ impl Core {
                 Register::CR8 if value < 16 => {
                     let falls = value < self.cpu.cr8;
                     self.cpu.cr8 = value;
-                    if falls && self.priority_matters {
+                    if falls && self.shortcuts.priority_matters != 0 {
                         return Ok(Step::Yield);
                     }
                 }
@@ -79,7 +79,7 @@ impl Core {
                 7 => value & 0xffff_23ff | 0x400,
                 _ => value,
             };
-            self.mode = None;
+            self.forget_modes();
         } else {
             let number = self.debug_register(from.number())?;
             let value = self.cpu.dr[number];
@@ -118,7 +118,7 @@ impl Core {
             self.cpu.efer &= !EFER_LMA;
         }
         self.cpu.cr0 = value;
-        self.mode = None;
+        self.forget_modes();
         if (old ^ value) & (CR0_PG | CR0_PE | crate::cpu::CR0_WP) != 0 {
             self.flush();
         }
@@ -160,6 +160,8 @@ impl Core {
             self.check_pointers(self.cpu.cr3, value)?;
         }
         self.cpu.cr4 = value;
+        self.remember_leaves();
+        self.forget_modes();
         self.flush();
         Ok(())
     }
@@ -191,9 +193,8 @@ impl Core {
     pub(super) fn read_msr(&self, index: u32) -> Result<u64, Fault> {
         let cpu = &self.cpu;
         Ok(match index {
-            0x10 => self.tsc(),
-            0x3b => cpu.tsc_adjust,
-            0x1d9 => 0,
+            // SAFETY: reads a counter.
+            0x10 => unsafe { std::arch::x86_64::_rdtsc() },
             // Microcode revision, platform id, feature control: nothing to report.
             0x8b | 0x17 => 0,
             // MTRRs: none variable, fixed ones off.
@@ -228,16 +229,8 @@ impl Core {
         }
         let cpu = &mut self.cpu;
         match index {
-            0x10 => {
-                let by = value.wrapping_sub(self.tsc());
-                self.move_tsc(by);
-            }
-            0x3b => {
-                let by = value.wrapping_sub(cpu.tsc_adjust);
-                self.move_tsc(by);
-            }
-            // Nothing of what it switches on is there.
-            0x1d9 if value == 0 => {}
+            // The guest reads the host's counter; it can't be set.
+            0x10 => {}
             0x8b | 0x17a => {}
             0x2ff => cpu.mtrr_def_type = value & 0xcff,
             0x174..=0x176 => cpu.sysenter[index as usize - 0x174] = value,
@@ -260,9 +253,13 @@ impl Core {
                     return Err(Fault::gp());
                 }
                 cpu.efer = value & writable | cpu.efer & EFER_LMA;
+                self.forget_modes();
                 self.flush();
             }
-            0xc000_0081 => cpu.star = value,
+            0xc000_0081 => {
+                cpu.star = value;
+                self.remember_star();
+            }
             0xc000_0082 => cpu.lstar = value,
             0xc000_0083 => cpu.cstar = value,
             0xc000_0084 => cpu.fmask = value & 0xffff_ffff,
@@ -280,53 +277,16 @@ impl Core {
         Ok(())
     }
 
-    /// The guest's time-stamp counter.
-    pub(crate) fn tsc(&self) -> u64 {
-        engine_core::clock::tsc().wrapping_add(self.cpu.tsc_offset)
-    }
-
-    /// Moves the time-stamp counter. IA32_TSC_ADJUST keeps account (SDM 3B 18.17.3).
-    fn move_tsc(&mut self, by: u64) {
-        self.cpu.tsc_offset = self.cpu.tsc_offset.wrapping_add(by);
-        self.cpu.tsc_adjust = self.cpu.tsc_adjust.wrapping_add(by);
-        self.mode = None;
-    }
-
-    /// rdpkru and wrpkru (SDM 2B).
-    pub(super) fn key_rights(&mut self, write: bool) -> Result<(), Fault> {
-        if self.cpu.cr4 & CR4_PKE == 0 {
-            return Err(Fault::ud());
-        }
-        if self.gpr(1) as u32 != 0 || write && self.gpr(2) as u32 != 0 {
-            return Err(Fault::gp());
-        }
-        if write {
-            let rights = self.gpr(0) as u32;
-            if rights != std::mem::replace(&mut self.cpu.pkru, rights) {
-                self.flush();
-            }
-        } else {
-            self.set_gpr(0, self.cpu.pkru.into());
-            self.set_gpr(2, 0);
-        }
-        Ok(())
-    }
-
     /// The pinned CPUID, with the bits that follow the CPU's state.
-    pub(super) fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+    pub(crate) fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
         let osxsave = self.cpu.cr4 & CR4_OSXSAVE != 0;
-        let mut registers = engine_core::cpuid::with_state(
+        engine_core::cpuid::with_state(
             engine_core::cpuid::Place::SOLE,
             leaf,
             subleaf,
             osxsave,
             self.cpu.xcr0,
-        );
-        if (leaf, subleaf) == (7, 0) && self.cpu.cr4 & CR4_PKE != 0 {
-            // OSPKE.
-            registers[2] |= 1 << 4;
-        }
-        registers
+        )
     }
 }
 

@@ -9,7 +9,7 @@ use std::cell::Cell;
 use super::Trap;
 use crate::{
     core::Core,
-    cpu::{CR0_AM, FLAG_AC, FLAG_RF, FLAG_TF},
+    cpu::{CR0_AM, Cpu, FLAG_AC, FLAG_RF, FLAG_TF},
     fault::{self, Fault},
 };
 
@@ -17,10 +17,6 @@ use crate::{
 const BD: u64 = 1 << 13;
 /// DR6.BS: single step.
 const BS: u64 = 1 << 14;
-/// DR6.BT: the TSS of the task that starts asks for it.
-const BT: u64 = 1 << 15;
-/// DR7: the breakpoints of one task, L0 to L3 and LE.
-const LOCAL: u64 = 0x155;
 /// DR7.GD.
 const GD: u64 = 1 << 13;
 /// L0 to G3 of DR7.
@@ -48,6 +44,11 @@ impl Core {
         self.cpu.flags & (FLAG_TF | FLAG_RF) != 0
             || self.cpu.dr[7] & ENABLED != 0
             || self.trap_due()
+    }
+
+    /// Breakpoints of any kind are armed.
+    pub(crate) fn armed(&self) -> bool {
+        self.cpu.dr[7] & ENABLED != 0
     }
 
     /// The instruction before has a trap coming, which goes before any interrupt.
@@ -91,21 +92,6 @@ impl Core {
         self.debug.stepping = false;
     }
 
-    /// The instruction under way has set TF and traps at its own end.
-    pub(super) fn step_from_here(&mut self) {
-        self.debug.stepping = self.cpu.flags & FLAG_TF != 0;
-    }
-
-    /// A task switch: local breakpoints go, and the new task may ask for a trap before its first
-    /// instruction (SDM 3A 8.2.1, 3B 18.3.1.5).
-    pub(super) fn task_entered(&mut self, trap: bool) {
-        self.cpu.dr[7] &= !LOCAL;
-        self.mode = None;
-        if trap {
-            self.debug.hits.set(self.debug.hits.get() | BT);
-        }
-    }
-
     /// The instruction has not happened, or is itself what its breakpoints would raise.
     pub(crate) fn forget_traps(&mut self) {
         self.debug.stepping = false;
@@ -116,7 +102,7 @@ impl Core {
     /// A debug exception is being delivered.
     pub(crate) fn debug_delivered(&mut self) {
         self.cpu.dr[7] &= !GD;
-        self.mode = None;
+        self.forget_modes();
     }
 
     /// A step goes on in spite of a halt.
@@ -133,7 +119,12 @@ impl Core {
 
     /// Ring 3 runs with alignment checks.
     pub(crate) fn checks_alignment(&self) -> bool {
-        self.cpu.flags & FLAG_AC != 0 && self.cpu.cr0 & CR0_AM != 0 && self.user()
+        Core::aligns(&self.cpu)
+    }
+
+    /// As [`Core::checks_alignment`], of any CPU.
+    pub(crate) fn aligns(cpu: &Cpu) -> bool {
+        cpu.flags & FLAG_AC != 0 && cpu.cr0 & CR0_AM != 0 && cpu.cpl() == 3
     }
 
     fn kind(&self, number: u32) -> u64 {

@@ -8,8 +8,9 @@ use engine_core::Segment;
 use super::on_stack;
 use crate::{
     core::{Cause, Core},
-    cpu::{CR0_PE, FLAG_AC, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, Seg, canonical},
+    cpu::{CR0_PE, FLAG_AC, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, Seg},
     fault::{self, Fault},
+    privileged::{GATES, Gate},
 };
 
 /// A stack that is being filled from the top, before anything points to it.
@@ -32,23 +33,18 @@ impl Core {
         error: Option<u32>,
         cause: Cause,
     ) -> Result<(), Fault> {
-        let delivered = if self.cpu.cr0 & CR0_PE == 0 {
+        if self.cpu.cr0 & CR0_PE == 0 {
             self.deliver_real(vector)
         } else if self.cpu.long() {
             self.deliver_long(vector, error, cause)
         } else {
             self.deliver_protected(vector, error, cause)
-        };
-        delivered.map_err(|met| match cause {
-            Cause::Software => met,
-            Cause::Exception | Cause::External => met.external(),
-        })
+        }
     }
 
     fn enter_handler(&mut self) {
         self.cpu.flags &= !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM);
         self.cpu.shadow = false;
-        self.mode = None;
     }
 
     /// SDM 3A 17.1.4. Nobody gets an error code.
@@ -82,9 +78,10 @@ impl Core {
     /// SDM 3A 6.14.
     fn deliver_long(&mut self, vector: u8, error: Option<u32>, cause: Cause) -> Result<(), Fault> {
         let idt_error = |vector: u8| (u16::from(vector) << 3) | 2;
+        let external = u16::from(cause == Cause::External);
         let bad_gate = |kind| Fault {
             vector: kind,
-            error: Some(idt_error(vector).into()),
+            error: Some(u32::from(idt_error(vector) | external)),
             address: None,
         };
         let offset = u64::from(vector) * 16;
@@ -116,10 +113,6 @@ impl Core {
         if !code.long() || code.db() || code.dpl() > cpl {
             return Err(Fault::selector(fault::GP, selector));
         }
-        if !canonical(target) {
-            return Err(Fault::gp());
-        }
-        let code = self.accessed(code)?;
         let new_cpl = if conforming { cpl } else { code.dpl() };
         let mut rsp = if ist != 0 {
             self.tss_qword(0x1c + 8 * u64::from(ist))?
@@ -179,11 +172,33 @@ impl Core {
         self.set_segment(Seg::CS, code);
         self.set_gpr(4, rsp);
         self.rip = target;
+        if new_cpl == 0 && !conforming {
+            self.remember_gate(vector, [low, high], code, target);
+        }
         if kind == 0xe {
             self.set_interrupts(false);
         }
         self.enter_handler();
         Ok(())
+    }
+
+    /// Remembers a gate to ring 0, which has led to `code`.
+    fn remember_gate(&mut self, vector: u8, [low, high]: [u64; 2], code: Segment, target: u64) {
+        let selector = (low >> 16) as u16;
+        if selector & 4 != 0 || usize::from(vector) >= GATES {
+            return;
+        }
+        if let Ok(cs_raw) = self.raw_descriptor(selector, fault::GP) {
+            let ist = low >> 32 & 7;
+            self.shortcuts.gates[usize::from(vector)] = Gate {
+                low,
+                high,
+                cs_raw,
+                target,
+                cs: code,
+                stack: if ist == 0 { 0 } else { 0x1c + 8 * ist },
+            };
+        }
     }
 
     /// Protected mode (SDM 3A 6.12).
@@ -195,7 +210,7 @@ impl Core {
     ) -> Result<(), Fault> {
         let bad = |kind| Fault {
             vector: kind,
-            error: Some(u32::from(vector) << 3 | 2),
+            error: Some(u32::from(vector) << 3 | 2 | u32::from(cause == Cause::External)),
             address: None,
         };
         let offset = u64::from(vector) * 8;
@@ -238,7 +253,6 @@ impl Core {
         if target > code.limit.into() {
             return Err(Fault::gp());
         }
-        let code = self.accessed(code)?;
         let old_ss = self.cpu.segments[Seg::SS];
         let (ss, pointer) = if new_cpl < cpl {
             self.tss_stack(new_cpl)?
@@ -291,7 +305,7 @@ impl Core {
     }
 
     /// The stack that the TSS has for a privilege (SDM 3A 5.12.1).
-    pub(super) fn tss_stack(&mut self, cpl: u8) -> Result<(Segment, u64), Fault> {
+    pub(super) fn tss_stack(&self, cpl: u8) -> Result<(Segment, u64), Fault> {
         let tr = &self.cpu.tr;
         let bad = Fault::selector(fault::TS, tr.selector);
         let wide = tr.attributes & 8 != 0;
@@ -323,7 +337,7 @@ impl Core {
         if !ss.present() {
             return Err(Fault::selector(fault::SS, selector));
         }
-        Ok((self.accessed(ss)?, pointer))
+        Ok((ss, pointer))
     }
 
     /// Writes values from the top of a stack down; where the pointer is then.

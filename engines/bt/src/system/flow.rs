@@ -11,10 +11,17 @@ use crate::{
         FLAG_VM, Seg, canonical,
     },
     fault::{self, Fault},
+    privileged::Return,
 };
 
 /// Flags that iret and sysret take from their image at CPL 0, besides the arithmetic ones.
 const RETURN_FLAGS: u64 = FLAG_TF | FLAG_NT | FLAG_RF | FLAG_AC | FLAG_ID | FLAG_IF | FLAG_IOPL;
+
+/// True if a return to `cpl` drops this data segment (SDM 2A, IRET).
+pub(crate) fn drops(segment: &Segment, cpl: u8) -> bool {
+    let conforming = segment.attributes & 0xc == 0xc;
+    !conforming && segment.dpl() < cpl && segment.selector & !3 != 0
+}
 
 fn flat(selector: u16, attributes: u16) -> Segment {
     Segment {
@@ -65,13 +72,8 @@ impl Core {
     /// RIP in the frame is the next instruction's, but a fault on the way is this one's.
     fn software_interrupt(&mut self, vector: u8, cause: Cause, next_ip: u64) -> Result<(), Fault> {
         let ip = std::mem::replace(&mut self.rip, next_ip);
-        let task = self.cpu.tr.selector;
-        self.deliver(vector, None, cause).inspect_err(|_| {
-            // What a task gate has led to is the new task's own.
-            if self.cpu.tr.selector == task {
-                self.rip = ip;
-            }
-        })?;
+        self.deliver(vector, None, cause)
+            .inspect_err(|_| self.rip = ip)?;
         self.forget_step();
         if vector == fault::DB {
             self.debug_delivered();
@@ -86,7 +88,6 @@ impl Core {
             _ => 2,
         };
         let step = u64::from(size);
-        self.unblock_nmi();
         if self.cpu.real_addressing() {
             return self.iret_real(size);
         }
@@ -116,13 +117,15 @@ impl Core {
         if !long && rip > code.limit.into() {
             return Err(Fault::gp().into());
         }
-        let code = self.accessed(code)?;
         // 64-bit mode always takes SS:RSP from the frame (SDM 2A, IRET).
         let from_64 = self.cpu.bits() == Bits::Bits64;
         if from_64 || rpl > cpl {
             let rsp = self.peek(3 * step, size)?;
             let ss = self.peek(4 * step, size)? as u16;
             let segment = self.return_stack(ss, rpl, &code)?;
+            if from_64 && long && cpl == 0 {
+                self.remember_return([selector, ss], code, segment);
+            }
             self.set_segment(Seg::SS, segment);
             let narrow = !long && !segment.db();
             self.set_gpr_sized(4, rsp, if narrow { 2 } else { 8 });
@@ -147,6 +150,30 @@ impl Core {
             self.drop_data_segments(rpl);
         }
         Ok(())
+    }
+
+    /// Remembers what a return from 64-bit code in ring 0 has loaded.
+    fn remember_return(&mut self, [cs, ss]: [u16; 2], code: Segment, stack: Segment) {
+        if (cs | ss) & 4 != 0 || !matches!(cs & 3, 0 | 3) || code.db() {
+            return;
+        }
+        let raw = |selector: u16| match selector & !3 {
+            0 => Ok(0),
+            _ => self.raw_descriptor(selector, fault::GP),
+        };
+        if let (Ok(cs_raw), Ok(ss_raw)) = (raw(cs), raw(ss)) {
+            self.shortcuts.returns[usize::from(cs & 3 == 3)] = Return {
+                cs_selector: cs.into(),
+                cs_raw,
+                ss_selector: ss.into(),
+                ss_raw,
+                cs: Segment {
+                    selector: cs,
+                    ..code
+                },
+                ss: stack,
+            };
+        }
     }
 
     fn iret_real(&mut self, size: u32) -> Result<(), Trap> {
@@ -195,7 +222,7 @@ impl Core {
     }
 
     /// The stack segment that a return to `rpl` loads.
-    fn return_stack(&mut self, selector: u16, rpl: u8, code: &Segment) -> Result<Segment, Fault> {
+    fn return_stack(&self, selector: u16, rpl: u8, code: &Segment) -> Result<Segment, Fault> {
         if selector & !3 == 0 {
             if code.long() && rpl != 3 {
                 return Ok(flat(selector, 0xc093 | u16::from(rpl) << 5));
@@ -210,18 +237,30 @@ impl Core {
         if !segment.present() {
             return Err(Fault::selector(fault::SS, selector));
         }
-        self.accessed(segment)
+        Ok(segment)
     }
 
     /// A return to less privilege drops segments that it may not use (SDM 2A, IRET).
     fn drop_data_segments(&mut self, cpl: u8) {
         for index in [Seg::ES, Seg::DS, Seg::FS, Seg::GS] {
-            let segment = self.cpu.segments[index];
-            let conforming = segment.attributes & 0xc == 0xc;
-            if !conforming && segment.dpl() < cpl && segment.selector & !3 != 0 {
+            if drops(&self.cpu.segments[index], cpl) {
                 self.set_segment(index, Segment::default());
             }
         }
+    }
+
+    /// Makes the segments that STAR names (SDM 2B, SYSCALL and SYSRET).
+    pub(crate) fn remember_star(&mut self) {
+        let selector = (self.cpu.star >> 32) as u16 & !3;
+        self.shortcuts.syscall = [
+            flat(selector, 0xa09b),
+            flat(selector.wrapping_add(8), 0xc093),
+        ];
+        let base = (self.cpu.star >> 48) as u16;
+        self.shortcuts.sysret = [
+            flat(base.wrapping_add(16) | 3, 0xa0fb),
+            flat(base.wrapping_add(8) | 3, 0xc0f3),
+        ];
     }
 
     /// SDM 2B, SYSCALL.
@@ -241,9 +280,9 @@ impl Core {
         if self.cpu.flags & FLAG_TF == 0 {
             self.forget_step();
         }
-        let selector = (self.cpu.star >> 32) as u16 & !3;
-        self.set_segment(Seg::CS, flat(selector, 0xa09b));
-        self.set_segment(Seg::SS, flat(selector.wrapping_add(8), 0xc093));
+        let [cs, ss] = self.shortcuts.syscall;
+        self.set_segment(Seg::CS, cs);
+        self.set_segment(Seg::SS, ss);
         Ok(())
     }
 
@@ -259,19 +298,18 @@ impl Core {
         if wide && !canonical(target) {
             return Err(Fault::gp().into());
         }
-        let base = (self.cpu.star >> 48) as u16;
+        let [cs, ss] = self.shortcuts.sysret;
         let writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS;
         self.set_rflags(self.gpr(11) & writable & !FLAG_RF);
         if wide {
             self.rip = target;
-            self.set_segment(Seg::CS, flat(base.wrapping_add(16) | 3, 0xa0fb));
+            self.set_segment(Seg::CS, cs);
         } else {
             self.rip = target & 0xffff_ffff;
+            let base = (self.cpu.star >> 48) as u16;
             self.set_segment(Seg::CS, flat(base | 3, 0xc0fb));
         }
-        self.set_segment(Seg::SS, flat(base.wrapping_add(8) | 3, 0xc0f3));
-        // TF as it is at the end counts: the trap comes before the first instruction of ring 3.
-        self.step_from_here();
+        self.set_segment(Seg::SS, ss);
         Ok(())
     }
 
@@ -372,7 +410,6 @@ impl Core {
             return Err(Fault::selector(fault::GP, selector).into());
         }
         self.check_code_target(&code, offset)?;
-        let code = self.accessed(code)?;
         if calls {
             self.push_far_return(instr.next_ip(), size)?;
         }
@@ -432,7 +469,6 @@ impl Core {
             return Err(Fault::selector(fault::GP, selector).into());
         }
         self.check_code_target(&code, rip)?;
-        let code = self.accessed(code)?;
         let past = 2 * step + u64::from(extra);
         if rpl > cpl {
             let rsp = self.peek(past, size)?;

@@ -15,6 +15,15 @@ const BATCH: u64 = 64 * 1024;
 /// CF PF AF ZF SF OF.
 const ARITHMETIC: u64 = 0x8d5;
 
+/// Fills `target` with copies of the first N bytes of `value`: with a constant N it is one wide loop.
+fn repeat<const N: usize>(target: &mut [u8], value: [u8; 8]) {
+    let mut element = [0; N];
+    element.copy_from_slice(&value[..N]);
+    target
+        .chunks_exact_mut(N)
+        .for_each(|chunk| chunk.copy_from_slice(&element));
+}
+
 /// Address size and direction of one string instruction.
 struct Form {
     size: u32,
@@ -270,9 +279,9 @@ impl Core {
                     let target = unsafe { std::slice::from_raw_parts_mut(host, bytes) };
                     match size {
                         1 => target.fill(value[0]),
-                        _ => target
-                            .chunks_exact_mut(size)
-                            .for_each(|chunk| chunk.copy_from_slice(&value[..size])),
+                        2 => repeat::<2>(target, value),
+                        4 => repeat::<4>(target, value),
+                        _ => repeat::<8>(target, value),
                     }
                 }
                 self.advance(form, false, true, run);

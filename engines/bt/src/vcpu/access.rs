@@ -12,10 +12,11 @@ use engine_core::{ExitReason, Kick};
 
 use super::{BtVcpu, Pending, Resume, Stop};
 use crate::{
+    context::HostFault,
     cpu::{Bits, CR4_OSXMMEXCPT, canonical},
     fault::{self, Fault},
     mmu::{Access, Page},
-    site::{Ip, Shared, Site, Slow},
+    site::{Homes, Ip, Shared, Site, Slow},
 };
 
 /// An access that goes through the bounce buffer, in the middle of its device part.
@@ -203,8 +204,7 @@ impl BtVcpu {
                 Stop::Read { phys, len: step }
             });
         }
-        let waiting = self.window || self.core.nmi_due();
-        if waiting && transfer.step != 0 && (!write || slow.next_ip.is_none()) {
+        if self.window && transfer.step != 0 && (!write || slow.next_ip.is_none()) {
             // The device may have an interrupt to deliver, and this instruction goes on in
             // translated code: stop that soon.
             self.doorbell.kick();
@@ -214,7 +214,7 @@ impl BtVcpu {
             let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
             context.gpr[usize::from(slow.register)] = bounce;
             self.resume = Resume::Host(slow.bounce);
-        } else if let (true, Some(next)) = (killed > 0 || waiting || self.stale, slow.next_ip) {
+        } else if let (true, Some(next)) = (killed > 0 || self.window || self.stale, slow.next_ip) {
             // The rest of this block may be what was overwritten, by this access or by the device
             // that it reached, or a device that was written to has an interrupt to deliver.
             self.settle(slow.after, next);
@@ -229,6 +229,20 @@ impl BtVcpu {
         Ok(())
     }
 
+    /// True for a fault on a page that was taken away: somebody wants to be heard between two
+    /// instructions.
+    fn rung(&self, fault: &HostFault) -> bool {
+        if fault.signal != libc::SIGSEGV {
+            return false;
+        }
+        if self.doorbell.contains(fault.address) {
+            self.doorbell.open();
+            return true;
+        }
+        // The boundary that comes next finds the window open.
+        self.doorbell.is_window(fault.address)
+    }
+
     /// The host's CPU faulted in translated code.
     pub(super) fn host_fault(&mut self) -> Result<(), Stop> {
         let fault = self.core.context().fault;
@@ -238,6 +252,16 @@ impl BtVcpu {
                 fault.signal, fault.code, fault.vector, fault.rip, fault.address
             ))
         };
+        if (self.transitions.syscall..self.transitions.end).contains(&fault.rip) {
+            // Their work is done before they touch a page that may be taken away.
+            let target = self.core.context().target;
+            self.settle(Homes::MEETING, target);
+            return if self.rung(&fault) {
+                Ok(())
+            } else {
+                Err(lost("a fault in a stub"))
+            };
+        }
         let Some((mark, block)) = self.cache.mark(fault.rip) else {
             return Err(lost("a fault outside every block"));
         };
@@ -253,12 +277,7 @@ impl BtVcpu {
             return Ok(());
         }
         self.settle(mark.homes, ip);
-        if fault.signal == libc::SIGSEGV && self.doorbell.contains(fault.address) {
-            self.doorbell.open();
-            return Ok(());
-        }
-        if fault.signal == libc::SIGSEGV && self.doorbell.is_window(fault.address) {
-            // The boundary that comes next finds the window open.
+        if self.rung(&fault) {
             return Ok(());
         }
         // The kernel says which exception it was; si_code alone doesn't tell #MF from #XM.

@@ -7,7 +7,7 @@ use engine_core::{
 };
 
 use super::{BtVcpu, Pending, Resume, Stop};
-use crate::{core::Cause, lower::Path, site::Homes};
+use crate::{core::Cause, lower::Path, privileged::count, site::Homes};
 
 /// Source of what translated code counts by itself.
 const TRANSLATED_CODE: &str = "translated-code";
@@ -15,7 +15,7 @@ const TRANSLATED_CODE: &str = "translated-code";
 impl Vcpu for BtVcpu {
     fn run(&mut self) -> Result<Exit<'_>, Error> {
         let stop = self.go()?;
-        self.core.priority_matters = false;
+        self.core.shortcuts.priority_matters = 0;
         match stop {
             Stop::Out { value, .. } => self.data = u64::from(value).to_le_bytes(),
             Stop::In { .. } | Stop::Read { .. } => self.data = [0; 8],
@@ -67,7 +67,8 @@ impl Vcpu for BtVcpu {
             Stop::WriteMsr { index, value } => Exit::MsrWrite {
                 index,
                 value,
-                tsc: self.core.tsc(),
+                // The guest reads the host's counter.
+                tsc: engine_core::clock::tsc(),
                 accepted: &mut self.accepted,
             },
             Stop::Halt => Exit::Hlt,
@@ -113,6 +114,9 @@ impl Vcpu for BtVcpu {
         }
         self.core.set_rflags(state.rflags);
         self.core.rip = state.rip;
+        self.core.forget_modes();
+        self.core.remember_leaves();
+        self.core.remember_star();
         self.core.flush();
         self.steps = 0;
         self.resume = Resume::Boundary;
@@ -125,6 +129,11 @@ impl Vcpu for BtVcpu {
         let window = &self.core.mmu.window;
         counts.set(ExitReason::WindowFill, window.fills);
         counts.set(ExitReason::WindowDrop, window.drops);
+        let done = &self.core.shortcuts.counts;
+        counts.add_many(ExitReason::GuestFault, done[count::FAULTS]);
+        counts.add_many(ExitReason::Cpuid, done[count::CPUID]);
+        counts.add_many(ExitReason::ControlRegister, done[count::CONTROL]);
+        counts.add_many(ExitReason::Msr, done[count::MSR]);
         counts
     }
 
@@ -168,7 +177,6 @@ impl Vcpu for BtVcpu {
             && self.core.interrupts_enabled()
             && !self.core.cpu.shadow
             && !self.core.trap_due()
-            && !self.core.nmi_due()
     }
 
     fn interrupt(&mut self, vector: u8) -> Result<(), Error> {
@@ -189,18 +197,11 @@ impl Vcpu for BtVcpu {
     }
 
     fn nmi(&mut self) -> Result<(), Error> {
-        self.core.latch_nmi();
-        Ok(())
+        Err(Error::Engine("the translator delivers no NMIs".into()))
     }
 
     fn nmi_blocked(&mut self) -> bool {
-        self.core.nmi_blocked()
-    }
-
-    fn init(&mut self) -> Result<(), Error> {
-        self.core.forget_nmis();
-        self.core.forget_traps();
-        self.set_state(&CpuState::after_init())
+        false
     }
 
     fn keeps_code(&self) -> bool {
@@ -228,7 +229,7 @@ impl Vcpu for BtVcpu {
     }
 
     fn task_priority(&mut self) -> u8 {
-        self.core.priority_matters = true;
+        self.core.shortcuts.priority_matters = 1;
         self.core.cpu.cr8 as u8
     }
 

@@ -69,11 +69,11 @@ impl BtVcpu {
     pub fn run_user(&mut self) -> Result<UserStop, Error> {
         self.intercept = true;
         self.core.exact_flags = true;
-        self.core.mode = None;
+        self.core.forget_modes();
         let stop = self.go();
         self.intercept = false;
         self.core.exact_flags = false;
-        self.core.mode = None;
+        self.core.forget_modes();
         match stop? {
             Stop::Halt => Ok(UserStop::Halt),
             Stop::Exception(Fault {

@@ -65,7 +65,7 @@ impl BtVcpu {
         self.counts.add(ExitReason::TlbMiss);
         if self.core.mmu.window.waits() {
             // The next boundary asks again.
-            self.core.mode = None;
+            self.core.forget_modes();
         }
     }
 }

@@ -454,3 +454,76 @@ fn a_kick_before_run_ends_it_at_once() {
     assert!(matches!(vcpu.run().expect("it runs"), Exit::Interrupted));
     assert_eq!(vcpu.state().expect("a state"), before);
 }
+
+/// An interrupt that waits is taken directly behind `enable`, which runs for the fourth time.
+fn is_taken_behind(enable: impl Fn(&mut Asm) -> Built) {
+    let report = report(
+        kernel(|asm| {
+            // The interrupted address, above RAX.
+            asm.mov(rax, qword_ptr(rsp + 8))?;
+            asm.mov(qword_ptr(SCRATCH + 8), rax)
+        }),
+        |asm| {
+            prepare(asm)?;
+            let mut again = asm.create_label();
+            let mut here = asm.create_label();
+            let mut quiet = asm.create_label();
+            asm.xor(r15d, r15d)?;
+            asm.set_label(&mut again)?;
+            asm.cli()?;
+            asm.cmp(r15d, 3)?;
+            asm.jne(quiet)?;
+            self_ipi(asm)?;
+            asm.set_label(&mut quiet)?;
+            asm.lea(r14, ptr(here))?;
+            enable(asm)?;
+            asm.set_label(&mut here)?;
+            asm.nop()?;
+            asm.inc(r15d)?;
+            asm.cmp(r15d, 4)?;
+            asm.jne(again)?;
+            asm.cli()?;
+            asm.mov(rax, qword_ptr(SCRATCH + 8))?;
+            asm.sub(rax, r14)?;
+            asm.result(0, rax)?;
+            asm.mov(rax, qword_ptr(SCRATCH))?;
+            asm.result(1, rax)
+        },
+    );
+    assert_eq!(report.results[..2], [0, 1]);
+}
+
+#[test]
+fn an_interrupt_that_waits_is_taken_behind_popf() {
+    is_taken_behind(|asm| {
+        asm.push(0x202)?;
+        asm.popfq()
+    });
+}
+
+#[test]
+fn an_interrupt_that_waits_is_taken_behind_iret() {
+    let frame = |asm: &mut Asm, flags: i32| {
+        asm.mov(rbx, rsp)?;
+        asm.push(crate::kernel::KERNEL_SS as i32)?;
+        asm.push(rbx)?;
+        asm.push(flags)?;
+        asm.push(KERNEL_CS as i32)?;
+        asm.push(r14)?;
+        Ok(())
+    };
+    is_taken_behind(|asm| {
+        frame(asm, 0x202)?;
+        asm.iretq()
+    });
+    // In the shadow of an sti, whose flag the frame has too, or as it stands before.
+    is_taken_behind(|asm| {
+        frame(asm, 0x202)?;
+        asm.sti()?;
+        asm.iretq()
+    });
+    is_taken_behind(|asm| {
+        asm.sti()?;
+        asm.nop()
+    });
+}

@@ -1,0 +1,626 @@
+//! Changes of privilege without Rust: syscall, sysret, iret, and delivery through the IDT.
+//!
+//! Translated code jumps here with everything settled but R12, R13 and the flags, which are in their
+//! slots ([`Homes::MEETING`](crate::site::Homes::MEETING)), and with a site stored. A stub that meets
+//! anything but the common case of 64-bit code puts back what it has borrowed and leaves through
+//! that site: the runtime then executes the instruction, whole, as if there were no stub. What the
+//! runtime learns on the way (gates, descriptors of a return) waits in
+//! [`Shortcuts`](crate::privileged::Shortcuts) for the next time.
+//!
+//! A stub that has done its work looks the target up in the jump cache of the new privilege and
+//! goes there, or leaves with site [`BOUNDARY`] and the target in `Context::target`.
+//!
+//! Invariant: nothing that the guest could see is written before the last check.
+
+use std::mem::offset_of;
+
+use dynasmrt::{DynasmApi, DynasmLabelApi, VecAssembler, dynasm, x64::X64Relocation};
+use engine_core::{DescriptorTable, Segment};
+
+use crate::{
+    arena::Arena,
+    context::Context,
+    cpu::{
+        Cpu, FLAG_AC, FLAG_ID, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, SYSTEM_FLAGS, Seg,
+    },
+    privileged::{GATES, Gate, KERNEL, Privileged, Return, SYSCALLS, Shortcuts, USER, count},
+    tlb::{JUMP_ENTRIES, TLB_ENTRIES, tlb_index},
+};
+
+/// Value of `Context::site` after a stub whose target isn't in the jump cache.
+pub(crate) const BOUNDARY: u64 = u64::MAX - 1;
+
+/// Delivery by an instruction: the gate's DPL counts, and the frame's RF is clear.
+pub(crate) const SOFTWARE: i32 = 1 << 8;
+/// Delivery from ring 3.
+pub(crate) const FROM_USER: i32 = 1 << 9;
+/// There is an error code, in `Shortcuts::error`.
+pub(crate) const HAS_ERROR: i32 = 1 << 10;
+
+const DF: i32 = 1 << 10;
+const ARITHMETIC: i32 = 0xd5;
+const RAX: u8 = 0;
+const RCX: u8 = 1;
+const RDX: u8 = 2;
+const RBX: u8 = 3;
+const RSI: u8 = 6;
+const RDI: u8 = 7;
+/// What the longer stubs borrow besides R12 and R13.
+const BORROWED: [u8; 6] = [RAX, RCX, RDX, RBX, RSI, RDI];
+
+/// Addresses of the stubs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Transitions {
+    /// From any ring, RIP of the next instruction in R12.
+    pub syscall: u64,
+    /// sysretq in ring 0.
+    pub sysret: u64,
+    /// iretq in ring 0.
+    pub iret: u64,
+    /// An exception or interrupt: RIP to be pushed in R12; vector, [`SOFTWARE`], [`FROM_USER`] and
+    /// [`HAS_ERROR`] in R13.
+    pub deliver: u64,
+    /// Behind the last stub.
+    pub end: u64,
+}
+
+struct Emit {
+    ops: VecAssembler<X64Relocation>,
+    context: i32,
+    privileged: i32,
+    doorbell: i32,
+    window: i32,
+    tlb: [i32; 2],
+    jump: [i32; 2],
+    exit: u64,
+}
+
+/// Emits the stubs, to be placed at `base`. `exit` is where sites leave.
+pub(crate) fn emit(arena: &Arena, exit: u64, base: u64) -> (Transitions, Vec<u8>) {
+    let mut emit = Emit {
+        ops: VecAssembler::new(base as usize),
+        context: arena.context_disp(),
+        privileged: arena.privileged() as usize as i32,
+        doorbell: arena.doorbell() as i32,
+        window: arena.window() as i32,
+        tlb: [false, true].map(|write| arena.tlb(tlb_index(false, write)) as i32),
+        jump: [0, 1].map(|index| arena.jump(index) as i32),
+        exit,
+    };
+    let place = |emit: &mut Emit, stub: fn(&mut Emit)| {
+        emit.ops.align(16, 0xcc);
+        let at = base + emit.ops.offset().0 as u64;
+        stub(emit);
+        at
+    };
+    let syscall = place(&mut emit, Emit::syscall);
+    let sysret = place(&mut emit, Emit::sysret);
+    let iret = place(&mut emit, Emit::iret);
+    let deliver = place(&mut emit, Emit::deliver);
+    let end = base + emit.ops.offset().0 as u64;
+    let transitions = Transitions {
+        syscall,
+        sysret,
+        iret,
+        deliver,
+        end,
+    };
+    let code = emit.ops.finalize().expect("every label is bound");
+    (transitions, code)
+}
+
+impl Emit {
+    fn slot(&self, offset: usize) -> i32 {
+        self.context + offset as i32
+    }
+
+    fn cpu(&self, offset: usize) -> i32 {
+        self.privileged + (offset_of!(Privileged, cpu) + offset) as i32
+    }
+
+    fn shortcut(&self, offset: usize) -> i32 {
+        self.privileged + (offset_of!(Privileged, shortcuts) + offset) as i32
+    }
+
+    fn segment(&self, index: usize) -> i32 {
+        self.cpu(offset_of!(Cpu, segments) + index * size_of::<Segment>())
+    }
+
+    /// Leaves through the site that is stored.
+    fn leave(&mut self) {
+        let exit = self.exit as usize;
+        dynasm!(self.ops ; .arch x64 ; jmp extern exit);
+    }
+
+    /// Jumps to the local label `slow` unless all of `bits` are enabled. Uses R13.
+    fn demand(&mut self, bits: u32) {
+        let enabled = self.shortcut(offset_of!(Shortcuts, enabled));
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov r13d, [enabled]
+            ; and r13d, bits as i32
+            ; cmp r13d, bits as i32
+            ; jne >slow
+        );
+    }
+
+    fn borrow_registers(&mut self) {
+        let save = self.shortcut(offset_of!(Shortcuts, save));
+        for (index, register) in (0..).zip(BORROWED) {
+            dynasm!(self.ops ; .arch x64 ; mov [save + 8 * index], Rq(register));
+        }
+    }
+
+    fn return_registers(&mut self) {
+        let save = self.shortcut(offset_of!(Shortcuts, save));
+        for (index, register) in (0..).zip(BORROWED) {
+            dynasm!(self.ops ; .arch x64 ; mov Rq(register), [save + 8 * index]);
+        }
+    }
+
+    /// Turns the supervisor address in RAX into the host's, for `size` bytes, or jumps to `back`.
+    /// Uses RCX.
+    fn look_up(&mut self, size: i32, write: bool) {
+        let table = self.tlb[usize::from(write)];
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov rcx, rax
+            ; shr rcx, 8
+            ; and ecx, (TLB_ENTRIES as i32 - 1) << 4
+            ; sub rax, [rcx + table]
+            ; cmp rax, 4096 - size
+            ; ja >back
+            ; add rax, [rcx + table + 8]
+        );
+    }
+
+    /// Reads the GDT's descriptor for the selector in EAX to RAX, or jumps to `back`. Uses RCX and
+    /// R13.
+    fn descriptor(&mut self) {
+        let gdtr = self.cpu(offset_of!(Cpu, gdtr));
+        let limit = gdtr + offset_of!(DescriptorTable, limit) as i32;
+        let base = gdtr + offset_of!(DescriptorTable, base) as i32;
+        dynasm!(self.ops
+            ; .arch x64
+            ; and eax, 0xfff8
+            ; movzx ecx, WORD [limit]
+            ; lea r13d, [rax + 7]
+            ; cmp r13d, ecx
+            ; ja >back
+            ; add rax, [base]
+        );
+        self.look_up(8, false);
+        dynasm!(self.ops ; .arch x64 ; mov rax, [rax]);
+    }
+
+    /// Copies a segment from `[from + offset]` to where the CPU has it. `scratch` is used.
+    fn load_segment(&mut self, index: usize, from: u8, offset: i32, scratch: u8) {
+        let to = self.segment(index);
+        let base = self.slot(offset_of!(Context, segment_base)) + 8 * index as i32;
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov Rq(scratch), [Rq(from) + offset]
+            ; mov [to], Rq(scratch)
+            ; mov Rq(scratch), [Rq(from) + offset + 8]
+            ; mov [to + 8], Rq(scratch)
+            ; mov Rq(scratch), [Rq(from) + offset + offset_of!(Segment, base) as i32]
+            ; mov [base], Rq(scratch)
+        );
+    }
+
+    /// As `load_segment`, of a segment at a fixed address whose base is 0.
+    fn load_flat(&mut self, index: usize, from: i32, scratch: u8) {
+        let to = self.segment(index);
+        let base = self.slot(offset_of!(Context, segment_base)) + 8 * index as i32;
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov Rq(scratch), [from]
+            ; mov [to], Rq(scratch)
+            ; mov Rq(scratch), [from + 8]
+            ; mov [to + 8], Rq(scratch)
+            ; mov QWORD [base], 0
+        );
+    }
+
+    /// The guest's RFLAGS to `to`, with `scratch`.
+    fn collect_flags(&mut self, to: u8, scratch: u8) {
+        let parked = self.shortcut(offset_of!(Shortcuts, rsp));
+        let top = self.shortcut(offset_of!(Shortcuts, stack) + 16);
+        let lazy = self.slot(offset_of!(Context, lazy_flags));
+        let enabled = self.slot(offset_of!(Context, interrupt_flag));
+        let system = self.cpu(offset_of!(Cpu, flags));
+        dynasm!(self.ops
+            ; .arch x64
+            // DF alone is still in the host's flags.
+            ; mov [parked], rsp
+            ; mov Rd(4), top
+            ; pushfq
+            ; pop Rq(to)
+            ; mov rsp, [parked]
+            ; and Rd(to), DF
+            ; or Rq(to), [system]
+            ; movzx Rd(scratch), BYTE [lazy + 1]
+            ; and Rd(scratch), ARITHMETIC
+            ; or Rd(to), Rd(scratch)
+            ; mov Rd(scratch), [lazy]
+            ; and Rd(scratch), 1
+            ; shl Rd(scratch), 11
+            ; or Rd(to), Rd(scratch)
+            ; mov Rd(scratch), [enabled]
+            ; shl Rd(scratch), 9
+            ; lea Rd(to), [Rq(to) + Rq(scratch) + 2]
+        );
+    }
+
+    /// Takes arithmetic flags and IF from the image in `from`, which is used up, with `scratch`.
+    fn spread_flags(&mut self, from: u8, scratch: u8) {
+        let lazy = self.slot(offset_of!(Context, lazy_flags));
+        let enabled = self.slot(offset_of!(Context, interrupt_flag));
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov Rd(scratch), Rd(from)
+            ; shr Rd(scratch), 9
+            ; and Rd(scratch), 1
+            ; mov [enabled], Rq(scratch)
+            ; mov Rd(scratch), Rd(from)
+            ; and Rd(scratch), ARITHMETIC
+            ; shl Rd(scratch), 8
+            ; shr Rd(from), 11
+            ; and Rd(from), 1
+            ; or Rd(scratch), Rd(from)
+            ; mov [lazy], Rq(scratch)
+        );
+    }
+
+    /// Goes to the target in R12 at the given privilege. An interrupt that waits gets in where it
+    /// may: interrupts may have been enabled here, or by an sti whose shadow this was.
+    fn go(&mut self, user: bool, returns: bool) {
+        let target = self.slot(offset_of!(Context, target));
+        let site = self.slot(offset_of!(Context, site));
+        let enabled = self.slot(offset_of!(Context, interrupt_flag));
+        let flags = self.cpu(offset_of!(Cpu, flags));
+        let table = self.jump[usize::from(user)];
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov [target], r12
+            ; mov r13d, r12d
+            ; and r13d, JUMP_ENTRIES as i32 - 1
+            ; shl r13d, 4
+            ; cmp r12, [r13 + table]
+            ; jne >miss
+            ; mov r13, [r13 + table + 8]
+        );
+        if returns {
+            dynasm!(self.ops ; .arch x64 ; mov [self.doorbell], eax);
+        }
+        dynasm!(self.ops
+            ; .arch x64
+            ; cmp DWORD [enabled], 0
+            ; je >masked
+            ; mov [self.window], eax
+            ;masked:
+        );
+        if returns {
+            // Nothing came in between: the next instruction runs, and RF has done its duty.
+            dynasm!(self.ops ; .arch x64 ; and DWORD [flags], !(FLAG_RF as i32));
+        }
+        if user {
+            // Whether code of ring 3 expects R12 and R13 at home depends on its mode.
+            let spill = self.slot(offset_of!(Context, spill));
+            let resume = self.slot(offset_of!(Context, resume));
+            dynasm!(self.ops
+                ; .arch x64
+                ; mov [resume], r13
+                ; mov r12, [spill + 8 * 12]
+                ; mov r13, [spill + 8 * 13]
+                ; jmp QWORD [resume]
+            );
+        } else {
+            dynasm!(self.ops ; .arch x64 ; jmp r13);
+        }
+        dynasm!(self.ops
+            ; .arch x64
+            ;miss:
+            ; mov QWORD [site], BOUNDARY as i64 as i32
+        );
+        self.leave();
+    }
+
+    /// SDM 2B, SYSCALL.
+    fn syscall(&mut self) {
+        let code = self.shortcut(offset_of!(Shortcuts, syscall));
+        let mask = self.cpu(offset_of!(Cpu, fmask));
+        let flags = self.cpu(offset_of!(Cpu, flags));
+        let lstar = self.cpu(offset_of!(Cpu, lstar));
+        self.demand(KERNEL | SYSCALLS);
+        dynasm!(self.ops ; .arch x64 ; mov rcx, r12);
+        self.collect_flags(11, 12);
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov r13d, [mask]
+            ; not r13d
+            ; and r13d, r11d
+            ; mov r12d, r13d
+            ; and r12d, SYSTEM_FLAGS as i32
+            ; mov [flags], r12
+            ; test r11d, DF
+            ; jz >same
+            ; test r13d, DF
+            ; jnz >same
+            ; cld
+            ;same:
+        );
+        self.spread_flags(13, 12);
+        self.load_flat(Seg::CS, code, 12);
+        self.load_flat(Seg::SS, code + size_of::<Segment>() as i32, 12);
+        dynasm!(self.ops ; .arch x64 ; mov r12, [lstar]);
+        self.go(false, false);
+        dynasm!(self.ops ; .arch x64 ; slow:);
+        self.leave();
+    }
+
+    /// SDM 2B, SYSRET, with a 64-bit operand.
+    fn sysret(&mut self) {
+        let code = self.shortcut(offset_of!(Shortcuts, sysret));
+        let flags = self.cpu(offset_of!(Cpu, flags));
+        let odd = (FLAG_TF | FLAG_IOPL | FLAG_NT | FLAG_AC) as i32 | DF;
+        self.demand(USER | SYSCALLS);
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov r12, rcx
+            ; shl r12, 16
+            ; sar r12, 16
+            ; cmp r12, rcx
+            ; jne >slow
+            ; test r11d, odd
+            ; jnz >slow
+            ; cld
+            ; mov r12d, r11d
+            ; and r12d, FLAG_ID as i32
+            ; mov [flags], r12
+            ; mov r13d, r11d
+        );
+        self.spread_flags(13, 12);
+        self.load_flat(Seg::CS, code, 12);
+        self.load_flat(Seg::SS, code + size_of::<Segment>() as i32, 12);
+        dynasm!(self.ops ; .arch x64 ; mov r12, rcx);
+        self.go(true, true);
+        dynasm!(self.ops ; .arch x64 ; slow:);
+        self.leave();
+    }
+
+    /// SDM 2A, IRET, from 64-bit code in ring 0 to 64-bit code in ring 0 or 3.
+    fn iret(&mut self) {
+        let returns = self.shortcut(offset_of!(Shortcuts, returns));
+        let flags = self.cpu(offset_of!(Cpu, flags));
+        let drops = self.shortcut(offset_of!(Shortcuts, drops));
+        let (cs_raw, ss_raw) = (offset_of!(Return, cs_raw), offset_of!(Return, ss_raw));
+        let ss_selector = offset_of!(Return, ss_selector) as i32;
+        let code = offset_of!(Return, cs) as i32;
+        let stack = offset_of!(Return, ss) as i32;
+        let enabled = self.shortcut(offset_of!(Shortcuts, enabled));
+        self.borrow_registers();
+        dynasm!(self.ops
+            ; .arch x64
+            ; test DWORD [flags], FLAG_NT as i32
+            ; jnz >back
+            ; mov rax, rsp
+        );
+        self.look_up(40, false);
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov rbx, rax
+            // The frame's code segment says which return it may be.
+            ; movzx edx, WORD [rbx + 8]
+            ; mov esi, returns
+            ; mov eax, KERNEL as i32
+            ; test dl, 3
+            ; jz >known
+            ; add esi, size_of::<Return>() as i32
+            ; mov eax, USER as i32
+            ;known:
+            ; test [enabled], eax
+            ; jz >back
+            ; cmp rdx, [rsi + offset_of!(Return, cs_selector) as i32]
+            ; jne >back
+            ; movzx edi, WORD [rbx + 32]
+            ; cmp rdi, [rsi + ss_selector]
+            ; jne >back
+            ; mov eax, edx
+        );
+        self.descriptor();
+        dynasm!(self.ops
+            ; .arch x64
+            ; cmp rax, [rsi + cs_raw as i32]
+            ; jne >back
+            ; mov eax, edi
+            ; and eax, 0xfffc
+            ; jz >null
+        );
+        self.descriptor();
+        dynasm!(self.ops
+            ; .arch x64
+            ; cmp rax, [rsi + ss_raw as i32]
+            ; jne >back
+            ;null:
+            ; mov rax, [rbx]
+            ; mov r12, rax
+            ; shl rax, 16
+            ; sar rax, 16
+            ; cmp rax, r12
+            ; jne >back
+            ; mov edi, [rbx + 16]
+            ; test dl, 3
+            ; jz >same
+            ; cmp DWORD [drops], 0
+            ; jne >back
+            ; test edi, (FLAG_AC | FLAG_IOPL) as i32
+            ; jnz >back
+            ;same:
+            ; test edi, (FLAG_TF | FLAG_NT | FLAG_VM) as i32 | DF
+            ; jnz >back
+            ; cld
+            ; mov eax, edi
+            ; and eax, SYSTEM_FLAGS as i32
+            ; mov [flags], rax
+        );
+        self.spread_flags(RDI, RAX);
+        self.load_segment(Seg::CS, RSI, code, RAX);
+        self.load_segment(Seg::SS, RSI, stack, RAX);
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov rsp, [rbx + 24]
+            ; test dl, 3
+            ; jnz >outer
+        );
+        self.return_registers();
+        self.go(false, true);
+        dynasm!(self.ops ; .arch x64 ;outer:);
+        self.return_registers();
+        self.go(true, true);
+        dynasm!(self.ops ; .arch x64 ;back:);
+        self.return_registers();
+        self.leave();
+    }
+
+    /// SDM 3A 6.14, through a gate to ring 0.
+    fn deliver(&mut self) {
+        let gates = self.shortcut(offset_of!(Shortcuts, gates));
+        let error = self.shortcut(offset_of!(Shortcuts, error));
+        let null = self.shortcut(offset_of!(Shortcuts, null));
+        let count = self.shortcut(offset_of!(Shortcuts, counts) + 8 * count::FAULTS);
+        let flags = self.cpu(offset_of!(Cpu, flags));
+        let enabled = self.slot(offset_of!(Context, interrupt_flag));
+        let selector = offset_of!(Segment, selector) as i32;
+        let code = self.segment(Seg::CS) + selector;
+        let stack = self.segment(Seg::SS) + selector;
+        let idtr = self.cpu(offset_of!(Cpu, idtr));
+        let idt_limit = idtr + offset_of!(DescriptorTable, limit) as i32;
+        let idt_base = idtr + offset_of!(DescriptorTable, base) as i32;
+        let tr = self.cpu(offset_of!(Cpu, tr));
+        let tr_limit = tr + offset_of!(Segment, limit) as i32;
+        let tr_base = tr + offset_of!(Segment, base) as i32;
+        let gate_cs = offset_of!(Gate, cs) as i32;
+        let allowed = self.shortcut(offset_of!(Shortcuts, enabled));
+        dynasm!(self.ops
+            ; .arch x64
+            ; test DWORD [allowed], KERNEL as i32
+            ; jz >slow
+        );
+        self.borrow_registers();
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov edx, r13d
+            ; movzx eax, dl
+            ; cmp eax, GATES as i32
+            ; jae >back
+            ; imul esi, eax, size_of::<Gate>() as i32
+            ; add esi, gates
+            ; shl eax, 4
+            ; movzx ecx, WORD [idt_limit]
+            ; lea edi, [rax + 15]
+            ; cmp edi, ecx
+            ; ja >back
+            ; add rax, [idt_base]
+        );
+        self.look_up(16, false);
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov rcx, [rax]
+            ; cmp rcx, [rsi + offset_of!(Gate, low) as i32]
+            ; jne >back
+            ; mov rax, [rax + 8]
+            ; cmp rax, [rsi + offset_of!(Gate, high) as i32]
+            ; jne >back
+            ; mov rbx, rcx
+            // An instruction of ring 3 needs a gate of DPL 3.
+            ; mov eax, edx
+            ; and eax, SOFTWARE | FROM_USER
+            ; cmp eax, SOFTWARE | FROM_USER
+            ; jne >entitled
+            ; mov rax, rbx
+            ; shr rax, 45
+            ; not eax
+            ; test al, 3
+            ; jnz >back
+            ;entitled:
+            ; movzx eax, WORD [rsi + gate_cs + selector]
+        );
+        self.descriptor();
+        dynasm!(self.ops
+            ; .arch x64
+            ; cmp rax, [rsi + offset_of!(Gate, cs_raw) as i32]
+            ; jne >back
+            ; mov rdi, rsp
+            ; mov rax, [rsi + offset_of!(Gate, stack) as i32]
+            ; test eax, eax
+            ; jnz >switch
+            ; test edx, FROM_USER
+            ; jz >stay
+            // RSP0.
+            ; mov eax, 4
+            ;switch:
+            ; lea ecx, [rax + 7]
+            ; cmp ecx, [tr_limit]
+            ; ja >back
+            ; add rax, [tr_base]
+        );
+        self.look_up(8, false);
+        dynasm!(self.ops
+            ; .arch x64
+            ; mov rdi, [rax]
+            ;stay:
+            ; and rdi, -16
+            ; sub rdi, 48
+            ; mov rax, rdi
+        );
+        self.look_up(48, true);
+        // Behind here nothing fails. The lowest word is the error code's, if there is one.
+        self.collect_flags(13, RCX);
+        dynasm!(self.ops
+            ; .arch x64
+            ; test edx, SOFTWARE
+            ; jnz >software
+            ; or r13d, FLAG_RF as i32
+            ;software:
+            ; mov [rax + 8], r12
+            ; movzx ecx, WORD [code]
+            ; mov [rax + 16], rcx
+            ; mov [rax + 24], r13
+            ; mov [rax + 32], rsp
+            ; movzx ecx, WORD [stack]
+            ; mov [rax + 40], rcx
+            ; test edx, HAS_ERROR
+            ; jz >bare
+            ; mov ecx, [error]
+            ; mov [rax], rcx
+            ; mov rsp, rdi
+            ; jmp >pushed
+            ;bare:
+            ; lea rsp, [rdi + 8]
+            ;pushed:
+            ; and DWORD [flags], !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM) as i32
+            // Type 14 is an interrupt gate, 15 a trap gate.
+            ; bt rbx, 40
+            ; jc >trap
+            ; mov QWORD [enabled], 0
+            ;trap:
+            ; test edx, FROM_USER
+            ; jz >inner
+        );
+        self.load_flat(Seg::SS, null, RAX);
+        dynasm!(self.ops ; .arch x64 ;inner:);
+        self.load_segment(Seg::CS, RSI, gate_cs, RAX);
+        dynasm!(self.ops
+            ; .arch x64
+            ; inc QWORD [count]
+            ; mov r12, [rsi + offset_of!(Gate, target) as i32]
+        );
+        self.return_registers();
+        self.go(false, false);
+        dynasm!(self.ops ; .arch x64 ;back:);
+        self.return_registers();
+        dynasm!(self.ops ; .arch x64 ; slow:);
+        self.leave();
+    }
+}
