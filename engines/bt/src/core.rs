@@ -19,7 +19,7 @@ use crate::{
     mmu::{Access, Mmu},
     privileged::{Leaf, Placed, Shortcuts},
     site::Homes,
-    system::{self, Debugging},
+    system::{self, Debugging, Nmi},
     tlb::Span,
 };
 
@@ -38,6 +38,7 @@ pub(crate) struct Core {
     /// [`Shortcuts::enabled`] says what it can.
     pub settled: bool,
     pub debug: Debugging,
+    pub nmi: Nmi,
     /// What devices have answered to the string comparison under way.
     pub device_values: Vec<u64>,
     /// Arithmetic flags are exact at every fault, at some cost.
@@ -93,6 +94,7 @@ impl Core {
             modes: [None; 2],
             settled: false,
             debug: Debugging::default(),
+            nmi: Nmi::default(),
             device_values: Vec::new(),
             exact_flags: false,
             code_writes: Vec::new(),
@@ -137,6 +139,9 @@ impl Core {
     pub(crate) fn set_rflags(&mut self, value: u64) {
         self.context().flags = value & NATIVE_FLAGS | 0x202;
         self.cpu.flags = value & SYSTEM_FLAGS;
+        if value & FLAG_AC == 0 {
+            self.mmu.close_guarded();
+        }
         self.set_interrupts(value & FLAG_IF != 0);
     }
 
@@ -260,9 +265,9 @@ impl Core {
     }
 
     /// The modes of 64-bit code in ring 0 and in ring 3 as privileges change by themselves; None
-    /// where they may not, since somebody is debugging or looks at every exception.
+    /// where they may not, since somebody is debugging, looks at every exception or waits for an iret.
     pub(crate) fn usual_modes(&mut self) -> Option<[Mode; 2]> {
-        let odd = self.exact_flags || self.armed() || !self.cpu.long();
+        let odd = self.exact_flags || self.armed() || self.nmi_blocked() || !self.cpu.long();
         let window = self.mmu.window.ready();
         (!odd).then(|| {
             [0, 3].map(|privilege: u16| {
@@ -310,6 +315,11 @@ impl Core {
             } else {
                 cpu.segments[Seg::CS].base as u32
             },
+            code_limit: if long {
+                u32::MAX
+            } else {
+                cpu.segments[Seg::CS].limit
+            },
             narrow_stack: !long && !cpu.segments[Seg::SS].db(),
             limited,
             fpu: Fpu {
@@ -322,7 +332,7 @@ impl Core {
             },
             exact: self.exact_flags,
             ring_0: cpu.cpl() == 0,
-            tsc: cpu.cr4 & CR4_TSD == 0 || !user,
+            tsc: cpu.tsc_offset == 0 && (cpu.cr4 & CR4_TSD == 0 || !user),
             interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,
         }

@@ -31,12 +31,13 @@ pub(crate) const CR4_UMIP: u64 = 1 << 11;
 pub(crate) const CR4_FSGSBASE: u64 = 1 << 16;
 pub(crate) const CR4_OSXSAVE: u64 = 1 << 18;
 /// CR4 bits that the pinned CPUID announces on every host: VME PVI TSD DE PSE PAE MCE PGE PCE
-/// OSFXSR OSXMMEXCPT UMIP FSGSBASE PCIDE SMEP SMAP. OSXSAVE joins them where CPUID has XSAVE.
+/// OSFXSR OSXMMEXCPT UMIP FSGSBASE PCIDE SMEP SMAP PKE. OSXSAVE joins them where CPUID has XSAVE.
 pub(crate) const CR4_ANNOUNCED: u64 =
-    0x7ff | CR4_UMIP | CR4_FSGSBASE | CR4_PCIDE | CR4_SMEP | CR4_SMAP;
+    0x7ff | CR4_UMIP | CR4_FSGSBASE | CR4_PCIDE | CR4_SMEP | CR4_SMAP | CR4_PKE;
 pub(crate) const CR4_PCIDE: u64 = 1 << 17;
 pub(crate) const CR4_SMEP: u64 = 1 << 20;
 pub(crate) const CR4_SMAP: u64 = 1 << 21;
+pub(crate) const CR4_PKE: u64 = 1 << 22;
 /// XCR0: x87, SSE and AVX state (SDM 1 13.3).
 pub(crate) const XCR0_X87: u64 = 1;
 pub(crate) const XCR0_SSE: u64 = 2;
@@ -98,6 +99,12 @@ pub(crate) struct Cpu {
     pub kernel_gs_base: u64,
     pub sysenter: [u64; 3],
     pub tsc_aux: u64,
+    /// What the guest's time-stamp counter is ahead of the host's.
+    pub tsc_offset: u64,
+    /// IA32_TSC_ADJUST.
+    pub tsc_adjust: u64,
+    /// Rights of the protection keys.
+    pub pkru: u32,
     pub pat: u64,
     pub misc_enable: u64,
     pub mtrr_def_type: u64,
@@ -143,6 +150,9 @@ impl Cpu {
             kernel_gs_base: old.kernel_gs_base,
             sysenter: old.sysenter,
             tsc_aux: old.tsc_aux,
+            tsc_offset: old.tsc_offset,
+            tsc_adjust: old.tsc_adjust,
+            pkru: old.pkru,
             pat: old.pat,
             misc_enable: old.misc_enable,
             mtrr_def_type: old.mtrr_def_type,

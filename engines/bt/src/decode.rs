@@ -27,8 +27,8 @@ pub(crate) const ALL_FLAGS: u32 = RflagsBits::OF
 
 /// Opcodes 0F 0D and 0F 18 to 0F 1F do nothing on a processor that lacks what they were given to
 /// later: prefetches, MPX, CET (SDM 1 18.3.1, SDM 2B NOP). Compilers emit some of them (rdsspq,
-/// endbr64) without asking CPUID.
-const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP;
+/// endbr64) without asking CPUID. A wbnoinvd is a wbinvd there, with a prefix that says nothing.
+const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP | DecoderOptions::NO_WBNOINVD;
 
 /// Most instructions in one block.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -74,7 +74,7 @@ pub(crate) struct Mode {
     pub flat: bool,
     /// Whether FPU and SSE instructions fault.
     pub fpu: Fpu,
-    /// rdtsc is allowed here (CR4.TSD clear or CPL 0).
+    /// rdtsc is allowed here (CR4.TSD clear or CPL 0) and reads the host's counter.
     pub tsc: bool,
     /// cli and sti are allowed (CPL <= IOPL).
     pub interrupts: bool,
@@ -84,6 +84,8 @@ pub(crate) struct Mode {
     pub single: bool,
     /// Base of CS where it isn't flat: the same bytes are other instructions' neighbours then.
     pub code_base: u32,
+    /// Limit of CS, where it has one: no block reaches beyond.
+    pub code_limit: u32,
     /// SP is the stack pointer, not ESP.
     pub narrow_stack: bool,
     /// Segments, one bit each as instructions encode them, whose limit or kind has to be looked at
@@ -106,6 +108,7 @@ impl Mode {
         exact: false,
         single: false,
         code_base: 0,
+        code_limit: u32::MAX,
         narrow_stack: false,
         limited: 0,
     };
@@ -614,13 +617,15 @@ fn classify_next(instr: &Instruction, mode: Mode) -> Class {
         Cli if mode.interrupts => Class::Cli,
         Sti if mode.interrupts && !mode.single => Class::Sti,
         Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cpuid | Rdtscp | Rdpmc
-        | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpid | Xgetbv | Xsave | Xsave64
-        | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 | Fxsave | Fxsave64
-        | Fnsave | Fnstenv | Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd | Vpgatherdd
-        | Vpgatherdq | Vpgatherqd | Vpgatherqq | Vmaskmovps | Vmaskmovpd | Vpmaskmovd
-        | Vpmaskmovq | Vmaskmovdqu | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw | Lar | Lsl
-        | Lds | Les | Lss | Lfs | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad | Popa
-        | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => Class::System,
+        | Rdpkru | Wrpkru | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpid | Xgetbv | Xsave
+        | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 | Fxsave
+        | Fxsave64 | Fnsave | Fnstenv | Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd
+        | Vpgatherdd | Vpgatherdq | Vpgatherqd | Vpgatherqq | Vmaskmovps | Vmaskmovpd
+        | Vpmaskmovd | Vpmaskmovq | Vmaskmovdqu | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw
+        | Lar | Lsl | Lds | Les | Lss | Lfs | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad
+        | Popa | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => {
+            Class::System
+        }
         Rdtsc if !mode.tsc => Class::System,
         Maskmovq | Maskmovdqu => Class::MaskedMove,
         Push => Class::Push,

@@ -64,6 +64,18 @@ impl Fault {
         }
     }
 
+    /// As it is met while an exception or an event from outside the program is being delivered: its
+    /// error code says so (EXT, SDM 3A 6.13).
+    pub(crate) fn external(self) -> Fault {
+        match self.vector {
+            TS | NP | SS | GP => Fault {
+                error: self.error.map(|error| error | 1),
+                ..self
+            },
+            _ => self,
+        }
+    }
+
     /// What becomes of a `second` exception met while this one was being delivered: the second
     /// itself, a double fault, or nothing but shutdown (SDM 3A table 6-5).
     pub(crate) fn then(self, second: Fault) -> Option<Fault> {

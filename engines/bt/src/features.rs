@@ -66,6 +66,7 @@ fn bit(feature: CpuidFeature) -> Option<(u32, usize, u32)> {
         GFNI => (7, ECX, 8),
         VAES => (7, ECX, 9),
         VPCLMULQDQ => (7, ECX, 10),
+        PKU => (7, ECX, 3),
         RDPID => (7, ECX, 22),
         LZCNT => (0x8000_0001, ECX, 5),
         PREFETCHW => (0x8000_0001, ECX, 8),
@@ -101,10 +102,12 @@ fn always(feature: CpuidFeature) -> bool {
             | CLFSH
             | FXSR
             | TSC
+            | RDPMC
             | RDTSCP
             | MSR
             | CPUID
             | SYSCALL
+            | SEP
             | PAUSE
             | MULTIBYTENOP
     )

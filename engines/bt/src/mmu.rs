@@ -21,7 +21,8 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use crate::{
     arena::Arena,
     cpu::{
-        CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, CR4_SMAP, CR4_SMEP, Cpu, EFER_NXE, FLAG_AC, canonical,
+        CR0_PG, CR0_WP, CR4_PAE, CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, Cpu, EFER_NXE, FLAG_AC,
+        canonical,
     },
     fault::Fault,
     tlb::{JumpCache, Span, Tlb, tlb_index},
@@ -56,7 +57,8 @@ pub(crate) struct Page {
     pub bytes: u64,
     /// Writes by the same privilege need no other walk: allowed, and the dirty bit is set.
     pub writable: bool,
-    /// Supervisor accesses depend on EFLAGS.AC (CR4.SMAP): no TLB may hold it for them.
+    /// Supervisor accesses depend on EFLAGS.AC (CR4.SMAP): a TLB may hold it for them while that is
+    /// set.
     pub guarded: bool,
 }
 
@@ -80,6 +82,8 @@ pub(crate) struct Mmu {
     pub jumps: [JumpCache; 2],
     /// Large pages with translations in the tables above or in links between blocks.
     large: RefCell<Vec<Span>>,
+    /// Guarded pages in the supervisor's TLBs, which go when EFLAGS.AC does.
+    guarded: RefCell<Vec<u64>>,
     /// One bit per 4 KiB page of each region: it holds translated code.
     code_pages: Vec<Vec<u64>>,
 }
@@ -118,6 +122,7 @@ impl Mmu {
             window: Window::new(),
             jumps,
             large: RefCell::default(),
+            guarded: RefCell::default(),
             code_pages,
         }
     }
@@ -142,6 +147,16 @@ impl Mmu {
         self.window.flush();
         self.jumps.iter().for_each(JumpCache::flush);
         self.large.borrow_mut().clear();
+        self.guarded.borrow_mut().clear();
+    }
+
+    /// EFLAGS.AC has been cleared: the supervisor may no longer touch guarded pages.
+    pub(crate) fn close_guarded(&self) {
+        for key in self.guarded.borrow_mut().drain(..) {
+            for write in [false, true] {
+                self.tlbs[tlb_index(false, write)].remove(key);
+            }
+        }
     }
 
     /// Forgets the page around `address`, however large it was when it was last looked at.
@@ -215,11 +230,14 @@ impl Mmu {
             return false;
         };
         let write = access == Access::Write;
-        if write && self.is_code(page.phys) || page.guarded && !user {
+        if write && self.is_code(page.phys) {
             return false;
         }
         self.note(address, page);
         let key = address & !0xfff;
+        if page.guarded && !user {
+            self.guarded.borrow_mut().push(key);
+        }
         self.tlbs[tlb_index(user, write)].fill(key, host as u64);
         true
     }
@@ -326,7 +344,7 @@ impl Mmu {
         let write = access == Access::Write;
         let nx = cpu.efer & EFER_NXE != 0;
         let smep = cpu.cr4 & CR4_SMEP != 0;
-        let fault = |present: bool, reserved: bool| {
+        let fault = |present: bool, reserved: bool, locked: bool| {
             let nx = nx && cpu.cr4 & CR4_PAE != 0;
             let fetch = access == Access::Fetch && (nx || smep);
             Fault::page(
@@ -335,7 +353,8 @@ impl Mmu {
                     | u32::from(write) << 1
                     | u32::from(user) << 2
                     | u32::from(reserved) << 3
-                    | u32::from(fetch) << 4,
+                    | u32::from(fetch) << 4
+                    | u32::from(locked) << 5,
             )
         };
         let (mut level, mut table, wide) = if cpu.long() {
@@ -359,7 +378,7 @@ impl Mmu {
             };
             let entry = self.entry(entry_at, wide);
             if entry & PRESENT == 0 {
-                return Err(fault(false, false));
+                return Err(fault(false, false, false));
             }
             // PDPTEs of PAE paging have no rights of their own.
             let pointer_only = pae && level == 3;
@@ -368,7 +387,7 @@ impl Mmu {
                 let bad_nx = entry & NO_EXECUTE != 0 && !nx;
                 let bad_size = level == 4 && entry & LARGE != 0;
                 if entry & above != 0 || bad_nx || bad_size {
-                    return Err(fault(true, true));
+                    return Err(fault(true, true, false));
                 }
             }
             if !pointer_only {
@@ -397,25 +416,30 @@ impl Mmu {
             // PAE, bits 13 to 20 are more of the address.
             let reserved = if wide { !0x1fff } else { 1 << 21 };
             if large && entry & (span - 1) & reserved != 0 {
-                return Err(fault(true, true));
+                return Err(fault(true, true, false));
             }
+            let keyed = cpu.cr4 & CR4_PKE != 0 && cpu.long() && rights & USER != 0;
+            let locked = keyed && self.locked(cpu, entry, access, user);
             if user && rights & USER == 0 {
-                return Err(fault(true, false));
+                return Err(fault(true, false, locked));
             }
             let can_write = rights & WRITABLE != 0 || (!user && cpu.cr0 & CR0_WP == 0);
             if write && !can_write {
-                return Err(fault(true, false));
+                return Err(fault(true, false, locked));
             }
             let of_user = rights & USER != 0;
             if access == Access::Fetch && (!executable || smep && !user && of_user) {
-                return Err(fault(true, false));
+                return Err(fault(true, false, locked));
             }
             let guarded = cpu.cr4 & CR4_SMAP != 0 && of_user;
             // Accesses that ring 3 causes without making them (to descriptor tables, say) are
             // guarded whatever AC says (SDM 3A 4.6.1).
             let open = cpu.flags & FLAG_AC != 0 && cpu.cpl() != 3;
             if access != Access::Fetch && !user && guarded && !open {
-                return Err(fault(true, false));
+                return Err(fault(true, false, locked));
+            }
+            if locked {
+                return Err(fault(true, false, locked));
             }
             let set = ACCESSED | if write { DIRTY } else { 0 };
             self.set_bits(entry_at, wide, entry, set);
@@ -431,9 +455,22 @@ impl Mmu {
             return Ok(Page {
                 phys,
                 bytes: span,
-                writable: can_write && (write || entry & DIRTY != 0),
+                writable: can_write
+                    && (write || entry & DIRTY != 0)
+                    && !(keyed && self.locked(cpu, entry, Access::Write, user)),
                 guarded,
             });
+        }
+    }
+
+    /// True if the protection key of a user page forbids the access (SDM 3A 4.6.2).
+    fn locked(&self, cpu: &Cpu, entry: u64, access: Access, user: bool) -> bool {
+        let rights = cpu.pkru >> (2 * (entry >> 59 & 0xf));
+        let (none, read_only) = (rights & 1 != 0, rights & 2 != 0);
+        match access {
+            Access::Fetch => false,
+            Access::Read => none,
+            Access::Write => none || read_only && (user || cpu.cr0 & CR0_WP != 0),
         }
     }
 

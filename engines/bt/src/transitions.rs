@@ -333,7 +333,13 @@ impl Emit {
         let flags = self.cpu(offset_of!(Cpu, flags));
         let lstar = self.cpu(offset_of!(Cpu, lstar));
         self.demand(KERNEL | SYSCALLS);
-        dynasm!(self.ops ; .arch x64 ; mov rcx, r12);
+        // Where AC falls, user pages have to leave ring 0's TLB.
+        dynasm!(self.ops
+            ; .arch x64
+            ; test DWORD [flags], FLAG_AC as i32
+            ; jnz >slow
+            ; mov rcx, r12
+        );
         self.collect_flags(11, 12);
         dynasm!(self.ops
             ; .arch x64
@@ -374,6 +380,8 @@ impl Emit {
             ; jne >slow
             ; test r11d, odd
             ; jnz >slow
+            ; test DWORD [flags], FLAG_AC as i32
+            ; jnz >slow
             ; cld
             ; mov r12d, r11d
             ; and r12d, FLAG_ID as i32
@@ -402,7 +410,7 @@ impl Emit {
         self.borrow_registers();
         dynasm!(self.ops
             ; .arch x64
-            ; test DWORD [flags], FLAG_NT as i32
+            ; test DWORD [flags], (FLAG_NT | FLAG_AC) as i32
             ; jnz >back
             ; mov rax, rsp
         );

@@ -286,6 +286,9 @@ impl BtVcpu {
         if debugging && let Some(trap) = self.core.take_trap() {
             return self.raise(trap).map(|()| None);
         }
+        if self.core.nmi_due() {
+            return self.deliver_nmi().map(|()| None);
+        }
         if self.window && self.interruptible() {
             self.request_interrupt_window(false);
             return Err(Stop::Window);
@@ -334,6 +337,14 @@ impl BtVcpu {
             return Err(Stop::Exception(fault));
         }
         Ok(self.core.raise(fault)?)
+    }
+
+    fn deliver_nmi(&mut self) -> Result<(), Stop> {
+        self.counts.add(ExitReason::Interrupt);
+        match self.core.deliver_nmi() {
+            Ok(()) => Ok(()),
+            Err(fault) => self.raise(fault),
+        }
     }
 
     /// Address of the code for RIP, and its block's number if it is one to link to.
@@ -412,7 +423,8 @@ impl BtVcpu {
         }
         self.counts.add(ExitReason::Translate);
         let room = 4096 - (virt & 0xfff) as usize;
-        let mut bytes = vec![0xff; room.min(1024)];
+        let inside = self.core.code_left();
+        let mut bytes = vec![0xff; room.min(1024).min(inside)];
         self.fetch(key.phys, &mut bytes);
         let source = Source {
             key,
@@ -426,10 +438,11 @@ impl BtVcpu {
         {
             Ok(number) => return Ok(number),
             Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message)),
+            Err(Refusal::Crosses) if inside <= room => return Err(Fault::gp().into()),
             Err(Refusal::Crosses) => {}
         }
         let second = self.next_page(virt, mode)?;
-        let mut bytes = [0xff; 15];
+        let mut bytes = vec![0xff; inside.min(15)];
         self.fetch(key.phys, &mut bytes[..room]);
         self.fetch(second, &mut bytes[room..]);
         let source = Source {
@@ -443,7 +456,8 @@ impl BtVcpu {
             .translate(&source, &self.arena, &mut self.core.mmu)
         {
             Ok(number) => Ok(number),
-            // Fifteen bytes hold any instruction: it is one that is too long.
+            // Fifteen bytes hold any instruction: it is one that is too long, or it leaves the
+            // code segment.
             Err(Refusal::Crosses) => Err(Fault::gp().into()),
             Err(Refusal::Bug(message)) => Err(Trap::Unsupported(message)),
         }

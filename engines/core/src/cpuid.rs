@@ -3,8 +3,8 @@
 //! A translator's block counts and a guest's choice of code path depend on what CPUID says, so it
 //! is a constant here. The model is an x86-64 processor with everything of x86-64-v3: SSE to
 //! SSE4.2, AVX, AVX2, FMA, F16C, BMI, LZCNT, MOVBE, XSAVE, and with AES, PCLMULQDQ, SHA, ADX,
-//! RDRAND, FSGSBASE, PCID, SMEP, SMAP, UMIP, 1 GiB pages, x2APIC, TSC-deadline and an invariant TSC.
-//! It has no AVX-512, protection keys, MTRRs or machine checks, and no hypervisor bit: an `unaware`
+//! RDRAND, FSGSBASE, PCID, SMEP, SMAP, UMIP, PKU (without state of XSAVE's), 1 GiB pages, x2APIC, TSC-deadline and an invariant TSC.
+//! It has no AVX-512, MTRRs or machine checks, and no hypervisor bit: an `unaware`
 //! guest is not told.
 //!
 //! Instructions run as themselves in every mode, so one that the host lacks can't be announced: a
@@ -76,6 +76,7 @@ const ECX_1_HOSTED: u32 = bits(&[
 ]);
 const EBX_7: u32 = bits(&[
     0,  // FSGSBASE
+    1,  // IA32_TSC_ADJUST
     7,  // SMEP
     9,  // ERMS
     10, // INVPCID
@@ -95,6 +96,7 @@ const EBX_7_HOSTED: u32 = bits(&[
 ]);
 const ECX_7: u32 = bits(&[
     2,  // UMIP
+    3,  // PKU
     22, // RDPID
 ]);
 const ECX_7_HOSTED: u32 = bits(&[
@@ -137,7 +139,7 @@ const EDX_8000_0007: u32 = bits(&[
 /// can't virtualize one of them can't have it announced.
 pub const VIRTUALIZED: [(u32, [u32; 4]); 3] = [
     (1, [0, 0, bits(&[17]), bits(&[11])]),
-    (7, [0, bits(&[0, 7, 10, 20]), bits(&[2]), 0]),
+    (7, [0, bits(&[0, 1, 7, 10, 20]), bits(&[2, 3]), 0]),
     (0x8000_0001, [0, 0, 0, bits(&[26])]),
 ];
 

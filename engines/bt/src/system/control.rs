@@ -7,7 +7,7 @@ use crate::{
     core::Core,
     cpu::{
         Bits, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_ANNOUNCED, CR4_OSXSAVE, CR4_PAE,
-        CR4_PCIDE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, Seg, canonical,
+        CR4_PCIDE, CR4_PKE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, Seg, canonical,
     },
     fault::Fault,
     mmu::PHYSICAL_BITS,
@@ -193,8 +193,9 @@ impl Core {
     pub(super) fn read_msr(&self, index: u32) -> Result<u64, Fault> {
         let cpu = &self.cpu;
         Ok(match index {
-            // SAFETY: reads a counter.
-            0x10 => unsafe { std::arch::x86_64::_rdtsc() },
+            0x10 => self.tsc(),
+            0x3b => cpu.tsc_adjust,
+            0x1d9 => 0,
             // Microcode revision, platform id, feature control: nothing to report.
             0x8b | 0x17 => 0,
             // MTRRs: none variable, fixed ones off.
@@ -229,8 +230,16 @@ impl Core {
         }
         let cpu = &mut self.cpu;
         match index {
-            // The guest reads the host's counter; it can't be set.
-            0x10 => {}
+            0x10 => {
+                let by = value.wrapping_sub(self.tsc());
+                self.move_tsc(by);
+            }
+            0x3b => {
+                let by = value.wrapping_sub(cpu.tsc_adjust);
+                self.move_tsc(by);
+            }
+            // Nothing of what it switches on is there.
+            0x1d9 if value == 0 => {}
             0x8b | 0x17a => {}
             0x2ff => cpu.mtrr_def_type = value & 0xcff,
             0x174..=0x176 => cpu.sysenter[index as usize - 0x174] = value,
@@ -277,16 +286,53 @@ impl Core {
         Ok(())
     }
 
+    /// The guest's time-stamp counter.
+    pub(crate) fn tsc(&self) -> u64 {
+        engine_core::clock::tsc().wrapping_add(self.cpu.tsc_offset)
+    }
+
+    /// Moves the time-stamp counter. IA32_TSC_ADJUST keeps account (SDM 3B 18.17.3).
+    fn move_tsc(&mut self, by: u64) {
+        self.cpu.tsc_offset = self.cpu.tsc_offset.wrapping_add(by);
+        self.cpu.tsc_adjust = self.cpu.tsc_adjust.wrapping_add(by);
+        self.forget_modes();
+    }
+
+    /// rdpkru and wrpkru (SDM 2B).
+    pub(super) fn key_rights(&mut self, write: bool) -> Result<(), Fault> {
+        if self.cpu.cr4 & CR4_PKE == 0 {
+            return Err(Fault::ud());
+        }
+        if self.gpr(1) as u32 != 0 || write && self.gpr(2) as u32 != 0 {
+            return Err(Fault::gp());
+        }
+        if write {
+            let rights = self.gpr(0) as u32;
+            if rights != std::mem::replace(&mut self.cpu.pkru, rights) {
+                self.flush();
+            }
+        } else {
+            self.set_gpr(0, self.cpu.pkru.into());
+            self.set_gpr(2, 0);
+        }
+        Ok(())
+    }
+
     /// The pinned CPUID, with the bits that follow the CPU's state.
     pub(crate) fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
         let osxsave = self.cpu.cr4 & CR4_OSXSAVE != 0;
-        engine_core::cpuid::with_state(
+        let mut registers = engine_core::cpuid::with_state(
             engine_core::cpuid::Place::SOLE,
             leaf,
             subleaf,
             osxsave,
             self.cpu.xcr0,
-        )
+        );
+        if (leaf, subleaf) == (7, 0) && self.cpu.cr4 & CR4_PKE != 0 {
+            // OSPKE.
+            registers[2] |= 1 << 4;
+        }
+        registers
     }
 }
 

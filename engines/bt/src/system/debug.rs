@@ -17,6 +17,10 @@ use crate::{
 const BD: u64 = 1 << 13;
 /// DR6.BS: single step.
 const BS: u64 = 1 << 14;
+/// DR6.BT: the TSS of the task that starts asks for it.
+const BT: u64 = 1 << 15;
+/// DR7: the breakpoints of one task, L0 to L3 and LE.
+const LOCAL: u64 = 0x155;
 /// DR7.GD.
 const GD: u64 = 1 << 13;
 /// L0 to G3 of DR7.
@@ -90,6 +94,21 @@ impl Core {
     /// An exception or an interrupt by instruction comes instead of the step's trap.
     pub(crate) fn forget_step(&mut self) {
         self.debug.stepping = false;
+    }
+
+    /// The instruction under way has set TF and traps at its own end.
+    pub(super) fn step_from_here(&mut self) {
+        self.debug.stepping = self.cpu.flags & FLAG_TF != 0;
+    }
+
+    /// A task switch: local breakpoints go, and the new task may ask for a trap before its first
+    /// instruction (SDM 3A 8.2.1, 3B 18.3.1.5).
+    pub(super) fn task_entered(&mut self, trap: bool) {
+        self.cpu.dr[7] &= !LOCAL;
+        self.forget_modes();
+        if trap {
+            self.debug.hits.set(self.debug.hits.get() | BT);
+        }
     }
 
     /// The instruction has not happened, or is itself what its breakpoints would raise.

@@ -8,7 +8,7 @@ use engine_core::Segment;
 use super::on_stack;
 use crate::{
     core::{Cause, Core},
-    cpu::{CR0_PE, FLAG_AC, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, Seg},
+    cpu::{CR0_PE, FLAG_AC, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, Seg, canonical},
     fault::{self, Fault},
     privileged::{GATES, Gate},
 };
@@ -33,13 +33,17 @@ impl Core {
         error: Option<u32>,
         cause: Cause,
     ) -> Result<(), Fault> {
-        if self.cpu.cr0 & CR0_PE == 0 {
+        let delivered = if self.cpu.cr0 & CR0_PE == 0 {
             self.deliver_real(vector)
         } else if self.cpu.long() {
             self.deliver_long(vector, error, cause)
         } else {
             self.deliver_protected(vector, error, cause)
-        }
+        };
+        delivered.map_err(|met| match cause {
+            Cause::Software => met,
+            Cause::Exception | Cause::External => met.external(),
+        })
     }
 
     fn enter_handler(&mut self) {
@@ -78,10 +82,9 @@ impl Core {
     /// SDM 3A 6.14.
     fn deliver_long(&mut self, vector: u8, error: Option<u32>, cause: Cause) -> Result<(), Fault> {
         let idt_error = |vector: u8| (u16::from(vector) << 3) | 2;
-        let external = u16::from(cause == Cause::External);
         let bad_gate = |kind| Fault {
             vector: kind,
-            error: Some(u32::from(idt_error(vector) | external)),
+            error: Some(idt_error(vector).into()),
             address: None,
         };
         let offset = u64::from(vector) * 16;
@@ -113,6 +116,10 @@ impl Core {
         if !code.long() || code.db() || code.dpl() > cpl {
             return Err(Fault::selector(fault::GP, selector));
         }
+        if !canonical(target) {
+            return Err(Fault::gp());
+        }
+        let code = self.accessed(code)?;
         let new_cpl = if conforming { cpl } else { code.dpl() };
         let mut rsp = if ist != 0 {
             self.tss_qword(0x1c + 8 * u64::from(ist))?
@@ -210,7 +217,7 @@ impl Core {
     ) -> Result<(), Fault> {
         let bad = |kind| Fault {
             vector: kind,
-            error: Some(u32::from(vector) << 3 | 2 | u32::from(cause == Cause::External)),
+            error: Some(u32::from(vector) << 3 | 2),
             address: None,
         };
         let offset = u64::from(vector) * 8;
@@ -253,6 +260,7 @@ impl Core {
         if target > code.limit.into() {
             return Err(Fault::gp());
         }
+        let code = self.accessed(code)?;
         let old_ss = self.cpu.segments[Seg::SS];
         let (ss, pointer) = if new_cpl < cpl {
             self.tss_stack(new_cpl)?
@@ -305,7 +313,7 @@ impl Core {
     }
 
     /// The stack that the TSS has for a privilege (SDM 3A 5.12.1).
-    pub(super) fn tss_stack(&self, cpl: u8) -> Result<(Segment, u64), Fault> {
+    pub(super) fn tss_stack(&mut self, cpl: u8) -> Result<(Segment, u64), Fault> {
         let tr = &self.cpu.tr;
         let bad = Fault::selector(fault::TS, tr.selector);
         let wide = tr.attributes & 8 != 0;
@@ -337,7 +345,7 @@ impl Core {
         if !ss.present() {
             return Err(Fault::selector(fault::SS, selector));
         }
-        Ok((ss, pointer))
+        Ok((self.accessed(ss)?, pointer))
     }
 
     /// Writes values from the top of a stack down; where the pointer is then.

@@ -72,8 +72,13 @@ impl Core {
     /// RIP in the frame is the next instruction's, but a fault on the way is this one's.
     fn software_interrupt(&mut self, vector: u8, cause: Cause, next_ip: u64) -> Result<(), Fault> {
         let ip = std::mem::replace(&mut self.rip, next_ip);
-        self.deliver(vector, None, cause)
-            .inspect_err(|_| self.rip = ip)?;
+        let task = self.cpu.tr.selector;
+        self.deliver(vector, None, cause).inspect_err(|_| {
+            // What a task gate has led to is the new task's own.
+            if self.cpu.tr.selector == task {
+                self.rip = ip;
+            }
+        })?;
         self.forget_step();
         if vector == fault::DB {
             self.debug_delivered();
@@ -88,6 +93,7 @@ impl Core {
             _ => 2,
         };
         let step = u64::from(size);
+        self.unblock_nmi();
         if self.cpu.real_addressing() {
             return self.iret_real(size);
         }
@@ -117,6 +123,7 @@ impl Core {
         if !long && rip > code.limit.into() {
             return Err(Fault::gp().into());
         }
+        let code = self.accessed(code)?;
         // 64-bit mode always takes SS:RSP from the frame (SDM 2A, IRET).
         let from_64 = self.cpu.bits() == Bits::Bits64;
         if from_64 || rpl > cpl {
@@ -222,7 +229,7 @@ impl Core {
     }
 
     /// The stack segment that a return to `rpl` loads.
-    fn return_stack(&self, selector: u16, rpl: u8, code: &Segment) -> Result<Segment, Fault> {
+    fn return_stack(&mut self, selector: u16, rpl: u8, code: &Segment) -> Result<Segment, Fault> {
         if selector & !3 == 0 {
             if code.long() && rpl != 3 {
                 return Ok(flat(selector, 0xc093 | u16::from(rpl) << 5));
@@ -237,7 +244,7 @@ impl Core {
         if !segment.present() {
             return Err(Fault::selector(fault::SS, selector));
         }
-        Ok(segment)
+        self.accessed(segment)
     }
 
     /// A return to less privilege drops segments that it may not use (SDM 2A, IRET).
@@ -310,6 +317,8 @@ impl Core {
             self.set_segment(Seg::CS, flat(base | 3, 0xc0fb));
         }
         self.set_segment(Seg::SS, ss);
+        // TF as it is at the end counts: the trap comes before the first instruction of ring 3.
+        self.step_from_here();
         Ok(())
     }
 
@@ -410,6 +419,7 @@ impl Core {
             return Err(Fault::selector(fault::GP, selector).into());
         }
         self.check_code_target(&code, offset)?;
+        let code = self.accessed(code)?;
         if calls {
             self.push_far_return(instr.next_ip(), size)?;
         }
@@ -469,6 +479,7 @@ impl Core {
             return Err(Fault::selector(fault::GP, selector).into());
         }
         self.check_code_target(&code, rip)?;
+        let code = self.accessed(code)?;
         let past = 2 * step + u64::from(extra);
         if rpl > cpl {
             let rsp = self.peek(past, size)?;

@@ -97,6 +97,7 @@ impl Core {
             return Err(Fault::selector(fault::GP, selector).into());
         }
         self.check_code_target(&code, target)?;
+        let code = self.accessed(code)?;
         let cs = self.cpu.segments[Seg::CS].selector;
         let values = [cs.into(), instr.next_ip()];
         let new_cpl = if inner { code.dpl() } else { cpl };

@@ -100,9 +100,6 @@ impl Core {
     }
 
     pub(super) fn arpl(&mut self, instr: &Instruction) -> Result<(), Trap> {
-        if self.cpu.real_addressing() {
-            return Err(Fault::ud().into());
-        }
         let source = self.gpr(instr.op1_register().full_register().number()) & 3;
         let target = self.value(instr, 0)?;
         let raises = target & 3 < source;

@@ -12,6 +12,7 @@
 //! | `gate` | call gates, task gates, TSSs as branch targets |
 //! | `legacy` | decimal arithmetic, bound, arpl |
 //! | `masked` | AVX, element by element |
+//! | `nmi` | non-maskable interrupts |
 //! | `operand` | memory operands: addresses, limits, loads and stores |
 //! | `segment` | segment registers and descriptors |
 //! | `stack` | pushes and pops, near branches of 16-bit code |
@@ -28,6 +29,7 @@ mod flow;
 mod gate;
 mod legacy;
 mod masked;
+mod nmi;
 mod operand;
 mod segment;
 mod stack;
@@ -42,6 +44,7 @@ pub(crate) use debug::Debugging;
 use engine_core::ExitReason;
 use engine_core::devices::lapic::owns_msr;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+pub(crate) use nmi::Nmi;
 
 use crate::{
     core::{Core, Flushed, Shutdown},
@@ -190,6 +193,13 @@ impl Core {
                     | Sysexit
                     | Sysexitq
             );
+        let of_descriptors = matches!(
+            mnemonic,
+            Sldt | Str | Lldt | Ltr | Lar | Lsl | Verr | Verw | Arpl
+        );
+        if of_descriptors && self.cpu.real_addressing() {
+            return Err(Fault::ud().into());
+        }
         let hidden = self.cpu.cr4 & CR4_UMIP != 0 && UNPRIVILEGED_STORES.contains(&mnemonic);
         if (privileged || hidden) && self.cpu.cpl() != 0 {
             return Err(Fault::gp().into());
@@ -215,8 +225,7 @@ impl Core {
                 if self.cpu.cr4 & CR4_TSD != 0 && self.user() {
                     return Err(Fault::gp().into());
                 }
-                // SAFETY: reads a counter.
-                let tsc = unsafe { std::arch::x86_64::_rdtsc() };
+                let tsc = self.tsc();
                 self.set_gpr(0, tsc & 0xffff_ffff);
                 self.set_gpr(2, tsc >> 32);
                 if mnemonic == Rdtscp {
@@ -319,7 +328,9 @@ impl Core {
                     return Err(Fault::gp().into());
                 }
                 let mut segment = self.system_descriptor(selector)?;
-                if segment.attributes & 0x1f != 9 {
+                // Available, of 32 or 64 bits, or of 16 outside IA-32e mode.
+                let narrow = segment.attributes & 0x1f == 1 && !self.cpu.long();
+                if segment.attributes & 0x1f != 9 && !narrow {
                     return Err(Fault::selector(fault::GP, selector).into());
                 }
                 segment.attributes |= 2;
@@ -358,6 +369,9 @@ impl Core {
                 }
                 self.cpu.flags =
                     self.cpu.flags & !FLAG_AC | if mnemonic == Stac { FLAG_AC } else { 0 };
+                if mnemonic == Clac {
+                    self.mmu.close_guarded();
+                }
             }
             Rdmsr => {
                 let index = self.gpr(1) as u32;
@@ -381,6 +395,7 @@ impl Core {
                 let register = instr.op0_register().full_register().number();
                 self.set_gpr(register, self.cpu.tsc_aux & 0xffff_ffff);
             }
+            Rdpkru | Wrpkru => self.key_rights(mnemonic == Wrpkru)?,
             Xgetbv => self.xgetbv()?,
             Xsetbv => self.xsetbv()?,
             Fxsave | Fxsave64 => self.fxsave(instr)?,

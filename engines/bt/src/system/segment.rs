@@ -41,11 +41,30 @@ impl Core {
             return Err(Fault::gp());
         }
         let segment = self.descriptor(selector, fault::GP)?;
-        if segment.attributes & 0x18 != 0x18 {
+        let both = self.cpu.long() && segment.long() && segment.db();
+        if segment.attributes & 0x18 != 0x18 || both {
             return Err(Fault::selector(fault::GP, selector));
         }
         if !segment.present() {
             return Err(Fault::selector(fault::NP, selector));
+        }
+        Ok(segment)
+    }
+
+    /// Sets the accessed bit of a descriptor that is being loaded, in its table (SDM 3A 3.4.5.1).
+    ///
+    /// # Errors
+    /// Page faults.
+    pub(super) fn accessed(&mut self, mut segment: Segment) -> Result<Segment, Fault> {
+        if segment.attributes & 1 == 0 {
+            segment.attributes |= 1;
+            let table = if segment.selector & 4 == 0 {
+                self.cpu.gdtr.base
+            } else {
+                self.cpu.ldtr.base
+            };
+            let at = table.wrapping_add(u64::from(segment.selector & !7) + 5);
+            self.write(at, &[segment.attributes as u8], false)?;
         }
         Ok(segment)
     }
@@ -106,6 +125,7 @@ impl Core {
                 return Err(Fault::selector(fault::NP, selector));
             }
         }
+        let segment = self.accessed(segment)?;
         self.set_segment(index, segment);
         Ok(())
     }

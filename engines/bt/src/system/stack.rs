@@ -299,6 +299,15 @@ impl Core {
         Step::Jump
     }
 
+    /// Bytes of the code segment from RIP on, which lies in it.
+    pub(crate) fn code_left(&self) -> usize {
+        if self.cpu.bits() == Bits::Bits64 {
+            return usize::MAX;
+        }
+        let limit = u64::from(self.cpu.segments[Seg::CS].limit);
+        (limit - self.rip.min(limit)) as usize + 1
+    }
+
     /// A branch target beyond the code segment faults at the branch.
     pub(crate) fn check_target(&self, target: u64) -> Result<(), Fault> {
         let long = self.cpu.bits() == Bits::Bits64;

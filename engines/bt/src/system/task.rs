@@ -56,6 +56,8 @@ const NARROW: Layout = Layout {
     ldt: 0x2a,
 };
 const CR3: u64 = 0x1c;
+/// Its lowest bit asks for a debug exception when the task starts.
+const TRAP: u64 = 0x64;
 const BUSY: u16 = 2;
 
 impl Layout {
@@ -137,6 +139,10 @@ impl Core {
             *value = layout.read(self, &new, layout.segments + slot * step)? as u16;
         }
         let ldt = layout.read(self, &new, layout.ldt)? as u16;
+        let trap = match layout.slot {
+            4 => layout.read(self, &new, TRAP)? & 1 != 0,
+            _ => false,
+        };
         let cr3 = match layout.slot {
             4 => Some(layout.read(self, &new, CR3)?),
             _ => None,
@@ -153,6 +159,7 @@ impl Core {
         }
         new.attributes |= BUSY;
         self.cpu.tr = new;
+        self.task_entered(trap);
         self.cpu.cr0 |= CR0_TS;
         if let Some(cr3) = cr3
             && self.cpu.cr0 & CR0_PG != 0
@@ -271,6 +278,7 @@ impl Core {
         if !code.present() {
             return Err(Fault::selector(fault::NP, cs));
         }
+        let code = self.accessed(code)?;
         self.set_segment(Seg::CS, code);
         let order = [Seg::SS, Seg::ES, Seg::DS, Seg::FS, Seg::GS];
         for index in order {

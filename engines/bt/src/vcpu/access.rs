@@ -204,7 +204,8 @@ impl BtVcpu {
                 Stop::Read { phys, len: step }
             });
         }
-        if self.window && transfer.step != 0 && (!write || slow.next_ip.is_none()) {
+        let waiting = self.window || self.core.nmi_due();
+        if waiting && transfer.step != 0 && (!write || slow.next_ip.is_none()) {
             // The device may have an interrupt to deliver, and this instruction goes on in
             // translated code: stop that soon.
             self.doorbell.kick();
@@ -214,7 +215,7 @@ impl BtVcpu {
             let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
             context.gpr[usize::from(slow.register)] = bounce;
             self.resume = Resume::Host(slow.bounce);
-        } else if let (true, Some(next)) = (killed > 0 || self.window || self.stale, slow.next_ip) {
+        } else if let (true, Some(next)) = (killed > 0 || waiting || self.stale, slow.next_ip) {
             // The rest of this block may be what was overwritten, by this access or by the device
             // that it reached, or a device that was written to has an interrupt to deliver.
             self.settle(slow.after, next);

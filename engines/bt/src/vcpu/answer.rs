@@ -64,7 +64,7 @@ impl BtVcpu {
             Step::Jump | Step::Again => {}
             Step::Halt => {
                 self.core.rip = next;
-                if self.core.trap_due() {
+                if self.core.trap_due() || self.core.nmi_due() {
                     return Ok(());
                 }
                 return Err(Stop::Halt);

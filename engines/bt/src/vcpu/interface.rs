@@ -67,8 +67,7 @@ impl Vcpu for BtVcpu {
             Stop::WriteMsr { index, value } => Exit::MsrWrite {
                 index,
                 value,
-                // The guest reads the host's counter.
-                tsc: engine_core::clock::tsc(),
+                tsc: self.core.tsc(),
                 accepted: &mut self.accepted,
             },
             Stop::Halt => Exit::Hlt,
@@ -177,6 +176,7 @@ impl Vcpu for BtVcpu {
             && self.core.interrupts_enabled()
             && !self.core.cpu.shadow
             && !self.core.trap_due()
+            && !self.core.nmi_due()
     }
 
     fn interrupt(&mut self, vector: u8) -> Result<(), Error> {
@@ -197,11 +197,18 @@ impl Vcpu for BtVcpu {
     }
 
     fn nmi(&mut self) -> Result<(), Error> {
-        Err(Error::Engine("the translator delivers no NMIs".into()))
+        self.core.latch_nmi();
+        Ok(())
     }
 
     fn nmi_blocked(&mut self) -> bool {
-        false
+        self.core.nmi_blocked()
+    }
+
+    fn init(&mut self) -> Result<(), Error> {
+        self.core.forget_nmis();
+        self.core.forget_traps();
+        self.set_state(&CpuState::after_init())
     }
 
     fn keeps_code(&self) -> bool {

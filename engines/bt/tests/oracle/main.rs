@@ -7,7 +7,8 @@
 //! | `sequence`, `flags` | their encoding, and what their flags are worth |
 //! | `layout`, `prologue` | the pages and states that both sides share |
 //! | `native`, `translated` | the two sides |
-//! | `process`, `snippets` | the same for single snippets through `bt::insn` |
+//! | `case`, `process` | one case through `bt::insn` and in a process of its own |
+//! | `snippets`, `snippets_of_state`, `forms`, `raw` | cases: by hand, one of every form, any bytes |
 //! | `compare` | differences |
 //!
 //! `TRAPLINE_ORACLE_INSTRUCTIONS` says how many instructions to compare (default 1,000,000),
@@ -17,9 +18,11 @@
 //! Not compared: flags that the manual leaves undefined; flags that are dead at a fault; the last
 //! x87 instruction's address; sequences that make system calls.
 
+mod case;
 mod compare;
 mod families;
 mod flags;
+mod forms;
 mod generate;
 mod layout;
 mod native;
@@ -27,8 +30,10 @@ mod operands;
 mod process;
 mod prologue;
 mod random;
+mod raw;
 mod sequence;
 mod snippets;
+mod snippets_of_state;
 mod table;
 mod translated;
 

@@ -1,0 +1,62 @@
+//! Non-maskable interrupts (SDM 3A 6.7): one may be under way and one may wait.
+//!
+//! Invariant: from the delivery of one to the next `iret`, whatever that returns from, none is
+//! delivered.
+
+use crate::{
+    core::{Cause, Core},
+    fault::Fault,
+};
+
+const VECTOR: u8 = 2;
+
+/// The NMIs of one CPU.
+#[derive(Debug, Default)]
+pub(crate) struct Nmi {
+    pending: bool,
+    blocked: bool,
+}
+
+impl Core {
+    /// The CPU's NMI line was asserted. Several that wait are one.
+    pub(crate) fn latch_nmi(&mut self) {
+        self.nmi.pending = true;
+    }
+
+    /// One has to be delivered before the next instruction.
+    pub(crate) fn nmi_due(&self) -> bool {
+        self.nmi.pending && !self.nmi.blocked && !self.cpu.shadow
+    }
+
+    /// Delivers the one that waits.
+    ///
+    /// # Errors
+    /// The exception met on the way.
+    pub(crate) fn deliver_nmi(&mut self) -> Result<(), Fault> {
+        self.nmi = Nmi {
+            pending: false,
+            blocked: true,
+        };
+        // The runtime has to see the iret that ends this.
+        self.forget_modes();
+        self.deliver(VECTOR, None, Cause::External)
+    }
+
+    /// None is delivered before the next `iret`.
+    pub(crate) fn nmi_blocked(&self) -> bool {
+        self.nmi.blocked
+    }
+
+    /// As after INIT.
+    pub(crate) fn forget_nmis(&mut self) {
+        self.nmi = Nmi::default();
+        self.forget_modes();
+    }
+
+    /// An `iret` is being executed.
+    pub(super) fn unblock_nmi(&mut self) {
+        if std::mem::take(&mut self.nmi.blocked) {
+            self.forget_modes();
+        }
+    }
+}
