@@ -245,6 +245,13 @@ impl ExitCounts {
         self.0[reason as usize] += count;
     }
 
+    /// Adds what somebody else has counted.
+    pub fn merge(&mut self, other: &ExitCounts) {
+        for (count, more) in self.0.iter_mut().zip(&other.0) {
+            *count += more;
+        }
+    }
+
     /// Takes one back: what opens or closes a measured window is not part of it.
     pub(crate) fn remove(&mut self, reason: ExitReason) {
         self.0[reason as usize] -= 1;

@@ -23,6 +23,7 @@ pub mod net;
 pub mod peripherals;
 pub mod run;
 mod schedule;
+mod seats;
 pub mod state;
 pub mod storage;
 pub mod tally;
@@ -38,7 +39,7 @@ pub use exit::{Exit, ExitCounts, ExitKind, ExitReason};
 pub use interrupt::{Interrupts, Line};
 pub use kick::Kick;
 pub use machine::{Machine, MachineOptions};
-pub use run::{Limit, Limits, Outcome, drive};
+pub use run::{Crew, Limit, Limits, Outcome, drive};
 pub use state::{CpuState, DescriptorTable, Segment};
 pub use vcpu::{Error, Irqchip, Unavailable, Vcpu};
 

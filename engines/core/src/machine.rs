@@ -7,6 +7,8 @@
 //! Time. The machine has one clock and one host timer, which is set to the earliest deadline of all
 //! devices just before the guest is entered ([`Machine::arm`]), or slept until when it is halted.
 
+mod upkeep;
+
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use crate::host::io_thread::IoThread;
 use crate::host::{Pump, PumpOptions, WATCHED};
 use crate::interrupt::{Interrupts, Line};
 use crate::schedule::Schedule;
+use crate::seats::Seats;
 use crate::tally::{Count, Snapshot, Tally};
 pub use crate::window::Window;
 use crate::window::Windows;
@@ -50,10 +53,12 @@ pub struct MachineOptions {
     pub controller: Option<Arc<dyn Interrupts>>,
     /// Guest RAM as (start, size), for what tells a guest of it.
     pub memory: Vec<(GuestPhys, u64)>,
+    /// How many vCPUs there are.
+    pub cpus: u8,
     /// The guest's command line, for fw_cfg.
     pub command_line: String,
     /// Where the debug console goes, if anywhere.
-    pub debug: Option<Box<dyn Write>>,
+    pub debug: Option<Box<dyn Write + Send>>,
 }
 
 impl Default for MachineOptions {
@@ -65,6 +70,7 @@ impl Default for MachineOptions {
             signals: false,
             controller: None,
             memory: Vec::new(),
+            cpus: 1,
             command_line: String::new(),
             debug: None,
         }
@@ -90,6 +96,7 @@ pub struct Machine {
     pub(crate) attention: bool,
     /// The machine's own interrupt controllers are in use, so every interrupt passes the run loop.
     pub(crate) own_controllers: bool,
+    pub(crate) seats: Seats,
     pub(crate) input: Arc<Input>,
     /// The paravirtual console, if there is one.
     console: Option<Slot>,
@@ -119,7 +126,10 @@ impl Machine {
     /// # Errors
     /// The host's, if it has no descriptors or threads left.
     pub fn new(options: MachineOptions) -> io::Result<Self> {
+        // The calling thread is going to run a vCPU, and threads that it starts are like it.
+        crate::host::sharpen_sleeps();
         let events = Arc::new(Events::new()?);
+        let seats = Seats::new(&events, options.cpus)?;
         let (input, source) = match options.input {
             Source::Descriptor(fd) => (Input::default(), Some(fd)),
             Source::Bytes(bytes) => (Input::closed(&bytes), None),
@@ -139,7 +149,7 @@ impl Machine {
         let controller = options
             .controller
             .unwrap_or_else(|| Arc::clone(&wires) as _);
-        let irqchip = Irqchip::new(clock.clone());
+        let irqchip = Irqchip::new(&clock, options.cpus);
         let resume = Arc::clone(&pump);
         let output = Output::new(options.output, Arc::clone(&events));
         let line = Line::new(Arc::clone(&controller), serial::IRQ);
@@ -157,7 +167,7 @@ impl Machine {
         }
         map.assign_ports(abi::port::COM1, serial::REGISTERS as u16, SERIAL, 0);
         let names = [
-            irqchip.lapic.name(),
+            irqchip.lapics.name(),
             irqchip.pics.name(),
             irqchip.ioapic.name(),
             serial.name(),
@@ -171,6 +181,7 @@ impl Machine {
             schedule: Schedule::new(usize::from(FIRST_OTHER)),
             attention: false,
             own_controllers,
+            seats,
             input,
             console: None,
             clock,
@@ -189,6 +200,7 @@ impl Machine {
         for (ports, device) in board::devices(
             &machine,
             &options.memory,
+            options.cpus,
             &options.command_line,
             options.debug,
         ) {
@@ -334,7 +346,7 @@ impl Machine {
     }
 
     /// Calls `observer` with each window soon after it has closed.
-    pub fn observe_windows(&mut self, observer: impl FnMut(&Window) + 'static) {
+    pub fn observe_windows(&mut self, observer: impl FnMut(&Window) + Send + 'static) {
         self.windows.observe(observer);
     }
 
@@ -350,13 +362,21 @@ impl Machine {
 
     /// Everything counted so far, zeros left out.
     pub fn totals(&self, vcpu: &mut dyn Vcpu) -> Vec<Count> {
-        let now = self.tally.snapshot(vcpu);
-        self.tally.between(&Snapshot::default(), &now, vcpu)
+        self.totals_of(&mut [vcpu])
+    }
+
+    /// As [`totals`](Machine::totals), of several vCPUs that have all stopped.
+    pub fn totals_of(&self, vcpus: &mut [&mut dyn Vcpu]) -> Vec<Count> {
+        let now = self.tally.last(vcpus);
+        let Some(first) = vcpus.first() else {
+            return Vec::new();
+        };
+        self.tally.between(&Snapshot::default(), &now, &**first)
     }
 
     fn device(&mut self, slot: Slot) -> &mut dyn Device {
         match slot {
-            LAPIC => &mut self.irqchip.lapic,
+            LAPIC => &mut self.irqchip.lapics,
             PICS => &mut self.irqchip.pics,
             IOAPIC => &mut self.irqchip.ioapic,
             SERIAL => &mut self.serial,
@@ -419,12 +439,12 @@ impl Machine {
 
     /// Answers `rdmsr`; `None` is #GP.
     pub(crate) fn read_msr(&mut self, index: u32) -> Option<u64> {
-        self.irqchip.lapic.read_msr(index)
+        self.irqchip.lapics.own().read_msr(index)
     }
 
     /// Takes a `wrmsr` while the guest's time-stamp counter stands at `tsc`. False is #GP.
     pub(crate) fn write_msr(&mut self, index: u32, value: u64, tsc: u64) -> bool {
-        let accepted = self.irqchip.lapic.write_msr(index, value, tsc);
+        let accepted = self.irqchip.lapics.own().write_msr(index, value, tsc);
         // What follows is the same as for the register page.
         self.access(LAPIC, |_| Action::None);
         accepted
@@ -459,82 +479,9 @@ impl Machine {
         self.attention = true;
     }
 
-    /// Watches the descriptor of a device again that had no room.
-    #[cold]
-    fn release(&mut self, slot: Slot) {
-        let bit = 1u64.checked_shl(slot.into()).unwrap_or(0);
-        if self.held & bit != 0 {
-            self.held &= !bit;
-            self.pump.rewatch(slot.into());
-        }
-    }
-
-    /// Lets every device whose deadline has come go on, and the interrupt controllers take over
-    /// what the lines say.
-    pub(crate) fn advance(&mut self) {
-        let now = self.clock.now();
-        while let Some(slot) = self.schedule.due(now) {
-            let device = self.device(slot as Slot);
-            device.advance(now);
-            let deadline = device.deadline();
-            self.schedule.set(slot, deadline);
-            if deadline.is_some_and(|deadline| deadline <= now) {
-                // Behind by more than it caught up with: the guest goes on first.
-                break;
-            }
-        }
-        self.take_lines();
-    }
-
-    /// Lets the interrupt controllers take over what the lines say.
-    pub(crate) fn take_lines(&mut self) {
-        self.irqchip.take(&self.wires);
-        self.attention = true;
-    }
-
-    /// Sets the host timer to the earliest deadline of all devices, and `also` if that is earlier.
-    pub(crate) fn arm(&mut self, also: Option<u64>) {
-        let next = self.schedule.next();
-        let wanted = next.into_iter().chain(also).min();
-        if let Some(time) = self.schedule.arm(wanted) {
-            self.pump
-                .arm_timer(time.map(|time| self.clock.to_host(time)));
-        }
-    }
-
-    /// Hands descriptors that have become readable to their devices. Answers the first action that
-    /// is more than none.
-    pub(crate) fn host_ready(&mut self) -> Action {
-        let mut first = Action::None;
-        let mut ready = self.pump.take_ready() & self.watched;
-        while ready != 0 {
-            let slot = ready.trailing_zeros() as Slot;
-            ready &= ready - 1;
-            let action = self.access(slot, |device| device.host_ready());
-            if action == Action::Hold {
-                self.held |= 1 << slot;
-                continue;
-            }
-            self.pump.rewatch(slot.into());
-            if first == Action::None {
-                first = action;
-            }
-        }
-        first
-    }
-
-    /// True when something outside of the vCPU may still interrupt it.
-    pub(crate) fn may_wake(&mut self) -> bool {
-        self.schedule.next().is_some()
-            || self.watched != 0
-            || self.io.is_some()
-            || self.input.claimed() && !self.input.exhausted()
-            || self.serial.may_interrupt()
-    }
-
-    /// The guest wrote `value` to the mark port.
-    pub(crate) fn mark(&mut self, value: u8, vcpu: &mut dyn Vcpu) {
-        self.windows.mark(value, &mut self.tally, vcpu);
+    /// The guest wrote `value` to the mark port, on vCPU `cpu`.
+    pub(crate) fn mark(&mut self, value: u8, cpu: usize, vcpu: &mut dyn Vcpu) {
+        self.windows.mark(value, &mut self.tally, cpu, vcpu);
     }
 
     /// Hands a closed window to the observer.

@@ -64,6 +64,9 @@ pub struct Tally {
     memory: Vec<(&'static str, Accesses)>,
     /// What passes between guest and devices without an exit.
     passed: Vec<Arc<Passed>>,
+    /// What the translators of other vCPUs than the one at hand have counted, by vCPU, when they
+    /// last left their guests.
+    callouts: Vec<ExitCounts>,
 }
 
 /// Counters at one moment.
@@ -89,7 +92,16 @@ impl Tally {
                 .map(|name| (name, Accesses::default()))
                 .collect(),
             passed: Vec::new(),
+            callouts: Vec::new(),
         }
+    }
+
+    /// Takes note of what the engine of vCPU `cpu`, one of several, has counted so far.
+    pub fn publish(&mut self, cpu: usize, callouts: ExitCounts) {
+        if self.callouts.len() <= cpu {
+            self.callouts.resize(cpu + 1, ExitCounts::default());
+        }
+        self.callouts[cpu] = callouts;
     }
 
     /// Adds the next device; before anything is counted.
@@ -157,15 +169,44 @@ impl Tally {
         }
     }
 
-    /// All counters as they stand.
-    pub fn snapshot(&self, vcpu: &mut dyn Vcpu) -> Snapshot {
-        let mut host = vcpu.host_stats();
+    /// All counters as they stand when vCPU `cpu` has left its guest. The host's statistics are
+    /// those of the VM and of this vCPU: those of others can't be told while they run.
+    pub fn snapshot(&self, cpu: usize, vcpu: &mut dyn Vcpu) -> Snapshot {
+        let mut callouts = vcpu.counts();
+        for (other, counts) in self.callouts.iter().enumerate() {
+            if other != cpu {
+                callouts.merge(counts);
+            }
+        }
+        self.with(callouts, vcpu.host_stats())
+    }
+
+    /// All counters when all vCPUs have stopped.
+    pub fn last(&self, vcpus: &mut [&mut dyn Vcpu]) -> Snapshot {
+        let mut callouts = ExitCounts::default();
+        let mut host: Vec<HostStat> = Vec::new();
+        for vcpu in vcpus {
+            callouts.merge(&vcpu.counts());
+            for stat in vcpu.host_stats() {
+                let same = |known: &&mut HostStat| {
+                    (known.source, &known.name) == (stat.source, &stat.name)
+                };
+                match host.iter_mut().find(same) {
+                    Some(known) => known.value += stat.value,
+                    None => host.push(stat),
+                }
+            }
+        }
+        self.with(callouts, host)
+    }
+
+    fn with(&self, callouts: ExitCounts, mut host: Vec<HostStat>) -> Snapshot {
         host.extend(self.passed.iter().flat_map(|passed| passed.counts()));
         Snapshot {
             exits: self.exits.clone(),
             ports: self.ports.iter().map(|counter| counter.count).collect(),
             memory: self.memory.iter().map(|entry| entry.1).collect(),
-            callouts: vcpu.counts(),
+            callouts,
             host,
         }
     }

@@ -198,7 +198,7 @@ fn boot_stub(asm: &mut CodeAssembler, long_mode: u64) -> Result<(), IcedError> {
 }
 
 /// Page tables (2 MiB pages, present, writable, user) and GDT, as they lie from [`TABLES`] on.
-fn tables() -> Vec<u8> {
+pub fn tables() -> Vec<u8> {
     const TABLE_BITS: u64 = 0b111;
     const LARGE: u64 = 1 << 7;
     const UNCACHED: u64 = 1 << 4;

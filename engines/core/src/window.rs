@@ -15,7 +15,7 @@ pub struct Window {
     pub counts: Vec<Count>,
 }
 
-type Observer = Box<dyn FnMut(&Window)>;
+type Observer = Box<dyn FnMut(&Window) + Send>;
 
 /// The windows of one run.
 pub(crate) struct Windows {
@@ -38,20 +38,20 @@ impl Default for Windows {
 
 impl Windows {
     /// Calls `observer` with each window soon after it has closed.
-    pub(crate) fn observe(&mut self, observer: impl FnMut(&Window) + 'static) {
+    pub(crate) fn observe(&mut self, observer: impl FnMut(&Window) + Send + 'static) {
         self.observer = Box::new(observer);
     }
 
-    /// The guest wrote `value` to the mark port.
-    pub(crate) fn mark(&mut self, value: u8, tally: &mut Tally, vcpu: &mut dyn Vcpu) {
+    /// The guest wrote `value` to the mark port, on vCPU `cpu`.
+    pub(crate) fn mark(&mut self, value: u8, tally: &mut Tally, cpu: usize, vcpu: &mut dyn Vcpu) {
         match value {
             abi::mark::BEGIN => {
                 self.report(tally, vcpu);
-                self.open = Some(tally.snapshot(vcpu));
+                self.open = Some(tally.snapshot(cpu, vcpu));
             }
             abi::mark::END => {
                 if let Some(begin) = self.open.take() {
-                    let mut end = tally.snapshot(vcpu);
+                    let mut end = tally.snapshot(cpu, vcpu);
                     // The closing mark's own exit was counted already.
                     tally.forget_port_write(abi::port::MARK, &mut end);
                     self.report(tally, vcpu);

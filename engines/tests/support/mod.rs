@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 pub(crate) mod parties;
+pub(crate) mod smp;
 
 use std::fs;
 use std::io::{Read, Write};

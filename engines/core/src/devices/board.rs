@@ -32,8 +32,9 @@ const KEYBOARD: Ports = &[(0x60, 1), (0x64, 1)];
 pub(crate) fn devices(
     machine: &Machine,
     memory: &[(GuestPhys, u64)],
+    cpus: u8,
     command_line: &str,
-    debug: Option<Box<dyn Write>>,
+    debug: Option<Box<dyn Write + Send>>,
 ) -> Vec<(Ports, Box<dyn Device>)> {
     let clock = machine.clock();
     vec![
@@ -55,7 +56,7 @@ pub(crate) fn devices(
         ),
         (
             &[(fw_cfg::PORT, 2)],
-            Box::new(FwCfg::new(memory, command_line)),
+            Box::new(FwCfg::new(memory, cpus, command_line)),
         ),
     ]
 }

@@ -10,12 +10,12 @@ pub(super) const PORT: u16 = 0xe9;
 
 /// The debug console.
 pub struct DebugConsole {
-    output: Option<Box<dyn Write>>,
+    output: Option<Box<dyn Write + Send>>,
 }
 
 impl DebugConsole {
     /// A console that writes to `output`; without one, text goes nowhere.
-    pub fn new(output: Option<Box<dyn Write>>) -> Self {
+    pub fn new(output: Option<Box<dyn Write + Send>>) -> Self {
         DebugConsole { output }
     }
 }

@@ -40,8 +40,8 @@ pub struct FwCfg {
 }
 
 impl FwCfg {
-    /// A device that tells of one processor, `memory` and `command_line`.
-    pub fn new(memory: &[(GuestPhys, u64)], command_line: &str) -> Self {
+    /// A device that tells of `cpus` processors, `memory` and `command_line`.
+    pub fn new(memory: &[(GuestPhys, u64)], cpus: u8, command_line: &str) -> Self {
         let ram: u64 = memory.iter().map(|(_, size)| size).sum();
         let mut cmdline = command_line.as_bytes().to_vec();
         cmdline.push(0);
@@ -55,8 +55,8 @@ impl FwCfg {
             (SIGNATURE, b"QEMU".to_vec()),
             (ID, FEATURES.to_le_bytes().to_vec()),
             (RAM_SIZE, ram.to_le_bytes().to_vec()),
-            (CPU_COUNT, 1u16.to_le_bytes().to_vec()),
-            (MAX_CPUS, 1u16.to_le_bytes().to_vec()),
+            (CPU_COUNT, u16::from(cpus).to_le_bytes().to_vec()),
+            (MAX_CPUS, u16::from(cpus).to_le_bytes().to_vec()),
             (CMDLINE_SIZE, (cmdline.len() as u32).to_le_bytes().to_vec()),
             (CMDLINE_DATA, cmdline),
         ];
@@ -142,7 +142,7 @@ mod tests {
 
     fn device() -> FwCfg {
         let memory = [(GuestPhys(0), 3 << 30), (GuestPhys(4 << 30), 1 << 30)];
-        FwCfg::new(&memory, "console=ttyS0")
+        FwCfg::new(&memory, 3, "console=ttyS0")
     }
 
     #[test]
@@ -151,7 +151,8 @@ mod tests {
         assert_eq!(item(&mut device, SIGNATURE, 4), b"QEMU");
         assert_eq!(item(&mut device, ID, 4), [1, 0, 0, 0]);
         assert_eq!(item(&mut device, RAM_SIZE, 8), (4u64 << 30).to_le_bytes());
-        assert_eq!(item(&mut device, CPU_COUNT, 2), [1, 0]);
+        assert_eq!(item(&mut device, CPU_COUNT, 2), [3, 0]);
+        assert_eq!(item(&mut device, MAX_CPUS, 2), [3, 0]);
         assert_eq!(item(&mut device, CMDLINE_SIZE, 4), [14, 0, 0, 0]);
         assert_eq!(item(&mut device, CMDLINE_DATA, 14), b"console=ttyS0\0");
         // The end, and what does not exist, are zeros.

@@ -1,12 +1,11 @@
 //! The I/O APIC (Intel 82093AA data sheet): 24 pins, each with a redirection entry.
 //!
 //! Lines are logical: a pin's polarity is kept and read back but inverts nothing, as in QEMU and
-//! KVM. Edges at a masked pin are lost, as the data sheet says. Only fixed and lowest-priority
-//! delivery reach a processor; there is one, and it takes no NMI, SMI or INIT.
+//! KVM. Edges at a masked pin are lost, as the data sheet says. SMI and ExtINT reach nobody.
 //!
 //! Invariant: a level-triggered pin sends once, and again only after its vector has ended.
 
-use super::lapic::Destination;
+use super::lapic::{Delivery, Destination, Message};
 use super::{Action, Device};
 use crate::GuestPhys;
 
@@ -34,17 +33,6 @@ const MASKED: u64 = 1 << 16;
 /// What a guest can't write: delivery status and remote IRR.
 const READ_ONLY: u64 = 1 << 12 | REMOTE_IRR;
 const WRITABLE: u64 = 0xff00_0000_0001_ffff & !READ_ONLY;
-
-/// An interrupt on its way to a local APIC.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Message {
-    /// For whom.
-    pub destination: Destination,
-    /// Which.
-    pub vector: u8,
-    /// It is level-triggered, so its end must be told.
-    pub level: bool,
-}
 
 /// The I/O APIC.
 #[derive(Debug)]
@@ -92,7 +80,7 @@ impl IoApic {
     }
 
     /// Sends what waits through `send`, which says whether it was taken. What was not waits on.
-    pub fn deliver(&mut self, mut send: impl FnMut(Message) -> bool) {
+    pub fn deliver(&mut self, mut send: impl FnMut(Destination, Message) -> bool) {
         let mut waiting = self.requested;
         while waiting != 0 {
             let pin = waiting.trailing_zeros();
@@ -103,27 +91,36 @@ impl IoApic {
             if *entry & MASKED != 0 || level && *entry & REMOTE_IRR != 0 {
                 continue;
             }
-            // Fixed or lowest priority.
-            let taken = *entry >> 8 & 7 <= 1
-                && send(Message {
-                    destination: Destination {
-                        address: (*entry >> 56) as u8,
-                        logical: *entry & LOGICAL != 0,
-                    },
+            let delivery = Delivery::of(*entry as u32);
+            // What has no vector has no end either: always an edge (data sheet 3.2.4).
+            let vectored = matches!(delivery, Delivery::Fixed | Delivery::LowestPriority);
+            let taken = send(
+                Destination::narrow((*entry >> 56) as u8, *entry & LOGICAL != 0),
+                Message {
+                    delivery,
                     vector: *entry as u8,
-                    level,
-                });
-            if level && taken {
+                    level: level && vectored,
+                },
+            );
+            if level && taken && vectored {
                 *entry |= REMOTE_IRR;
             }
-            if !level {
+            if !level || taken && !vectored {
                 // An edge that nobody takes is gone.
                 self.requested &= !bit;
             }
         }
     }
 
-    /// The level-triggered `vector` has ended in the local APIC.
+    /// True if an NMI or INIT may come from some pin.
+    pub fn has_unmaskable(&self) -> bool {
+        self.entries.iter().any(|&entry| {
+            entry & MASKED == 0
+                && matches!(Delivery::of(entry as u32), Delivery::Nmi | Delivery::Init)
+        })
+    }
+
+    /// The level-triggered `vector` has ended in a local APIC.
     pub fn end_of_interrupt(&mut self, vector: u8) {
         for entry in &mut self.entries {
             if *entry & LEVEL != 0 && *entry as u8 == vector {
@@ -236,7 +233,7 @@ mod tests {
 
     fn sent(ioapic: &mut IoApic) -> Vec<u8> {
         let mut vectors = Vec::new();
-        ioapic.deliver(|message| {
+        ioapic.deliver(|_, message| {
             vectors.push(message.vector);
             true
         });
@@ -296,7 +293,7 @@ mod tests {
         entry(&mut ioapic, 11, 0x66);
         ioapic.set_line(10, true);
         ioapic.set_line(11, true);
-        ioapic.deliver(|_| false);
+        ioapic.deliver(|_, _| false);
         assert_eq!(sent(&mut ioapic), [0x55]);
     }
 
@@ -315,29 +312,27 @@ mod tests {
     }
 
     #[test]
-    fn messages_carry_their_destination_and_other_deliveries_go_nowhere() {
+    fn messages_carry_their_destination_and_delivery() {
         let mut ioapic = IoApic::default();
         entry(&mut ioapic, 1, 0x31 | LOGICAL | 3 << 56);
-        entry(&mut ioapic, 2, 0x32 | 4 << 8);
+        entry(&mut ioapic, 2, 4 << 8 | LEVEL);
+        assert!(ioapic.has_unmaskable());
         ioapic.set_line(1, true);
         ioapic.set_line(2, true);
         ioapic.set_line(24, true);
         let mut seen = Vec::new();
-        ioapic.deliver(|message| {
-            seen.push(message);
-            true
-        });
-        let destination = Destination {
-            address: 3,
-            logical: true,
-        };
+        for _ in 0..2 {
+            ioapic.deliver(|destination, message| {
+                seen.push((destination, message.delivery, message.vector, message.level));
+                true
+            });
+        }
         assert_eq!(
             seen,
-            [Message {
-                destination,
-                vector: 0x31,
-                level: false
-            }]
+            [
+                (Destination::narrow(3, true), Delivery::Fixed, 0x31, false),
+                (Destination::narrow(0, false), Delivery::Nmi, 0, false),
+            ]
         );
     }
 }

@@ -1,20 +1,21 @@
-//! The interrupt controllers of a machine, wired together: 8259s, I/O APIC and local APIC.
+//! The interrupt controllers of a machine, wired together: 8259s, I/O APIC and local APICs.
 //!
 //! Every line reaches the 8259s and the I/O APIC, as on a PC; which of them is heard is the guest's
 //! choice. The timer's IRQ 0 is pin 2 of the I/O APIC (Intel MultiProcessor Specification 5.2).
-//! The 8259s' output goes to the processor through the local APIC's LINT0.
+//! The 8259s' output goes to every processor, through its local APIC's LINT0.
 //!
 //! [`Wires`] is the end that devices hold. It may be driven from any thread and only notes what has
-//! changed; the vCPU's thread takes it over between two exits, so the controllers need no lock.
+//! changed; a vCPU's thread takes it over between two exits, so the controllers need no lock of
+//! their own.
 //!
-//! Invariant: between two exits everything that can move on has been moved on: no I/O APIC message
-//! waits that the local APIC would take.
+//! Invariant: between two exits everything that can move on has been moved on: no message waits that
+//! a local APIC would take.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread::ThreadId;
 
-use super::{IoApic, Lapic, Pics};
+use super::{IoApic, Lapics, Pics};
 use crate::clock::Clock;
 use crate::host::events::{Events, flag};
 use crate::interrupt::Interrupts;
@@ -26,8 +27,6 @@ const TIMER_PIN: u8 = 2;
 #[derive(Debug)]
 pub struct Wires {
     events: Arc<Events>,
-    /// The vCPU's thread, which looks by itself.
-    owner: ThreadId,
     levels: AtomicU32,
     /// Lines that rose since the last look.
     rises: AtomicU32,
@@ -36,11 +35,10 @@ pub struct Wires {
 }
 
 impl Wires {
-    /// All low. The calling thread is the one that will run the vCPU.
+    /// All low.
     pub fn new(events: Arc<Events>) -> Self {
         Wires {
             events,
-            owner: std::thread::current().id(),
             levels: AtomicU32::new(0),
             rises: AtomicU32::new(0),
             changes: AtomicU32::new(0),
@@ -61,7 +59,8 @@ impl Interrupts for Wires {
         }
         // After the levels: whoever sees the change sees them too.
         self.changes.fetch_or(bit, Ordering::Release);
-        if std::thread::current().id() == self.owner {
+        if runs_vcpu() {
+            // It looks by itself before it enters its guest.
             self.events.note(flag::LINES);
         } else {
             self.events.raise(flag::LINES);
@@ -69,7 +68,33 @@ impl Interrupts for Wires {
     }
 }
 
-/// What the processor is to take next.
+thread_local! {
+    /// This thread runs a vCPU.
+    static RUNS_VCPU: Cell<bool> = const { Cell::new(false) };
+}
+
+fn runs_vcpu() -> bool {
+    RUNS_VCPU.get()
+}
+
+/// While it lives, the calling thread runs a vCPU: what it does to a line it takes over by itself.
+#[derive(Debug)]
+pub(crate) struct VcpuThread(());
+
+impl VcpuThread {
+    pub(crate) fn enter() -> Self {
+        RUNS_VCPU.set(true);
+        VcpuThread(())
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        RUNS_VCPU.set(false);
+    }
+}
+
+/// What a processor is to take next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// The 8259s' interrupt: its vector is told by [`Irqchip::acknowledge`].
@@ -85,19 +110,20 @@ pub struct Irqchip {
     pub pics: Pics,
     /// The I/O APIC.
     pub ioapic: IoApic,
-    /// The local APIC.
-    pub lapic: Lapic,
-    waiting: bool,
+    /// The local APICs.
+    pub lapics: Lapics,
+    /// The 8259s' output, as the local APICs have last been told.
+    output: bool,
 }
 
 impl Irqchip {
-    /// Controllers after reset.
-    pub fn new(clock: Clock) -> Self {
+    /// Controllers of `cpus` processors after reset.
+    pub fn new(clock: &Clock, cpus: u8) -> Self {
         Irqchip {
             pics: Pics::default(),
             ioapic: IoApic::default(),
-            lapic: Lapic::new(clock),
-            waiting: false,
+            lapics: Lapics::new(clock, cpus),
+            output: false,
         }
     }
 
@@ -131,46 +157,59 @@ impl Irqchip {
 
     /// Moves on what can move on. To be called after each access to one of the controllers.
     pub fn settle(&mut self) {
-        while let Some(vector) = self.lapic.take_ended() {
+        while let Some(vector) = self.lapics.own().take_ended() {
             self.ioapic.end_of_interrupt(vector);
         }
-        let lapic = &mut self.lapic;
+        self.lapics.deliver_sent();
+        let lapics = &mut self.lapics;
         self.ioapic
-            .deliver(|message| lapic.accept(message.destination, message.vector, message.level));
-        self.waiting = self.lapic.has_request() || self.external();
+            .deliver(|destination, message| lapics.accept(destination, message));
+        let output = self.pics.output();
+        if output && !self.output {
+            self.lapics.external_rose();
+        }
+        self.output = output;
     }
 
-    fn external(&self) -> bool {
-        self.pics.output() && self.lapic.takes_external()
+    fn external(&self, cpu: usize) -> bool {
+        self.pics.output() && self.lapics.of(cpu).takes_external()
     }
 
-    /// True when something waits for the processor, deliverable or not: a cheap look for the run
-    /// loop.
-    #[inline]
-    pub fn waiting(&self) -> bool {
-        self.waiting
+    /// True when something waits for `cpu`, deliverable or not.
+    pub fn waiting(&self, cpu: usize) -> bool {
+        self.lapics.of(cpu).has_request() || self.external(cpu)
     }
 
-    /// What the processor is to take next, if priorities allow. The 8259s know none of the local
-    /// APIC's and come first, as they do with KVM.
-    pub fn deliverable(&self) -> Option<Request> {
-        if self.external() {
+    /// What `cpu` is to take next, if priorities allow. The 8259s know none of the local APICs' and
+    /// come first, as they do with KVM.
+    pub fn deliverable(&self, cpu: usize) -> Option<Request> {
+        if self.external(cpu) {
             return Some(Request::External);
         }
-        self.lapic.deliverable().map(Request::Vector)
+        self.lapics.of(cpu).deliverable().map(Request::Vector)
     }
 
-    /// The processor takes `request`; answers its vector.
-    pub fn acknowledge(&mut self, request: Request) -> u8 {
+    /// `cpu` takes `request`; answers its vector.
+    pub fn acknowledge(&mut self, cpu: usize, request: Request) -> u8 {
         let vector = match request {
-            Request::External => self.pics.acknowledge(),
+            Request::External => {
+                // It falls, and rises again if there is more: news for whoever listens.
+                self.output = false;
+                self.pics.acknowledge()
+            }
             Request::Vector(vector) => {
-                self.lapic.acknowledge(vector);
+                self.lapics.of_mut(cpu).acknowledge(vector);
                 vector
             }
         };
         self.settle();
         vector
+    }
+
+    /// True if an NMI or INIT may come without a processor's doing.
+    pub fn has_unmaskable(&self) -> bool {
+        let lint0 = |cpu| self.lapics.of(cpu).lint0_is_nmi();
+        self.ioapic.has_unmaskable() || (0..self.lapics.count()).any(lint0)
     }
 }
 
@@ -192,7 +231,7 @@ mod tests {
         fn new() -> Self {
             let events = Arc::new(Events::new().unwrap());
             let mut board = Board {
-                chip: Irqchip::new(Clock::manual()),
+                chip: Irqchip::new(&Clock::manual(), 4),
                 wires: Arc::new(Wires::new(events)),
             };
             for (offset, value) in [(0, 0x11), (1, 0x20), (1, 4), (1, 1)] {
@@ -202,7 +241,7 @@ mod tests {
         }
 
         fn lapic(&mut self, offset: u64, value: u32) {
-            self.chip.lapic.write(offset, &value.to_le_bytes());
+            self.chip.lapics.write(offset, &value.to_le_bytes());
             self.chip.settle();
         }
 
@@ -218,8 +257,8 @@ mod tests {
         }
 
         fn next(&mut self) -> Option<u8> {
-            let request = self.chip.deliverable()?;
-            Some(self.chip.acknowledge(request))
+            let request = self.chip.deliverable(0)?;
+            Some(self.chip.acknowledge(0, request))
         }
     }
 
@@ -227,14 +266,14 @@ mod tests {
     fn the_8259s_reach_the_processor_through_lint0_alone() {
         let mut board = Board::new();
         board.set(4, true);
-        assert!(board.chip.waiting());
+        assert!(board.chip.waiting(0));
         board.lapic(LINT0, 1 << 16);
-        assert!(!board.chip.waiting());
+        assert!(!board.chip.waiting(0));
         board.lapic(SVR, 0x1ff);
         board.lapic(LINT0, 0x700);
         assert_eq!(board.next(), Some(0x24));
         assert_eq!(board.next(), None);
-        assert!(!board.chip.waiting());
+        assert!(!board.chip.waiting(0));
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod ignored;
 pub mod ioapic;
 pub mod irqchip;
 pub mod lapic;
+pub mod lapics;
 mod mark;
 pub mod ne2000;
 pub mod pic;
@@ -35,6 +36,7 @@ pub use ignored::Ignored;
 pub use ioapic::IoApic;
 pub use irqchip::Irqchip;
 pub use lapic::Lapic;
+pub use lapics::Lapics;
 pub use mark::MarkPort;
 pub use ne2000::Ne2000;
 pub use pic::Pics;
@@ -65,9 +67,9 @@ pub enum Action {
 
 /// Registers of a device on the port or memory bus, and what it waits for.
 ///
-/// All of it is called on the vCPU's thread. Times are the machine's: nanoseconds of the guest's
+/// All of it is called on a vCPU's thread, by one at a time. Times are the machine's: nanoseconds of the guest's
 /// clock, which never goes back and which is never used to measure.
-pub trait Device {
+pub trait Device: Send {
     /// Name for counters.
     fn name(&self) -> &'static str;
 

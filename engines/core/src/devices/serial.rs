@@ -45,13 +45,18 @@ pub struct Serial {
     uart: Uart<Request, NoEvents, Output>,
     input: Arc<Input>,
     /// Tells the pump that there is room again.
-    resume: Box<dyn Fn()>,
+    resume: Box<dyn Fn() + Send>,
 }
 
 impl Serial {
     /// A UART between `input` and `output` that interrupts through `line`; `resume` is called when
     /// a full input queue has room again.
-    pub fn new(output: Output, input: Arc<Input>, line: Line, resume: Box<dyn Fn()>) -> Self {
+    pub fn new(
+        output: Output,
+        input: Arc<Input>,
+        line: Line,
+        resume: Box<dyn Fn() + Send>,
+    ) -> Self {
         Serial {
             uart: Uart::new(Request(line), output),
             input,

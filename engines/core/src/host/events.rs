@@ -1,8 +1,9 @@
-//! Events: what may stop or wake the vCPU thread from outside the guest.
+//! Events: what may stop or wake a vCPU's thread from outside the guest.
 //!
-//! One [`Events`] is shared between the vCPU thread and the [`Pump`](super::Pump) thread. The pump
-//! raises flags; the vCPU thread looks at them between two exits with one relaxed load, and sleeps
-//! on the wake descriptor when it has nothing to run.
+//! One [`Events`] is shared between a vCPU's thread and whoever has something for it: the first
+//! vCPU's with the [`Pump`](super::Pump), which raises what comes from the host, and each with the
+//! other vCPUs' threads. The thread looks at the flags between two exits with one relaxed load, and
+//! sleeps on the wake descriptor when it has nothing to run.
 //!
 //! Invariant: a flag is set before the descriptor is written and before the vCPU is kicked, and a
 //! sleeper looks at the flags after it has drained the descriptor. So no event is slept through.
@@ -31,6 +32,10 @@ pub mod flag {
     pub const LINES: u32 = 1 << 4;
     /// A descriptor that a device watches has become readable.
     pub const DEVICES: u32 = 1 << 5;
+    /// The interrupt controllers have something for this vCPU, or it is to look again.
+    pub const SOMETHING: u32 = 1 << 6;
+    /// Another vCPU has ended the run.
+    pub const STOP: u32 = 1 << 7;
     /// The flags that end a run.
     pub const FINAL: u32 = DEADLINE | SIGNAL;
 }
@@ -81,9 +86,20 @@ impl Events {
 
     /// Sets flags, wakes a sleeper and kicks the vCPU.
     pub fn raise(&self, flags: u32) {
+        self.wake(flags);
+        self.kick(0);
+    }
+
+    /// Sets flags and wakes the thread, which is known to sleep.
+    pub fn wake(&self, flags: u32) {
         self.pending.fetch_or(flags, Ordering::Release);
         // Failing with EAGAIN means that the counter is full: the sleeper is awake already.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Sets flags and kicks the vCPU, whose thread is known not to sleep.
+    pub fn kick(&self, flags: u32) {
+        self.pending.fetch_or(flags, Ordering::Release);
         let vcpu = self.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kick) = &vcpu.0 {
             kick.kick();
@@ -135,6 +151,22 @@ impl Events {
         output: Option<BorrowedFd<'_>>,
     ) -> bool {
         let end = limit.map(|limit| Instant::now() + limit);
+        let mut drained = false;
+        let ready = self.wait(end, flags, output, &mut drained);
+        if drained && output.is_some() {
+            // Another thread may sleep here, and it was for that one.
+            self.wake(0);
+        }
+        ready
+    }
+
+    fn wait(
+        &self,
+        end: Option<Instant>,
+        flags: u32,
+        output: Option<BorrowedFd<'_>>,
+        drained: &mut bool,
+    ) -> bool {
         loop {
             // A pending flag turns the wait into a look, so that output that can go out still does.
             let stop = self.pending.load(Ordering::Acquire) & flags != 0;
@@ -163,7 +195,7 @@ impl Events {
             if !woken.is_empty() {
                 let mut count = [0; 8];
                 // Nonblocking; another drain may have been faster.
-                let _ = rustix::io::read(&self.wake, &mut count);
+                *drained |= rustix::io::read(&self.wake, &mut count).is_ok();
             }
             if output.is_some() && !writable.is_empty() {
                 // POLLERR and POLLHUP count as ready: the write then says what is wrong.

@@ -21,6 +21,7 @@ Examples:
   trapline run --mode hardware --image builtin:unaware        (then type: run alu 0 0, quit 0)
   trapline run --mode para --workload sieve
   trapline run --mode full --kernel test.elf --cmdline 'all' --exit-port raw --timeout 60
+  trapline run --mode hardware --kernel smp.elf --smp 4 --timeout 60
   trapline run --mode full --workload blk_seqread --disk disk.img,readonly
   trapline run --mode hybrid --workload net_rr --net tap:t0 --irqchip kernel --doorbell eventfd
   trapline run --mode hardware --image vmlinux --cmdline 'console=ttyS0' --stats-fd 3 3>stats.json
@@ -72,10 +73,14 @@ pub(crate) struct Run {
     /// Guest memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     pub(crate) memory: u64,
+    /// How many vCPUs the guest has; those beside the first wait for INIT and SIPI
+    #[arg(long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u8).range(1..=i64::from(engines::MOST_CPUS)))]
+    pub(crate) smp: u8,
     /// End the guest after this many seconds
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     pub(crate) timeout: Option<Duration>,
-    /// End the guest after this many exits to the VMM
+    /// End the guest after this many exits to the VMM, of all vCPUs together
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) max_exits: Option<u64>,
     /// Write counters as JSON lines to this descriptor

@@ -4,6 +4,7 @@
 //! and the exit status says how the guest ended (see [`status`]).
 
 mod cli;
+mod conclude;
 mod devices;
 mod floor;
 mod insn;

@@ -18,7 +18,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::MemfdFlags;
 use rustix::process::{Pid, PidfdFlags};
 
-use crate::run::{Order, report_end, watch};
+use crate::conclude::report_end;
+use crate::run::{Order, watch};
 use crate::wire::{Event, Stats};
 use crate::{cli, devices, status};
 
@@ -43,6 +44,9 @@ pub(crate) fn run(
             cli::NATIVE
         );
     }
+    if arguments.smp > 1 {
+        bail!("mode {} has no vCPU: leave out --smp", cli::NATIVE);
+    }
     if let Some(timeout) = arguments.timeout {
         watch(timeout);
     }
@@ -52,6 +56,7 @@ pub(crate) fn run(
         backend: None,
         irqchip: None,
         doorbell: None,
+        cpus: 1,
         memory_mib: 0,
     });
     let program = program().context("native program")?;

@@ -4,15 +4,13 @@
 //! host and in every mode.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
 use std::fmt;
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
-use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -20,13 +18,12 @@ use engine_core::host::console::Sink;
 use engine_core::loader::Boot;
 use engine_core::machine::Source;
 use engine_core::peripherals::Family;
-use engine_core::tally::Count;
 use engine_core::{
-    CpuState, Doorbell, GuestRam, Irqchip, Limit, Limits, Machine, MachineOptions, Outcome,
-    Unavailable, drive,
+    CpuState, Crew, Doorbell, GuestRam, Irqchip, Limits, Machine, MachineOptions, Unavailable, Vcpu,
 };
 use engines::{Mode, Runs};
 
+use crate::conclude::{Last, conclude, report_end};
 use crate::wire::{Counter, Event, Stats};
 use crate::{cli, devices, native, say, status};
 
@@ -142,6 +139,14 @@ fn run_mode(
         None => arguments.cmdline.clone().unwrap_or_default(),
     };
     let translator = translator(mode, arguments)?;
+    if arguments.smp > mode.cpus {
+        bail!(
+            "mode {} runs guests of at most {} vCPU(s): --smp {} is too many",
+            mode.name,
+            mode.cpus,
+            arguments.smp
+        );
+    }
     let boot = match mode.runs {
         Runs::Vcpu(boot) => boot,
         Runs::Processes if arguments.guest.kernel.is_some() => {
@@ -160,7 +165,7 @@ fn run_mode(
 
     let mut peripherals = devices::open(arguments, mode.family())?;
 
-    let debug: Option<Box<dyn Write>> = match &arguments.debug_console {
+    let debug: Option<Box<dyn Write + Send>> = match &arguments.debug_console {
         Some(path) => {
             let file = fs::File::create(path);
             let file = file.with_context(|| format!("debug console {}", path.display()))?;
@@ -189,7 +194,7 @@ fn run_mode(
     let doorbell = doorbell(mode, arguments, irqchip)?;
     let setup = engines::Setup {
         irqchip,
-        cpus: 1,
+        cpus: arguments.smp,
         translator,
     };
     let mut vcpus = match boot(Arc::clone(&ram), setup).and_then(|mut vcpus| {
@@ -211,13 +216,17 @@ fn run_mode(
         controller: vcpu.controller(),
         debug,
         memory: engine_core::memory::regions(&ram),
+        cpus: arguments.smp,
         command_line: command_line.to_string(),
     })?;
     if doorbell == Doorbell::Eventfd {
         peripherals.doorbells = vcpu.doorbells();
     }
     machine.attach(peripherals, &ram, vcpu.keeps_code())?;
-    machine.post_writes(&mut **vcpu);
+    if arguments.smp == 1 {
+        machine.post_writes(&mut **vcpu);
+    }
+    let crew = Crew::new(arguments.smp)?;
     if arguments.exit_port == cli::ExitPort::Raw {
         engine_core::devices::testdev::add(&mut machine)?;
     }
@@ -227,13 +236,14 @@ fn run_mode(
         backend: found.backend,
         irqchip: Some(irqchip.name()),
         doorbell: (mode.family() == Family::Virtio).then_some(doorbell.name()),
+        cpus: arguments.smp,
         memory_mib: arguments.memory,
     });
-    let stats = Rc::new(RefCell::new(stats));
-    let windows = Rc::clone(&stats);
+    let stats = Arc::new(Mutex::new(stats));
+    let windows = Arc::clone(&stats);
     machine.observe_windows(move |window| {
         let counts = window.counts.iter().map(Counter::from).collect();
-        windows.borrow_mut().write(&Event::Window {
+        lock(&windows).write(&Event::Window {
             seq: window.seq,
             counts,
         });
@@ -249,20 +259,30 @@ fn run_mode(
         let message = format!("engine {} could not start: seccomp: {error}", mode.engine);
         let code = ExitCode::from(status::CRASHED);
         return Ok(report_end(
-            &mut stats.borrow_mut(),
+            &mut lock(&stats),
             "crashed",
             &message,
             &[],
             code,
         ));
     }
-    let outcome = drive(&mut **vcpu, &mut machine, &limits);
-    let counts = machine.totals(&mut **vcpu);
-    let mut stats = stats.borrow_mut();
-    let state = vcpu.state().ok();
+    let mut ended = crew.drive(vcpus, machine, &limits);
+    let mut all: Vec<&mut dyn Vcpu> = Vec::with_capacity(ended.vcpus.len());
+    all.extend(
+        ended
+            .vcpus
+            .iter_mut()
+            .map(|vcpu| &mut **vcpu as &mut dyn Vcpu),
+    );
+    let counts = ended.machine.totals_of(&mut all);
+    let last = Last {
+        cpu: ended.cpu,
+        state: ended.vcpus[ended.cpu].state().ok(),
+    };
+    let mut stats = lock(&stats);
     Ok(conclude(
-        &outcome,
-        state.as_ref(),
+        &ended.outcome,
+        Some(&last),
         arguments,
         &mut stats,
         &counts,
@@ -312,6 +332,10 @@ fn doorbell(mode: &Mode, arguments: &cli::Run, irqchip: Irqchip) -> anyhow::Resu
     }
 }
 
+fn lock(stats: &Mutex<Stats>) -> MutexGuard<'_, Stats> {
+    stats.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// As [`run_mode`] goes on, for an engine of processes.
 fn run_processes(
     mode: &'static Mode,
@@ -349,13 +373,14 @@ fn run_processes(
         backend: found.backend,
         irqchip: None,
         doorbell: None,
+        cpus: arguments.smp,
         memory_mib: arguments.memory,
     });
-    let stats = Rc::new(RefCell::new(stats));
-    let windows = Rc::clone(&stats);
+    let stats = Arc::new(Mutex::new(stats));
+    let windows = Arc::clone(&stats);
     guest.observe_windows(move |window| {
         let counts = window.counts.iter().map(Counter::from).collect();
-        windows.borrow_mut().write(&Event::Window {
+        lock(&windows).write(&Event::Window {
             seq: window.seq,
             counts,
         });
@@ -368,7 +393,7 @@ fn run_processes(
         max_exits: arguments.max_exits,
     });
     let counts = guest.totals();
-    let mut stats = stats.borrow_mut();
+    let mut stats = lock(&stats);
     Ok(conclude(&outcome, None, arguments, &mut stats, &counts))
 }
 
@@ -385,96 +410,4 @@ pub(crate) fn watch(timeout: Duration) {
         say("time limit reached, and the engine does not stop: ended from outside");
         std::process::exit(status::LIMIT.into());
     });
-}
-
-/// Says how the run ended, on stderr, to the stats descriptor and as the exit status.
-fn conclude(
-    outcome: &Outcome,
-    last: Option<&CpuState>,
-    arguments: &cli::Run,
-    stats: &mut Stats,
-    counts: &[Count],
-) -> ExitCode {
-    let at = |state: Option<&CpuState>| {
-        state.map_or(String::new(), |state| format!(" at rip {:#x}", state.rip))
-    };
-    let raw = arguments.exit_port == cli::ExitPort::Raw;
-    let (name, message, code) = match outcome {
-        Outcome::Success if raw => ("success", String::new(), status::raw(0)),
-        Outcome::Failure(code) if raw => ("failure", String::new(), status::raw(*code)),
-        Outcome::Success => ("success", String::new(), status::SUCCESS),
-        Outcome::Failure(code) => (
-            "failure",
-            format!("the guest failed with code {code}"),
-            status::FAILURE,
-        ),
-        Outcome::Reset => (
-            "reset",
-            "the guest reset the machine".to_owned(),
-            status::FAILURE,
-        ),
-        Outcome::Crashed { state, message } => {
-            show(state.as_deref());
-            let at = if message.contains(" rip 0x") {
-                String::new()
-            } else {
-                at(state.as_deref())
-            };
-            (
-                "crashed",
-                format!("the guest crashed: {message}{at}"),
-                status::CRASHED,
-            )
-        }
-        Outcome::Limit(limit) => {
-            let bound = match (limit, arguments.timeout, arguments.max_exits) {
-                (Limit::Timeout, Some(timeout), _) => format!(" ({} s)", timeout.as_secs_f64()),
-                (Limit::Exits, _, Some(most)) => format!(" ({most})"),
-                (Limit::Timeout | Limit::Exits | Limit::Input, _, _) => String::new(),
-            };
-            let at = at(last);
-            (
-                "limit",
-                format!("{}{bound}{at}", limit.message()),
-                status::LIMIT,
-            )
-        }
-        Outcome::Interrupted { signal } => {
-            let message = format!("ended by signal {signal}");
-            let code = status::signalled(*signal);
-            return report_end(stats, "interrupted", &message, counts, code);
-        }
-        Outcome::EngineError { state, error } => {
-            show(state.as_deref());
-            let message = format!("the engine failed: {error}{}", at(state.as_deref()));
-            ("crashed", message, status::CRASHED)
-        }
-    };
-    report_end(stats, name, &message, counts, ExitCode::from(code))
-}
-
-fn show(state: Option<&CpuState>) {
-    if let Some(state) = state {
-        let _ = writeln!(std::io::stderr(), "{state}");
-    }
-}
-
-/// The end event and the last line.
-pub(crate) fn report_end(
-    stats: &mut Stats,
-    outcome: &str,
-    message: &str,
-    counts: &[Count],
-    code: ExitCode,
-) -> ExitCode {
-    let counts = counts.iter().map(Counter::from).collect();
-    stats.write(&Event::End {
-        outcome,
-        message,
-        counts,
-    });
-    if !message.is_empty() {
-        say(message);
-    }
-    code
 }

@@ -30,6 +30,7 @@ pub(crate) enum Event<'a> {
         irqchip: Option<&'a str>,
         /// How virtio devices are notified, where there are any.
         doorbell: Option<&'a str>,
+        cpus: u8,
         memory_mib: u64,
     },
     /// A measured window has closed.
@@ -137,11 +138,12 @@ mod tests {
             backend: None,
             irqchip: Some("user"),
             doorbell: None,
+            cpus: 4,
             memory_mib: 256,
         };
         assert_eq!(
             serde_json::to_string(&start).unwrap(),
-            r#"{"event":"start","mode":"full","engine":"bt","backend":null,"irqchip":"user","doorbell":null,"memory_mib":256}"#
+            r#"{"event":"start","mode":"full","engine":"bt","backend":null,"irqchip":"user","doorbell":null,"cpus":4,"memory_mib":256}"#
         );
     }
 }

@@ -1,22 +1,25 @@
-//! The local APIC of processor 0 (SDM 3A chapter 11): registers, priorities and delivery.
+//! A processor's local APIC (SDM 3A chapter 11): registers, priorities and delivery.
 //!
 //! | module | what |
 //! |---|---|
 //! | `timer` | one-shot, periodic and TSC-deadline |
 //! | `x2apic` | the MSRs: base, x2APIC mode, deadline |
+//! | `message` | what is sent and who is addressed |
 //! | `vectors` | IRR, ISR and TMR |
 //!
-//! For engines that leave interrupt control to the VMM. Absent: other processors, delivery of NMI,
-//! SMI and INIT, and moving the register page.
+//! For engines that leave interrupt control to the VMM. What it sends is carried by
+//! [`Lapics`](super::Lapics). Absent: SMI, and moving the register page. Nothing is wired to LINT1.
 //!
-//! As firmware leaves it, LINT0 takes the 8259s' interrupts from the start (virtual wire mode,
-//! MultiProcessor Specification 3.6.2.2): images are entered without firmware here.
+//! As firmware leaves it, LINT0 of the boot processor takes the 8259s' interrupts from the start
+//! (virtual wire mode, MultiProcessor Specification 3.6.2.2): images are entered without firmware
+//! here.
 //!
 //! Task priority lives in two places, here and in the vCPU's CR8; [`Lapic::sync_task_priority`]
 //! and [`Lapic::take_priority_write`] tie them together (SDM 3A 11.8.6.1).
 //!
 //! Invariant: what is accepted has a vector of at least 16; others are recorded as errors.
 
+mod message;
 mod timer;
 mod vectors;
 mod x2apic;
@@ -24,6 +27,7 @@ mod x2apic;
 #[cfg(test)]
 mod tests;
 
+pub use message::{Delivery, Destination, Message, Target};
 use timer::{Mode, Timer};
 use vectors::Vectors;
 pub use x2apic::{APIC_BASE, TSC_DEADLINE, owns_msr};
@@ -80,20 +84,13 @@ const SEND_ILLEGAL: u32 = 1 << 5;
 const RECEIVE_ILLEGAL: u32 = 1 << 6;
 const ILLEGAL_REGISTER: u32 = 1 << 7;
 
-/// How an interrupt message names its destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Destination {
-    /// Physical id, or logical mask.
-    pub address: u8,
-    /// The address is logical.
-    pub logical: bool,
-}
-
-/// Local APIC of processor 0.
+/// The local APIC of one processor.
 #[derive(Debug)]
 pub struct Lapic {
     /// IA32_APIC_BASE.
     base: u64,
+    /// The processor's number, which is the id after reset and in x2APIC mode.
+    number: u8,
     id: u8,
     priority: u8,
     priority_written: bool,
@@ -112,17 +109,24 @@ pub struct Lapic {
     timer: Timer,
     /// Level-triggered vectors that have ended, for the I/O APIC.
     ended: Vectors,
+    /// What the ICR has sent.
+    sent: Option<(Target, Message)>,
 }
 
 impl Lapic {
-    /// A local APIC as firmware leaves it.
-    pub fn new(clock: Clock) -> Self {
+    /// That of processor `number` as firmware leaves it. Number 0 is the boot processor.
+    pub fn new(clock: Clock, number: u8) -> Self {
         // SDM 3A 11.4.7.1: state after reset.
         let mut lvt = [LVT_MASKED; 6];
-        lvt[LINT0] = DELIVERY_EXTINT;
+        let mut base = BASE.0 | x2apic::BASE_ENABLED;
+        if number == 0 {
+            lvt[LINT0] = DELIVERY_EXTINT;
+            base |= x2apic::BASE_BSP;
+        }
         Lapic {
-            base: BASE.0 | x2apic::BASE_ENABLED | x2apic::BASE_BSP,
-            id: 0,
+            base,
+            number,
+            id: number,
             priority: 0,
             priority_written: false,
             spurious: 0xff,
@@ -137,6 +141,7 @@ impl Lapic {
             lvt,
             timer: Timer::new(clock),
             ended: Vectors::default(),
+            sent: None,
         }
     }
 
@@ -147,8 +152,17 @@ impl Lapic {
             base: self.base,
             priority_written: true,
             lvt: [LVT_MASKED; 6],
-            ..Lapic::new(clock)
+            ..Lapic::new(clock, self.number)
         };
+    }
+
+    /// The processor takes INIT: as after power-up, but for its mode and its id (SDM 3A 11.4.7.3).
+    pub fn init(&mut self) {
+        let id = self.id;
+        self.reset();
+        self.id = id;
+        // The processor's CR8 is reset with it.
+        self.priority_written = false;
     }
 
     /// True when some vector waits, deliverable or not.
@@ -182,18 +196,17 @@ impl Lapic {
         self.in_service.put(vector, true);
     }
 
-    /// Takes an interrupt from outside. False if it was not for this processor or is lost: the
-    /// sender may try again.
-    pub fn accept(&mut self, destination: Destination, vector: u8, level: bool) -> bool {
-        self.addressed(destination) && self.request(vector, level)
-    }
-
     /// True when the 8259s' output reaches the processor: through LINT0, or past an APIC that is
     /// switched off.
     pub fn takes_external(&self) -> bool {
         let lint0 = self.lvt[LINT0];
-        self.base & x2apic::BASE_ENABLED == 0
-            || lint0 & LVT_MASKED == 0 && lint0 & DELIVERY_EXTINT == DELIVERY_EXTINT
+        !self.is_on() || lint0 & LVT_MASKED == 0 && Delivery::of(lint0) == Delivery::External
+    }
+
+    /// True when a rise of the 8259s' output is an NMI.
+    pub fn lint0_is_nmi(&self) -> bool {
+        let lint0 = self.lvt[LINT0];
+        self.is_on() && lint0 & LVT_MASKED == 0 && Delivery::of(lint0) == Delivery::Nmi
     }
 
     /// A level-triggered vector that the guest has ended since the last call, for the I/O APIC.
@@ -221,15 +234,22 @@ impl Lapic {
         self.priority_written
     }
 
-    fn enabled(&self) -> bool {
-        self.spurious & SVR_ENABLED != 0 && self.base & x2apic::BASE_ENABLED != 0
+    /// True unless IA32_APIC_BASE switches it off: it takes what has no vector.
+    pub fn is_on(&self) -> bool {
+        self.base & x2apic::BASE_ENABLED != 0
+    }
+
+    /// True when it takes vectors.
+    pub fn enabled(&self) -> bool {
+        self.spurious & SVR_ENABLED != 0 && self.is_on()
     }
 
     fn timer_can_fire(&self) -> bool {
         self.enabled() && self.lvt[TIMER] & LVT_MASKED == 0
     }
 
-    fn processor_priority(&self) -> u8 {
+    /// PPR: an interrupt of a higher class is taken.
+    pub fn processor_priority(&self) -> u8 {
         let serving = self.in_service.highest().unwrap_or(0);
         if self.priority >> 4 >= serving >> 4 {
             self.priority
@@ -239,7 +259,7 @@ impl Lapic {
     }
 
     /// Requests `vector`. False if this APIC takes nothing at present.
-    fn request(&mut self, vector: u8, level: bool) -> bool {
+    pub fn request(&mut self, vector: u8, level: bool) -> bool {
         if !self.enabled() {
             return false;
         }
@@ -262,76 +282,6 @@ impl Lapic {
         }
     }
 
-    fn addressed(&self, Destination { address, logical }: Destination) -> bool {
-        if address == 0xff {
-            return true;
-        }
-        if !logical {
-            return address == self.id;
-        }
-        if self.x2apic() {
-            return u32::from(address) & self.logical_destination() & 0xffff != 0;
-        }
-        let mine = (self.logical_id >> 24) as u8;
-        if self.destination_format >> 28 == 0xf {
-            address & mine != 0
-        } else {
-            // Clusters: four bits of cluster, four of member (SDM 3A 11.6.2.2).
-            address >> 4 == mine >> 4 && address & mine & 0xf != 0
-        }
-    }
-
-    /// LDR: in x2APIC mode it follows from the id (SDM 3A 11.12.10.2).
-    fn logical_destination(&self) -> u32 {
-        if self.x2apic() {
-            u32::from(self.id >> 4) << 16 | 1 << (self.id & 0xf)
-        } else {
-            self.logical_id
-        }
-    }
-
-    fn send_to_self(&mut self, vector: u8) {
-        if vector < 16 {
-            self.record(SEND_ILLEGAL);
-        } else {
-            self.request(vector, false);
-        }
-    }
-
-    fn send_command(&mut self) {
-        let command = self.command_low;
-        let to_self = match command >> 18 & 3 {
-            0b01 | 0b10 => true,
-            // A physical or logical destination: this processor or nobody.
-            0b00 => {
-                let logical = command >> 11 & 1 == 1;
-                if self.x2apic() {
-                    let address = self.command_high;
-                    address == u32::MAX
-                        || if logical {
-                            let mine = self.logical_destination();
-                            address >> 16 == mine >> 16 && address & mine & 0xffff != 0
-                        } else {
-                            address == u32::from(self.id)
-                        }
-                } else {
-                    let address = (self.command_high >> 24) as u8;
-                    self.addressed(Destination { address, logical })
-                }
-            }
-            // All but this one: nobody.
-            _ => false,
-        };
-        // Fixed and lowest priority; the others have no vector and no receiver here.
-        if command >> 8 & 7 <= 1 {
-            if (command as u8) < 16 {
-                self.record(SEND_ILLEGAL);
-            } else if to_self {
-                self.request(command as u8, false);
-            }
-        }
-    }
-
     fn end_of_interrupt(&mut self) {
         if let Some(vector) = self.in_service.highest() {
             self.in_service.put(vector, false);
@@ -344,7 +294,7 @@ impl Lapic {
     fn register(&self, offset: u64) -> u32 {
         let word = |base: u64, vectors: &Vectors| vectors.word(((offset - base) >> 4) as usize);
         match offset {
-            reg::ID if self.x2apic() => self.id.into(),
+            reg::ID if self.x2apic() => self.number.into(),
             reg::ID => u32::from(self.id) << 24,
             reg::VERSION => VERSION_VALUE,
             reg::TPR => self.priority.into(),

@@ -8,10 +8,6 @@ use crate::clock::tsc;
 const LVT_PERIODIC: u32 = 1 << 17;
 const LVT_TSC_DEADLINE: u32 = 2 << 17;
 const X2APIC: u64 = BASE.0 | 0xd00;
-const HERE: Destination = Destination {
-    address: 0,
-    logical: false,
-};
 
 fn get(lapic: &mut Lapic, offset: u64) -> u32 {
     let mut data = [0xff; 4];
@@ -25,7 +21,7 @@ fn set(lapic: &mut Lapic, offset: u64, value: u32) {
 
 fn reset() -> (Lapic, Clock) {
     let clock = Clock::manual();
-    (Lapic::new(clock.clone()), clock)
+    (Lapic::new(clock.clone(), 0), clock)
 }
 
 fn enabled() -> (Lapic, Clock) {
@@ -42,6 +38,10 @@ fn x2apic() -> (Lapic, Clock) {
 
 fn self_ipi(lapic: &mut Lapic, vector: u8) {
     set(lapic, ICR_LOW, 0b01 << 18 | u32::from(vector));
+    if let Some((target, message)) = lapic.take_sent() {
+        assert_eq!((target, message.vector), (Target::Sender, vector));
+        lapic.request(vector, false);
+    }
 }
 
 /// Ends all service and takes what is deliverable.
@@ -63,7 +63,7 @@ fn reset_state_is_disabled_and_masked_but_for_the_8259s() {
     assert_eq!(get(&mut lapic, LVT_LINT0), DELIVERY_EXTINT);
     assert!(lapic.takes_external());
     self_ipi(&mut lapic, 0x40);
-    assert!(!lapic.accept(HERE, 0x40, false));
+    assert!(!lapic.request(0x40, false));
     assert_eq!(lapic.deliverable(), None);
     set(&mut lapic, LVT_LINT0, DELIVERY_EXTINT | LVT_MASKED);
     assert!(!lapic.takes_external());
@@ -229,8 +229,8 @@ fn narrow_and_misaligned_accesses_do_no_harm() {
 #[test]
 fn level_triggered_vectors_are_told_to_the_io_apic_when_they_end() {
     let (mut lapic, _) = enabled();
-    assert!(lapic.accept(HERE, 0x41, true));
-    assert!(lapic.accept(HERE, 0x42, false));
+    assert!(lapic.request(0x41, true));
+    assert!(lapic.request(0x42, false));
     assert_eq!(get(&mut lapic, TMR + 0x20), 0b10);
     for vector in [0x42, 0x41] {
         assert_eq!(lapic.deliverable(), Some(vector));
@@ -244,7 +244,7 @@ fn level_triggered_vectors_are_told_to_the_io_apic_when_they_end() {
 #[test]
 fn destinations_are_physical_flat_or_clustered() {
     let (mut lapic, _) = enabled();
-    let to = |address, logical| Destination { address, logical };
+    let to = Destination::narrow;
     set(&mut lapic, LDR, 0x22 << 24);
     for (destination, expected) in [
         (to(0, false), true),
@@ -253,12 +253,12 @@ fn destinations_are_physical_flat_or_clustered() {
         (to(0x20, true), true),
         (to(0x11, true), false),
     ] {
-        assert_eq!(lapic.addressed(destination), expected, "{destination:?}");
+        assert_eq!(lapic.hears(destination), expected, "{destination:?}");
     }
     set(&mut lapic, DFR, 0);
-    assert!(lapic.addressed(to(0x23, true)));
-    assert!(!lapic.addressed(to(0x12, true)));
-    assert!(!lapic.addressed(to(0x21, true)));
+    assert!(lapic.hears(to(0x23, true)));
+    assert!(!lapic.hears(to(0x12, true)));
+    assert!(!lapic.hears(to(0x21, true)));
 }
 
 #[test]
@@ -268,7 +268,7 @@ fn illegal_vectors_and_registers_are_recorded_and_interrupt() {
     self_ipi(&mut lapic, 3);
     assert_eq!(next(&mut lapic), Some(0x66));
     assert_eq!(get(&mut lapic, ESR), 0);
-    assert!(lapic.accept(HERE, 15, false));
+    assert!(lapic.request(15, false));
     set(&mut lapic, 0x3f0, 0);
     set(&mut lapic, ESR, 0);
     assert_eq!(
@@ -353,22 +353,36 @@ fn x2apic_registers_are_msrs_and_the_page_is_gone() {
 }
 
 #[test]
-fn x2apic_sends_to_itself_in_every_way() {
+fn x2apic_sends_to_itself_without_a_command() {
     let (mut lapic, _) = x2apic();
-    for (index, value) in [
-        (0x83f, 0x51),
-        (0x830, 0b01 << 18 | 0x51),
-        (0x830, 0b10 << 18 | 0x51),
-        (0x830, 0x51),
-        (0x830, u64::from(u32::MAX) << 32 | 0x51),
-        (0x830, 1 << 32 | 1 << 11 | 0x51),
-    ] {
-        assert!(lapic.write_msr(index, value, 0));
-        assert_eq!(next(&mut lapic), Some(0x51), "{value:#x}");
-        assert!(lapic.write_msr(0x80b, 0, 0));
-    }
-    for value in [0b11 << 18 | 0x51, 7 << 32 | 0x51, 2 << 32 | 1 << 11 | 0x51] {
-        assert!(lapic.write_msr(0x830, value, 0));
-        assert_eq!(next(&mut lapic), None, "{value:#x}");
-    }
+    assert!(lapic.write_msr(0x83f, 0x51, 0));
+    assert_eq!(next(&mut lapic), Some(0x51));
+    assert_eq!(lapic.take_sent(), None);
+}
+
+#[test]
+fn an_init_keeps_mode_and_id() {
+    let (mut lapic, _) = enabled();
+    set(&mut lapic, ID, 7 << 24);
+    self_ipi(&mut lapic, 0x40);
+    lapic.init();
+    assert_eq!(get(&mut lapic, ID), 7 << 24);
+    assert_eq!(get(&mut lapic, SVR), 0xff);
+    assert!(!lapic.has_request());
+    assert_eq!(lapic.take_priority_write(), None);
+    let (mut lapic, _) = x2apic();
+    lapic.init();
+    assert_eq!(lapic.read_msr(APIC_BASE), Some(X2APIC));
+}
+
+#[test]
+fn processors_have_their_number_as_id_and_one_of_them_boots() {
+    let clock = Clock::manual();
+    let mut lapic = Lapic::new(clock, 5);
+    assert_eq!(get(&mut lapic, ID), 5 << 24);
+    assert_eq!(lapic.read_msr(APIC_BASE), Some(BASE.0 | 0x800));
+    assert!(!lapic.takes_external());
+    assert!(lapic.write_msr(APIC_BASE, BASE.0 | 0xc00, 0));
+    assert_eq!(lapic.read_msr(0x802), Some(5));
+    assert_eq!(lapic.read_msr(0x80d), Some(1 << 5));
 }
