@@ -29,6 +29,17 @@ pub struct Setup {
     pub translator: bt::Options,
 }
 
+impl Default for Setup {
+    /// One vCPU, the VMM's interrupt controllers.
+    fn default() -> Self {
+        Setup {
+            irqchip: Irqchip::default(),
+            cpus: 1,
+            translator: bt::Options::default(),
+        }
+    }
+}
+
 /// Creates an engine's vCPUs over one guest memory. They are numbered in order; a state is set for
 /// the first, and for others when they are started.
 pub type Boot = fn(Arc<GuestRam>, Setup) -> Result<Vec<Box<dyn Vcpu>>, Error>;

@@ -47,6 +47,8 @@ const LAYERS: &[(&str, &[&str])] = &[
 const TESTS_MAY_ALSO_USE: &[(&str, &[&str])] = &[
     ("images", &["abi", "programs"]),
     ("bt", &["images", "programs"]),
+    // Times a translator by itself, through the registry.
+    ("benches", &["engine-core"]),
     // Itself, with the feature that lets tests remove defences.
     ("pv", &["images", "programs", "pv"]),
 ];

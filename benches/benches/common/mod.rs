@@ -5,6 +5,8 @@
 //! with the binary `measure`. Invariant: a workload is timed only after a verified run, and a
 //! window whose checksum is not the oracle's ends the bench instead of becoming a figure.
 
+mod translate;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::time::Duration;
@@ -41,6 +43,9 @@ pub(crate) fn bench_mode(mode: &str) {
         // Names are the same in every mode: kept apart, or one mode would be the other's baseline.
         .output_directory(&target_dir().join("criterion").join(mode))
         .configure_from_args();
+    if engines::find(mode).is_some_and(|mode| mode.translates()) {
+        translate::bench(&mut criterion, mode);
+    }
     let parts = Parts {
         trapline: trapline(),
         // Peers alone take their image by path, and there are none here.
