@@ -24,7 +24,7 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 use crate::{
     arena::Arena,
     checks::Outside,
-    decode::{self, Mode},
+    decode::{self, Insn, Mode},
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
     site::{Kind, Mark, Site},
@@ -124,6 +124,9 @@ pub(crate) struct Cache {
     /// Linked sites whose target lies in another page.
     across: Vec<u32>,
     encoder: Encoder,
+    /// Buffers of the block before, empty or overwritten.
+    lowered: Lowered,
+    insns: Vec<Insn>,
     info: InstructionInfoFactory,
     /// Times the whole cache was emptied for lack of room.
     pub emptied: u64,
@@ -150,6 +153,8 @@ impl Cache {
             outside: Map::default(),
             across: Vec::new(),
             encoder: Encoder::new(64),
+            lowered: Lowered::default(),
+            insns: Vec::new(),
             info: InstructionInfoFactory::new(),
             emptied: 0,
         }
@@ -241,7 +246,10 @@ impl Cache {
             single: key.mode.single || second.is_some(),
             ..key.mode
         };
-        let decoded = decode::decode(bytes, ip, mode, &mut self.info).ok_or(Refusal::Crosses)?;
+        let decoded = {
+            let insns = std::mem::take(&mut self.insns);
+            decode::decode(bytes, ip, mode, &mut self.info, insns).ok_or(Refusal::Crosses)?
+        };
         let number = self.blocks.len() as u32;
         let place = Place {
             base: self.next,
@@ -251,13 +259,7 @@ impl Cache {
             groups: !self.apart.contains(&key),
             outside: self.outside.get(&key).copied().unwrap_or_default(),
         };
-        let Lowered {
-            code,
-            lazy_entry,
-            sites,
-            marks,
-            system,
-        } = lower::lower(
+        lower::lower(
             &decoded,
             bytes,
             ip,
@@ -265,21 +267,30 @@ impl Cache {
             place,
             &self.layout,
             &mut self.encoder,
+            &mut self.lowered,
         )
         .map_err(Refusal::Bug)?;
+        let Lowered {
+            code,
+            lazy_entry,
+            sites,
+            marks,
+            system,
+            ..
+        } = &mut self.lowered;
         if code.len() as u64 > self.end - self.next {
             return Err(Refusal::Bug(format!("a block of {} bytes", code.len())));
         }
-        arena.write_code(self.next, &code);
+        arena.write_code(self.next, code);
         self.blocks.push(Block {
             key,
             second,
             entry: self.next,
-            lazy_entry: self.next + u64::from(lazy_entry),
+            lazy_entry: self.next + u64::from(*lazy_entry),
             code_len: code.len() as u32,
             guest_len: decoded.len,
             watched: decoded.watched,
-            marks: marks.into(),
+            marks: marks.as_slice().into(),
             incoming: Vec::new(),
             alive: true,
             strikes: 0,
@@ -287,8 +298,9 @@ impl Cache {
             missed: Outside::default(),
         });
         self.next = (self.next + code.len() as u64).next_multiple_of(16);
-        self.sites.extend(sites);
-        self.system.extend(system);
+        self.sites.append(sites);
+        self.system.append(system);
+        self.insns = decoded.insns;
         if let Some(old) = self.by_key.insert(key, number) {
             self.unlink_incoming(old, arena);
         }

@@ -340,7 +340,7 @@ mod tests {
         expected: &[(usize, u8, bool, u64)],
     ) {
         let mut info = InstructionInfoFactory::new();
-        let decoded = decode(bytes, 0x1000, MODE, &mut info).expect("decodes");
+        let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
         let checks = plan(&decoded.insns, MODE, outside);
         assert_eq!(checks.routes, routes);
         let found: Vec<_> = checks

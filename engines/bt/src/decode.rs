@@ -236,12 +236,14 @@ pub(crate) struct Decoded {
 /// Decodes the instructions at `ip` from `bytes`, which end with the page (or hold exactly one
 /// instruction that crosses it).
 ///
-/// None means that the first instruction needs more bytes than there are.
+/// None means that the first instruction needs more bytes than there are. `insns` is a buffer: what it
+/// holds does not matter.
 pub(crate) fn decode(
     bytes: &[u8],
     ip: u64,
     mode: Mode,
     info: &mut InstructionInfoFactory,
+    mut insns: Vec<Insn>,
 ) -> Option<Decoded> {
     let width = match mode.bits {
         Bits::Bits16 => 16,
@@ -249,7 +251,7 @@ pub(crate) fn decode(
         Bits::Bits64 => 64,
     };
     let mut decoder = Decoder::with_ip(width, bytes, ip, OPTIONS);
-    let mut insns = Vec::new();
+    insns.clear();
     let limit = if mode.single { 1 } else { MAX_INSTRUCTIONS };
     let mut len = 0;
     while insns.len() < limit && decoder.can_decode() {
@@ -649,7 +651,7 @@ mod tests {
 
     fn check(bytes: &[u8], classes: &[Class]) -> Decoded {
         let mut info = InstructionInfoFactory::new();
-        let decoded = decode(bytes, 0x1000, MODE, &mut info).expect("decodes");
+        let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
         let found: Vec<Class> = decoded.insns.iter().map(|insn| insn.class).collect();
         assert_eq!(found, classes);
         decoded
@@ -700,6 +702,6 @@ mod tests {
         let decoded = check(b"\x90\x48\x8b", &[Class::Plain]);
         assert_eq!(decoded.len, 1);
         let mut info = InstructionInfoFactory::new();
-        assert!(decode(b"\x48\x8b", 0x1000, MODE, &mut info).is_none());
+        assert!(decode(b"\x48\x8b", 0x1000, MODE, &mut info, Vec::new()).is_none());
     }
 }

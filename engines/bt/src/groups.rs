@@ -93,13 +93,18 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode) -> Plan {
         return plan;
     }
     let accesses = accesses(insns);
+    if accesses.iter().flatten().count() < 2 {
+        return plan;
+    }
     let mut alive = vec![0u8; insns.len()];
+    let mut found = Vec::with_capacity(insns.len());
     for head in 0..insns.len() {
         let (Some(first), None) = (accesses[head], plan.members[head]) else {
             continue;
         };
         let (mut low, mut high) = (first.at, first.at + first.size);
-        let mut found = vec![head];
+        found.clear();
+        found.push(head);
         for (index, access) in accesses.iter().enumerate().skip(head + 1) {
             if alive[index] >= ALIVE {
                 break;
@@ -282,7 +287,7 @@ mod tests {
 
     fn check(bytes: &[u8], expected: &[(usize, usize, i64, u32)]) {
         let mut info = InstructionInfoFactory::new();
-        let decoded = decode(bytes, 0x1000, MODE, &mut info).expect("decodes");
+        let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
         let groups = plan(&decoded.insns, MODE).groups;
         let found: Vec<_> = groups
             .iter()

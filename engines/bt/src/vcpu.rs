@@ -424,12 +424,13 @@ impl BtVcpu {
         self.counts.add(ExitReason::Translate);
         let room = 4096 - (virt & 0xfff) as usize;
         let inside = self.core.code_left();
-        let mut bytes = vec![0xff; room.min(1024).min(inside)];
-        self.fetch(key.phys, &mut bytes);
+        let mut bytes = [0xff; 1024];
+        let bytes = &mut bytes[..room.min(1024).min(inside)];
+        self.fetch(key.phys, bytes);
         let source = Source {
             key,
             second: None,
-            bytes: &bytes,
+            bytes,
             ip: self.core.rip,
         };
         match self

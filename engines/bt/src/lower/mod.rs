@@ -119,7 +119,9 @@ impl Layout {
     }
 }
 
-/// What lowering a block yields.
+/// What lowering a block yields, in buffers that are used again for the next: most blocks are a
+/// handful of instructions, and making room for each list anew would cost more than filling it.
+#[derive(Default)]
 pub(crate) struct Lowered {
     pub code: Vec<u8>,
     /// Offset of the entry for who has the flags in `Context::lazy_flags`.
@@ -127,6 +129,19 @@ pub(crate) struct Lowered {
     pub sites: Vec<Site>,
     pub marks: Vec<Mark>,
     pub system: Vec<Instruction>,
+    cold: Vec<Cold>,
+    upcoming: Vec<u16>,
+}
+
+impl Lowered {
+    fn clear(&mut self) {
+        self.code.clear();
+        self.sites.clear();
+        self.marks.clear();
+        self.system.clear();
+        self.cold.clear();
+        self.upcoming.clear();
+    }
 }
 
 /// Lowers one block.
@@ -195,7 +210,7 @@ pub(crate) struct Place {
     pub outside: Outside,
 }
 
-/// Lowers `decoded`, whose first byte is `bytes[0]` at `ip`.
+/// Lowers `decoded`, whose first byte is `bytes[0]` at `ip`, into the buffers of `lowered`.
 ///
 /// # Errors
 /// The text of an encoding that couldn't be made: a bug, reported with the instruction.
@@ -207,14 +222,18 @@ pub(crate) fn lower(
     place: Place,
     layout: &Layout,
     encoder: &mut Encoder,
-) -> Result<Lowered, String> {
+    lowered: &mut Lowered,
+) -> Result<(), String> {
+    lowered.clear();
     let plan = if place.groups && !mode.window {
         groups::plan(&decoded.insns, mode)
     } else {
         Plan::apart(decoded.insns.len())
     };
     let mut lower = Lower {
-        asm: SimpleAssembler::new(),
+        asm: SimpleAssembler {
+            ops: std::mem::take(&mut lowered.code),
+        },
         base: place.base,
         block: place.block,
         first_site: place.first_site,
@@ -231,15 +250,15 @@ pub(crate) fn lower(
         pins: vec![0; plan.groups.len()],
         plan,
         checks: checks::plan(&decoded.insns, mode, place.outside),
-        sites: Vec::new(),
-        marks: Vec::new(),
-        system: Vec::new(),
-        cold: Vec::new(),
-        upcoming: Vec::new(),
+        sites: std::mem::take(&mut lowered.sites),
+        marks: std::mem::take(&mut lowered.marks),
+        system: std::mem::take(&mut lowered.system),
+        cold: std::mem::take(&mut lowered.cold),
+        upcoming: std::mem::take(&mut lowered.upcoming),
         at: 0,
     };
     let mut seen = 0;
-    lower.upcoming = vec![0; decoded.insns.len()];
+    lower.upcoming.resize(decoded.insns.len(), 0);
     for (slot, insn) in lower.upcoming.iter_mut().zip(&decoded.insns).rev() {
         // Nearest use wins: a register used soon shadows the rest.
         *slot = seen;
@@ -268,13 +287,16 @@ pub(crate) fn lower(
         .first()
         .is_some_and(|first| first.live_in != 0);
     let lazy_entry = if live { lower.lazy_entry() } else { 0 };
-    Ok(Lowered {
+    *lowered = Lowered {
         lazy_entry,
         code: lower.asm.finalize(),
         sites: lower.sites,
         marks: lower.marks,
         system: lower.system,
-    })
+        cold: lower.cold,
+        upcoming: lower.upcoming,
+    };
+    Ok(())
 }
 
 impl Lower<'_> {
@@ -622,7 +644,8 @@ impl Lower<'_> {
     }
 
     fn cold(&mut self) {
-        for cold in std::mem::take(&mut self.cold) {
+        let mut colds = std::mem::take(&mut self.cold);
+        for cold in colds.drain(..) {
             match cold {
                 Cold::Memory(pending) => self.cold_memory(pending),
                 Cold::Group {
@@ -650,6 +673,7 @@ impl Lower<'_> {
                 }
             }
         }
+        self.cold = colds;
     }
 
     fn tlb(&self, write: bool) -> i32 {
