@@ -35,6 +35,8 @@ pub(crate) struct Core {
     /// What [`Core::mode`] said last of privileged and of user code, and for which
     /// [`Core::mode_key`], until something else that it depends on changes.
     modes: [Option<(u64, Mode)>; 2],
+    /// The window was closed when modes were last thought of.
+    window_waits: bool,
     /// [`Shortcuts::enabled`] says what it can.
     pub settled: bool,
     pub debug: Debugging,
@@ -93,6 +95,7 @@ impl Core {
             flushed: Flushed::Nothing,
             modes: [None; 2],
             settled: false,
+            window_waits: false,
             debug: Debugging::default(),
             nmi: Nmi::default(),
             device_values: Vec::new(),
@@ -262,6 +265,15 @@ impl Core {
         self.modes = [None; 2];
         self.shortcuts.enabled = 0;
         self.settled = false;
+    }
+
+    /// Forgets the modes if the window has been opened or closed: code made for it mustn't run on.
+    pub(crate) fn follow_window(&mut self) {
+        let waits = self.mmu.window.waits();
+        if waits != self.window_waits {
+            self.window_waits = waits;
+            self.forget_modes();
+        }
     }
 
     /// The modes of 64-bit code in ring 0 and in ring 3 as privileges change by themselves; None

@@ -251,6 +251,7 @@ impl BtVcpu {
             return Ok(stop);
         }
         loop {
+            self.core.follow_window();
             let mut stub = self.stubs.enter;
             let entry = match self.resume {
                 Resume::Host(entry) => entry,
