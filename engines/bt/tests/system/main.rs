@@ -18,7 +18,10 @@
 //! | `interrupts` | timer, windows and shadows, task priority, kicks |
 //! | `state` | what the engine shows of itself, and takes back |
 //! | `protected` | 32-bit code |
-//! | `real` | 16-bit code, gates, tasks, decimal arithmetic |
+//! | `legacy` | guests of 16 and 32 bits |
+//! | `real` | 16-bit code, decimal arithmetic |
+//! | `narrow` | instructions of 16-bit code, as QEMU has them |
+//! | `tasks` | gates, tasks, virtual-8086 mode, limits |
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
 
 mod access;
@@ -28,8 +31,10 @@ mod descriptors;
 mod exceptions;
 mod interrupts;
 mod kernel;
+mod legacy;
 mod limits;
 mod memory;
+mod narrow;
 mod nmi;
 mod paging;
 mod privilege;
@@ -39,4 +44,5 @@ mod registers;
 mod rig;
 mod run;
 mod state;
+mod tasks;
 mod transitions;
