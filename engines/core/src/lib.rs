@@ -27,7 +27,7 @@ mod seats;
 pub mod state;
 pub mod storage;
 pub mod tally;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod vcpu;
 mod window;

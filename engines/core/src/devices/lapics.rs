@@ -7,6 +7,9 @@
 //! Invariant: whoever got something new since the last look is in `news`, so that its thread can be
 //! told.
 
+#[cfg(test)]
+mod tests;
+
 use super::lapic::{Delivery, Destination, Lapic, Message, Target};
 use super::{Action, Device};
 use crate::clock::Clock;

@@ -28,6 +28,8 @@
 mod crew;
 mod reach;
 mod rest;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;

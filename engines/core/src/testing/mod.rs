@@ -1,4 +1,5 @@
-//! Tiny guests, put together on the fly: for tests of the run loop and of every engine.
+//! Tiny guests, put together on the fly: for tests of the run loop and of every engine. [`scripted`]
+//! has a vCPU that needs no engine.
 //!
 //! [`Guest`] builds an ELF image with a PVH note around machine code. [`Guest::protected`] starts
 //! the code where PVH does, in 32-bit protected mode; [`Guest::long`] puts a boot stub before it
@@ -11,6 +12,8 @@
 //! let image = Guest::long(|asm| end(asm, 0)).elf();
 //! assert!(engine_core::loader::check(&image).is_ok());
 //! ```
+
+pub mod scripted;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, cr0, cr3, cr4, eax, ecx, edx, ptr, rsp};
