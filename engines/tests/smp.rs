@@ -2,8 +2,15 @@
 
 mod support;
 
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use engine_core::testing::{Guest, assemble, end};
 use engines::Mode;
-use support::{Call, on_every_mode, smp};
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use support::{Call, finish, on_every_mode, smp};
 
 /// Calls `body` for every mode with several vCPUs that this host can run.
 fn on_smp_modes(body: impl Fn(&'static Mode)) {
@@ -19,8 +26,11 @@ fn kernel(mode: &Mode, image: &[u8], args: &[&str]) -> Call {
     let path = call.path("kernel");
     std::fs::write(&path, image).unwrap();
     let path = path.to_str().unwrap().to_owned();
-    call.args(&["--timeout", "20", "--kernel", &path])
-        .args(args)
+    let call = call.args(&["--kernel", &path]).args(args);
+    match args.contains(&"--timeout") {
+        true => call,
+        false => call.args(&["--timeout", "25"]),
+    }
 }
 
 #[test]
@@ -31,6 +41,192 @@ fn four_processors_start_and_interrupt_each_other() {
             let ended = kernel(mode, &image, &["--smp", "4"]).run();
             ended.check(0, "");
             assert_eq!(ended.stdout, b"smp ok\n");
+            let has_chips = mode.kernel_irqchip.is_some_and(|probe| probe().is_ok());
+            if has_chips {
+                let args = ["--smp", "4", "--irqchip", "kernel"];
+                kernel(mode, &image, &args).run().check(0, "");
+            }
         });
     }
+}
+
+#[test]
+fn qemu_agrees_about_the_image() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let file = directory.path().join("kernel");
+    std::fs::write(&file, smp::image(false)).unwrap();
+    let spawned = Command::new("qemu-system-x86_64")
+        .args(["-accel", "tcg", "-smp", "4", "-m", "16"])
+        .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
+        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
+        .arg("-kernel")
+        .arg(&file)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let Ok(child) = spawned else {
+        eprintln!("skipped: no QEMU");
+        return;
+    };
+    let ended = finish(child, Instant::now());
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    let text = String::from_utf8_lossy(&ended.stdout);
+    assert!(text.contains("smp ok"), "{text}");
+}
+
+/// A guest whose second processor does `second` in real mode, and whose first starts it and then
+/// does `first`.
+fn pair(
+    first: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+    second: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Vec<u8> {
+    const START_PAGE: u32 = 8;
+    const ICR: u32 = 0xfee0_0300;
+    let mut guest = Guest::protected(|asm| {
+        for command in [5 << 8, 6 << 8 | START_PAGE] {
+            asm.mov(dword_ptr(ICR), 0b11 << 18 | 1 << 14 | command)?;
+        }
+        first(asm)
+    });
+    let code = assemble(16, 0, second);
+    let size = code.len() as u64;
+    guest
+        .segments
+        .push((u64::from(START_PAGE) << 12, code, size));
+    guest.elf()
+}
+
+fn spin(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut again = asm.create_label();
+    asm.set_label(&mut again)?;
+    asm.pause()?;
+    asm.jmp(again)
+}
+
+fn halt(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+    asm.cli()?;
+    asm.hlt()
+}
+
+#[test]
+fn any_processor_ends_the_guest_wherever_the_others_are() {
+    let leave = |asm: &mut CodeAssembler| {
+        asm.mov(eax, 7)?;
+        asm.out(0xf4, eax)
+    };
+    for image in [pair(spin, leave), pair(halt, leave)] {
+        on_smp_modes(|mode| {
+            let ended = kernel(mode, &image, &["--smp", "3"]).run();
+            ended.check(1, "failed with code 7");
+        });
+    }
+}
+
+#[test]
+fn all_processors_that_there_can_be_start() {
+    const STARTED: u32 = 0x8800;
+    on_smp_modes(|mode| {
+        let all = |asm: &mut CodeAssembler| {
+            let mut again = asm.create_label();
+            asm.set_label(&mut again)?;
+            asm.pause()?;
+            asm.cmp(byte_ptr(STARTED), i32::from(mode.cpus - 1))?;
+            asm.jne(again)?;
+            end(asm, 0)
+        };
+        let here = |asm: &mut CodeAssembler| {
+            asm.xor(ax, ax)?;
+            asm.mov(ds, ax)?;
+            asm.lock().inc(byte_ptr(STARTED))?;
+            halt(asm)
+        };
+        let most = mode.cpus.to_string();
+        kernel(mode, &pair(all, here), &["--smp", &most])
+            .run()
+            .check(0, "");
+    });
+}
+
+#[test]
+fn a_crash_names_the_processor() {
+    let fault = |asm: &mut CodeAssembler| {
+        // A limit of 0: no exception can be delivered. Not every KVM gets as far as the triple fault.
+        asm.xor(ax, ax)?;
+        asm.mov(ds, ax)?;
+        asm.lidt(ptr(0x8f00))?;
+        asm.ud2()
+    };
+    let image = pair(spin, fault);
+    on_smp_modes(|mode| {
+        let ended = kernel(mode, &image, &["--smp", "2"]).run();
+        ended.check(4, "on vCPU 1");
+        assert!(ended.stderr.starts_with("state on vCPU 1\n"), "{ended:?}");
+    });
+    let image = pair(halt, halt);
+    on_smp_modes(|mode| {
+        let ended = kernel(mode, &image, &["--smp", "4"]).run();
+        ended.check(4, "nothing can wake it");
+    });
+}
+
+#[test]
+fn limits_hold_for_all_processors_together() {
+    let flood = |asm: &mut CodeAssembler| {
+        let mut again = asm.create_label();
+        asm.set_label(&mut again)?;
+        asm.out(0x80, al)?;
+        asm.jmp(again)
+    };
+    let image = pair(spin, spin);
+    on_smp_modes(|mode| {
+        let ended = kernel(mode, &image, &["--smp", "2", "--timeout", "0.3"]).run();
+        ended.check(5, "time limit reached (0.3 s)");
+    });
+    for image in [pair(halt, flood), pair(flood, flood)] {
+        on_smp_modes(|mode| {
+            let ended = kernel(mode, &image, &["--smp", "2", "--max-exits", "5000"]).run();
+            ended.check(5, "exit limit reached (5000)");
+        });
+    }
+}
+
+#[test]
+fn a_host_signal_ends_all_processors() {
+    let speak = |asm: &mut CodeAssembler| {
+        asm.mov(dx, 0x3f8)?;
+        asm.mov(al, 0x21)?;
+        asm.out(dx, al)?;
+        spin(asm)
+    };
+    let image = pair(halt, speak);
+    on_smp_modes(|mode| {
+        let started = Instant::now();
+        let mut call = kernel(mode, &image, &["--smp", "2"]);
+        let mut child = call.start();
+        // The second processor runs once it has spoken.
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        // SAFETY: kill takes plain numbers; the child has not been waited for, so the id is its.
+        unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+        finish(child, started).check(128 + libc::SIGINT, "ended by signal 2");
+    });
+}
+
+#[test]
+fn more_processors_than_there_can_be_are_usage_errors() {
+    let image = Guest::protected(|asm| end(asm, 0)).elf();
+    for mode in engines::MODES {
+        for number in ["0", "17", "x"] {
+            let ended = kernel(mode, &image, &["--smp", number]).run();
+            assert_eq!(ended.status.code(), Some(2), "{ended:?}");
+            assert!(ended.stderr.contains("--smp"), "{ended:?}");
+        }
+        if mode.cpus == 1 {
+            kernel(mode, &image, &["--smp", "2"])
+                .run()
+                .check(2, "at most 1 vCPU");
+        }
+    }
+    let call = Call::new("native").args(&["--workload", "alu", "--smp", "2"]);
+    call.run().check(2, "has no vCPU");
 }

@@ -66,7 +66,7 @@ impl Board {
         self.0.settle();
     }
 
-    fn to_x2apic(&mut self) {
+    fn switch_to_x2apic(&mut self) {
         for cpu in 0..4 {
             let base = self.0.lapics.of(cpu).read_msr(APIC_BASE).unwrap();
             self.write_msr(cpu, APIC_BASE, base | 0xc00);
@@ -161,7 +161,7 @@ fn logical_destinations_flat_and_in_clusters() {
 #[test]
 fn x2apic_destinations_have_32_bits() {
     let mut board = Board::new();
-    board.to_x2apic();
+    board.switch_to_x2apic();
     for (high, low, takers) in [
         (3u32, 0x51, 0b1000),
         (0xff, 0x51, 0),
@@ -296,7 +296,7 @@ fn a_level_ends_wherever_it_was_taken() {
     assert_eq!(board.takers(0x70), 0b1000);
     assert_eq!(board.takers(0x70), 0);
     // In x2APIC mode 8 bits address cluster 0.
-    board.to_x2apic();
+    board.switch_to_x2apic();
     board.redirect(10, 0x70 | u64::from(LOGICAL) | 0b0110 << 56);
     board.pulse(10);
     assert_eq!(board.takers(0x70), 0b0110);
