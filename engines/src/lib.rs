@@ -123,7 +123,7 @@ pub static MODES: &[Mode] = &[
         probe: || Ok(Available { backend: None }),
         eventfd_doorbells: None,
         kernel_irqchip: None,
-        cpus: 1,
+        cpus: MOST_CPUS,
         runs: Runs::Vcpu(translated),
     },
     Mode {
@@ -172,15 +172,18 @@ pub static MODES: &[Mode] = &[
         probe: || Ok(Available { backend: None }),
         eventfd_doorbells: None,
         kernel_irqchip: None,
-        cpus: 1,
+        cpus: MOST_CPUS,
         runs: Runs::Vcpu(translated),
     },
 ];
 
-/// The translator's vCPU.
+/// The translator's vCPUs.
 fn translated(ram: Arc<GuestRam>, setup: Setup) -> Result<Vec<Box<dyn Vcpu>>, Error> {
-    let vcpu = bt::BtVcpu::new(ram, setup.translator)?;
-    Ok(vec![Box::new(vcpu)])
+    let vcpus = bt::BtVcpu::several(ram, setup.translator, setup.cpus)?;
+    Ok(vcpus
+        .into_iter()
+        .map(|vcpu| Box::new(vcpu) as Box<dyn Vcpu>)
+        .collect())
 }
 
 /// KVM's vCPUs. The VMM's interrupt controllers are the default: they are the same in every mode, and

@@ -13,7 +13,7 @@
 //! All of it sits below 2 GiB, for absolute displacements. The code cache is W^X by two mappings of
 //! one memfd: no page is ever writable and executable at one address.
 
-use std::{io, ptr};
+use std::{io, ptr, sync::atomic::AtomicBool};
 
 use crate::{
     context::Context,
@@ -39,6 +39,8 @@ pub(crate) struct Arena {
     base: usize,
     writable: usize,
     code_bytes: usize,
+    /// The x87 state is in the context, not in some thread's registers.
+    pub x87_away: AtomicBool,
 }
 
 impl Arena {
@@ -64,6 +66,7 @@ impl Arena {
             base: base as usize,
             writable: 0,
             code_bytes,
+            x87_away: AtomicBool::new(true),
         };
         // SAFETY: plain system calls; the fixed mapping lies inside the arena just reserved.
         unsafe {

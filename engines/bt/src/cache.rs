@@ -27,6 +27,7 @@ use crate::{
     decode::{self, Insn, Mode},
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
+    pages::Set,
     site::{Kind, Mark, Site},
     tlb::Span,
 };
@@ -51,7 +52,7 @@ pub(crate) struct Block {
     pub code_len: u32,
     pub guest_len: u32,
     /// Guest bytes that a write must not change unseen.
-    watched: u32,
+    pub watched: u32,
     marks: Box<[Mark]>,
     /// Sites whose branch is linked to this block.
     incoming: Vec<u32>,
@@ -211,7 +212,7 @@ impl Cache {
     /// Throws everything away.
     pub(crate) fn empty(&mut self, mmu: &mut Mmu) {
         for &page in self.by_page.keys() {
-            mmu.set_code(page << 12, false);
+            mmu.leave(page << 12);
         }
         self.next = self.start;
         self.blocks.clear();
@@ -226,16 +227,19 @@ impl Cache {
         self.emptied += 1;
     }
 
-    /// Translates and enters one block. The cache must not be [`full`](Cache::full).
+    /// Code from the page around `phys` is about to be translated. Answers who else may be writing to
+    /// it unseen: they have to be waited for.
+    pub(crate) fn enter(&mut self, phys: u64, mmu: &mut Mmu) -> Set {
+        self.by_page.entry(phys >> 12).or_default();
+        mmu.enter(phys)
+    }
+
+    /// Translates and enters one block. The cache must not be [`full`](Cache::full), and its pages
+    /// have been [entered](Cache::enter).
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub(crate) fn translate(
-        &mut self,
-        source: &Source<'_>,
-        arena: &Arena,
-        mmu: &mut Mmu,
-    ) -> Result<u32, Refusal> {
+    pub(crate) fn translate(&mut self, source: &Source<'_>, arena: &Arena) -> Result<u32, Refusal> {
         let Source {
             key,
             second,
@@ -252,6 +256,7 @@ impl Cache {
         };
         let number = self.blocks.len() as u32;
         let place = Place {
+            ip,
             base: self.next,
             block: number,
             first_site: self.sites.len(),
@@ -262,7 +267,6 @@ impl Cache {
         lower::lower(
             &decoded,
             bytes,
-            ip,
             mode,
             place,
             &self.layout,
@@ -306,7 +310,6 @@ impl Cache {
         }
         for page in [Some(key.phys), second].into_iter().flatten() {
             self.by_page.entry(page >> 12).or_default().push(number);
-            mmu.set_code(page, true);
         }
         Ok(number)
     }
@@ -322,7 +325,7 @@ impl Cache {
             return;
         }
         self.apart.insert(found.key);
-        self.replace(block, arena, mmu);
+        self.discard(block, arena, mmu);
     }
 
     /// Notes that the window was not for an access in `missed`, of `block`. A block where that keeps happening is thrown away, to be translated with other ways for
@@ -340,11 +343,11 @@ impl Cache {
         let outside = self.outside.entry(found.key).or_default();
         outside.tlb |= found.missed.tlb | outside.sum & found.missed.sum;
         outside.sum |= found.missed.sum;
-        self.replace(block, arena, mmu);
+        self.discard(block, arena, mmu);
     }
 
-    /// Throws a block away that is to be translated in another way.
-    fn replace(&mut self, block: u32, arena: &Arena, mmu: &Mmu) {
+    /// Throws one block away. Its pages stay entered.
+    pub(crate) fn discard(&mut self, block: u32, arena: &Arena, mmu: &Mmu) {
         let found = &mut self.blocks[block as usize];
         found.alive = false;
         let key = found.key;
@@ -449,7 +452,7 @@ impl Cache {
                 !hit
             });
             if numbers.is_empty() {
-                mmu.set_code(page << 12, false);
+                mmu.leave(page << 12);
             } else {
                 self.by_page.insert(page, numbers);
             }

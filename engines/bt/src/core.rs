@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use engine_core::{CpuState, GuestRam, Segment};
+use engine_core::{CpuState, GuestRam, Segment, cpuid::Place};
 
 use crate::{
     arena::Arena,
@@ -16,11 +16,13 @@ use crate::{
     },
     decode::{Fpu, Mode},
     fault::{self, Fault},
+    guest,
     mmu::{Access, Mmu},
     privileged::{Leaf, Placed, Shortcuts},
     site::Homes,
     system::{self, Debugging, Nmi},
     tlb::Span,
+    vm::Vm,
 };
 
 /// Registers and memory of one guest CPU.
@@ -47,6 +49,8 @@ pub(crate) struct Core {
     pub exact_flags: bool,
     /// RAM with translated code that was written since the run loop last looked.
     pub code_writes: Vec<(u64, u64)>,
+    /// Which of the VM's processors this is.
+    pub place: Place,
 }
 
 /// Address translations dropped since the run loop last looked.
@@ -76,7 +80,7 @@ impl Core {
     ///
     /// # Safety
     /// `arena` outlives the core and serves no other.
-    pub(crate) unsafe fn new(ram: Arc<GuestRam>, arena: &Arena) -> Core {
+    pub(crate) unsafe fn new(ram: Arc<GuestRam>, arena: &Arena, vm: Arc<Vm>, place: Place) -> Core {
         let privileged = arena.privileged();
         // SAFETY: the caller's promise; both are parts of the arena's own page.
         let (cpu, shortcuts) = unsafe {
@@ -90,7 +94,7 @@ impl Core {
             cpu,
             shortcuts,
             // SAFETY: the caller's promise.
-            mmu: unsafe { Mmu::new(ram, arena) },
+            mmu: unsafe { Mmu::new(ram, arena, vm, place.id.into()) },
             rip: 0,
             flushed: Flushed::Nothing,
             modes: [None; 2],
@@ -101,6 +105,7 @@ impl Core {
             device_values: Vec::new(),
             exact_flags: false,
             code_writes: Vec::new(),
+            place,
         }
     }
 
@@ -380,7 +385,7 @@ impl Core {
             && let Some(host) = self.mmu.written(address, user)
         {
             // SAFETY: `host` is in a page of RAM, and the bytes stay within it.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len()) };
+            unsafe { guest::write(host, bytes) };
             return Ok(());
         }
         let mut parts = [(0u64, 0usize, 0usize); 2];
@@ -407,9 +412,10 @@ impl Core {
         let Some(host) = self.mmu.host(phys, bytes.len() as u64) else {
             return;
         };
+        let code = !self.mmu.claim(phys);
         // SAFETY: `host` covers the length; guest RAM is never borrowed as Rust memory.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len()) };
-        if self.mmu.is_code(phys) {
+        unsafe { guest::write(host, bytes) };
+        if code {
             self.code_writes.push((phys, bytes.len() as u64));
         }
     }

@@ -49,6 +49,16 @@ impl Doorbell {
         self.pending.swap(false, Ordering::AcqRel)
     }
 
+    /// Makes translated code leave soon, for the runtime's own sake: the run goes on after it.
+    pub(crate) fn ring(&self) {
+        self.protect(libc::PROT_NONE);
+    }
+
+    /// True if a kick waits for its answer.
+    pub(crate) fn is_kicked(&self) -> bool {
+        self.pending.load(Ordering::Acquire)
+    }
+
     /// Opens the page after a fault on it.
     pub(crate) fn open(&self) {
         self.protect(libc::PROT_READ | libc::PROT_WRITE);

@@ -16,6 +16,8 @@
 //! | `stubs`, `signal`, `arena`, `context`, `site` | between translated code and Rust |
 //! | `privileged`, `transitions` | system registers that translated code reaches, privilege changes without Rust |
 //! | `vcpu` | the run loop of it all |
+//! | `vm`, `pages` | what the vCPUs of one VM share |
+//! | `guest`, `pair` | guest memory as the runtime accesses it |
 //! | `insn` | ring-3 snippets, one at a time |
 
 mod arena;
@@ -28,6 +30,7 @@ mod decode;
 mod fault;
 mod features;
 mod groups;
+mod guest;
 pub mod insn;
 mod kick;
 #[allow(
@@ -36,6 +39,8 @@ mod kick;
 )]
 mod lower;
 mod mmu;
+mod pages;
+mod pair;
 mod privileged;
 mod signal;
 mod site;
@@ -52,7 +57,10 @@ mod tlb;
 )]
 mod transitions;
 mod vcpu;
+mod vm;
 mod window;
 mod x87;
 
 pub use vcpu::{BtVcpu, Extended, Options, UserStop};
+#[cfg(feature = "testing")]
+pub use vm::Guarantee;

@@ -4,16 +4,15 @@
 //! dirty bits. Results go to the software TLBs of [`crate::tlb`], which behave as a processor's:
 //! a changed page-table entry is seen after an invalidation and not before.
 //!
-//! Invariant: a write TLB never holds a page with translated code on it, so every write to code
-//! takes the slow path and finds the blocks that it kills.
+//! Invariant: a write TLB never holds a page with translated code on it, this vCPU's or another's, so
+//! every write to code takes the slow path and finds the blocks that it kills.
 
 use std::cell::RefCell;
+use std::os::fd::AsRawFd;
 use std::sync::{
     Arc,
     atomic::{AtomicU32, AtomicU64, Ordering},
 };
-
-use std::os::fd::AsRawFd;
 
 use engine_core::GuestRam;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -25,7 +24,11 @@ use crate::{
         canonical,
     },
     fault::Fault,
+    guest,
+    pages::Set,
+    pair::Pair,
     tlb::{JumpCache, Span, Tlb, tlb_index},
+    vm::{Guarantee, Vm},
     window::{Piece, SIZE, Window},
 };
 
@@ -84,16 +87,18 @@ pub(crate) struct Mmu {
     large: RefCell<Vec<Span>>,
     /// Guarded pages in the supervisor's TLBs, which go when EFLAGS.AC does.
     guarded: RefCell<Vec<u64>>,
-    /// One bit per 4 KiB page of each region: it holds translated code.
-    code_pages: Vec<Vec<u64>>,
+    pub vm: Arc<Vm>,
+    /// This vCPU's number.
+    pub me: usize,
+    pair: Pair,
 }
 
 impl Mmu {
-    /// An MMU over `ram`, with its tables in `arena`.
+    /// The MMU of vCPU `me` of `vm`, over `ram`, with its tables in `arena`.
     ///
     /// # Safety
     /// `arena` outlives the MMU, and no other MMU uses it.
-    pub(crate) unsafe fn new(ram: Arc<GuestRam>, arena: &Arena) -> Mmu {
+    pub(crate) unsafe fn new(ram: Arc<GuestRam>, arena: &Arena, vm: Arc<Vm>, me: usize) -> Mmu {
         let regions: Vec<Region> = ram
             .iter()
             .map(|region| Region {
@@ -107,10 +112,6 @@ impl Mmu {
                     .map(|file| (file.file().as_raw_fd(), file.start())),
             })
             .collect();
-        let code_pages = regions
-            .iter()
-            .map(|region| vec![0; (region.len as usize >> 12).div_ceil(64)])
-            .collect();
         // SAFETY: each table gets its own part of the arena.
         let tlbs = std::array::from_fn(|index| unsafe { Tlb::new(arena.tlb(index)) });
         // SAFETY: as above.
@@ -123,7 +124,9 @@ impl Mmu {
             jumps,
             large: RefCell::default(),
             guarded: RefCell::default(),
-            code_pages,
+            vm,
+            me,
+            pair: Pair::default(),
         }
     }
 
@@ -139,6 +142,17 @@ impl Mmu {
         let (index, offset) = self.region(phys, len)?;
         // SAFETY: the offset lies inside the region's mapping.
         Some(unsafe { self.regions[index].host.add(offset as usize) })
+    }
+
+    /// Maps two pages of RAM next to each other, for an atomic access across both. Valid until the
+    /// next call. None if they can't be mapped again.
+    pub(crate) fn side_by_side(&mut self, first: u64, second: u64) -> Option<*mut u8> {
+        let [first, second] = [first, second].map(|phys| {
+            let (index, offset) = self.region(phys, 4096)?;
+            let (fd, start) = self.regions[index].file?;
+            Some((fd, start + offset))
+        });
+        self.pair.map([first?, second?])
     }
 
     /// Forgets every translation of data addresses and every branch target.
@@ -194,33 +208,47 @@ impl Mmu {
         }
     }
 
-    /// True if the page at `phys` holds translated code.
+    /// True if anybody has translated code from the page at `phys`.
     pub(crate) fn is_code(&self, phys: u64) -> bool {
-        self.region(phys, 1).is_some_and(|(index, offset)| {
-            let page = offset as usize >> 12;
-            self.code_pages[index][page / 64] >> (page % 64) & 1 == 1
-        })
+        self.vm.pages.is_code(phys)
     }
 
-    /// Notes whether the page at `phys` holds translated code.
-    pub(crate) fn set_code(&mut self, phys: u64, code: bool) {
-        let Some((index, offset)) = self.region(phys, 1) else {
-            return;
-        };
-        let page = offset as usize >> 12;
-        let word = &mut self.code_pages[index][page / 64];
-        let before = *word;
-        if code {
-            *word |= 1 << (page % 64);
-        } else {
-            *word &= !(1 << (page % 64));
-        }
-        if code && before != self.code_pages[index][page / 64] {
-            // Any alias may be in a write TLB; which, nobody knows.
-            self.tlbs[tlb_index(false, true)].flush();
-            self.tlbs[tlb_index(true, true)].flush();
+    /// Claims the page at `phys` for writing without a word. False if it holds code: then what is
+    /// written has to be told.
+    pub(crate) fn claim(&self, phys: u64) -> bool {
+        self.vm.pages.claim(phys, self.me)
+    }
+
+    /// Notes that code from the page at `phys` is about to be translated. Answers who else may be
+    /// writing to it unseen; this vCPU is not.
+    pub(crate) fn enter(&mut self, phys: u64) -> Set {
+        let mine = 1 << self.me;
+        let entered = self.vm.pages.enter(phys, self.me);
+        if entered.writers & mine != 0 {
+            self.give_up(phys);
+        } else if entered.new && self.vm.alone() {
+            // The window of an only vCPU claims nothing.
             self.window.protect(phys & !0xfff);
         }
+        entered.writers & !mine
+    }
+
+    /// Takes back a claim: nothing translated leads to the page any more that could be written through.
+    pub(crate) fn give_up(&mut self, phys: u64) {
+        self.drop_writable();
+        self.window.protect(phys & !0xfff);
+        self.vm.pages.disclaim(phys, self.me);
+    }
+
+    /// Notes that no translated code from the page at `phys` is left.
+    pub(crate) fn leave(&self, phys: u64) {
+        self.vm.pages.leave(phys, self.me);
+    }
+
+    /// Empties the write TLBs. Any alias of a page may be in them; which, nobody knows.
+    pub(crate) fn drop_writable(&self) {
+        self.tlbs[tlb_index(false, true)].flush();
+        self.tlbs[tlb_index(true, true)].flush();
     }
 
     /// Enters a page into the TLB that an access of this kind looks into. Returns false if the
@@ -230,7 +258,7 @@ impl Mmu {
             return false;
         };
         let write = access == Access::Write;
-        if write && self.is_code(page.phys) {
+        if write && !self.claim(page.phys) {
             return false;
         }
         self.note(address, page);
@@ -260,7 +288,8 @@ impl Mmu {
         let Some((fd, start)) = region.file else {
             return false;
         };
-        if write && self.is_code(page.phys) {
+        let claimed = page.writable && self.claim(page.phys);
+        if write && !claimed {
             return false;
         }
         self.note(address, page);
@@ -271,13 +300,13 @@ impl Mmu {
             phys: page.phys,
             fd,
             offset: start + offset,
-            writable: page.writable && !self.is_code(page.phys),
+            writable: claimed,
         };
         // A hole where code was, in an extent that is mapped already.
         if self.window.shows(here, page.phys, page.writable) {
             return self.window.fill_hole(single);
         }
-        let span = Span::around(address, page.bytes);
+        let span = Span::around(address, page.bytes.min(self.vm.pages.most_at_once()));
         let before = (here - span.start).min(offset);
         let after = (span.bytes - (here - span.start))
             .min(region.len - offset)
@@ -292,34 +321,13 @@ impl Mmu {
         };
         let mut code = Vec::new();
         if page.writable {
-            code = self.code_in(index, offset - before, whole.bytes);
+            code = self.vm.pages.claim_all(whole.phys, whole.bytes, self.me);
         }
         // So many holes aren't worth it.
-        let piece = if code.len() <= 64 { whole } else { single };
-        if piece.bytes == 4096 {
-            code.clear();
+        if code.len() > 64 {
+            return self.window.fill(single, &[]);
         }
-        self.window.fill(piece, &code)
-    }
-
-    /// Physical addresses of pages with translated code in part of a region.
-    fn code_in(&self, index: usize, offset: u64, bytes: u64) -> Vec<u64> {
-        let words = &self.code_pages[index];
-        let (mut page, end) = (offset >> 12, (offset + bytes) >> 12);
-        let mut found = Vec::new();
-        while page < end {
-            let word = words[page as usize / 64] >> (page % 64);
-            if word == 0 {
-                page = (page / 64 + 1) * 64;
-                continue;
-            }
-            page += u64::from(word.trailing_zeros());
-            if page < end {
-                found.push(self.regions[index].start + (page << 12));
-            }
-            page += 1;
-        }
-        found
+        self.window.fill(whole, &code)
     }
 
     /// Translates `address` for an access by the current or an implied privilege.
@@ -333,13 +341,28 @@ impl Mmu {
         access: Access,
         user: bool,
     ) -> Result<Page, Fault> {
+        loop {
+            if let Some(page) = self.descend(cpu, address, access, user)? {
+                return Ok(page);
+            }
+        }
+    }
+
+    /// One walk from the root. None if an entry has changed under it.
+    fn descend(
+        &self,
+        cpu: &Cpu,
+        address: u64,
+        access: Access,
+        user: bool,
+    ) -> Result<Option<Page>, Fault> {
         if cpu.cr0 & CR0_PG == 0 {
-            return Ok(Page {
+            return Ok(Some(Page {
                 phys: address & 0xffff_f000,
                 bytes: 4096,
                 writable: true,
                 guarded: false,
-            });
+            }));
         }
         let write = access == Access::Write;
         let nx = cpu.efer & EFER_NXE != 0;
@@ -399,8 +422,8 @@ impl Mmu {
                 && !pointer_only
                 && (wide || cpu.cr4 & CR4_PSE != 0);
             if level > 1 && !large {
-                if !pointer_only {
-                    self.set_bits(entry_at, wide, entry, ACCESSED);
+                if !pointer_only && !self.set_bits(entry_at, wide, entry, ACCESSED) {
+                    return Ok(None);
                 }
                 table = entry
                     & if wide {
@@ -442,7 +465,9 @@ impl Mmu {
                 return Err(fault(true, false, locked));
             }
             let set = ACCESSED | if write { DIRTY } else { 0 };
-            self.set_bits(entry_at, wide, entry, set);
+            if !self.set_bits(entry_at, wide, entry, set) {
+                return Ok(None);
+            }
             let base = if wide {
                 entry & 0x000f_ffff_ffff_f000 & !(span - 1)
             } else if large {
@@ -452,14 +477,14 @@ impl Mmu {
                 entry & 0xffff_f000
             };
             let phys = (base | address & (span - 1)) & !0xfff;
-            return Ok(Page {
+            return Ok(Some(Page {
                 phys,
                 bytes: span,
                 writable: can_write
                     && (write || entry & DIRTY != 0)
                     && !(keyed && self.locked(cpu, entry, Access::Write, user)),
                 guarded,
-            });
+            }));
         }
     }
 
@@ -486,13 +511,33 @@ impl Mmu {
         }
     }
 
-    fn set_bits(&self, at: u64, wide: bool, entry: u64, bits: u64) {
+    /// Sets `bits` in the entry at `at`. False if it isn't `entry` any more: another CPU has changed
+    /// it, and what was read from it holds no longer (SDM 3A 4.8, 4.10.4.2).
+    fn set_bits(&self, at: u64, wide: bool, entry: u64, bits: u64) -> bool {
         if entry & bits == bits {
-            return;
+            return true;
         }
-        if let Some(host) = self.host(at, if wide { 8 } else { 4 }) {
-            // SAFETY: as in `entry`. Accessed and dirty are in the low word of either format.
-            unsafe { &*host.cast::<AtomicU32>() }.fetch_or(bits as u32, Ordering::Relaxed);
+        let Some(host) = self.host(at, if wide { 8 } else { 4 }) else {
+            return true;
+        };
+        let new = entry | bits;
+        if self.vm.without(Guarantee::EntryBits) {
+            // SAFETY: as in `entry`.
+            unsafe { &*host.cast::<AtomicU32>() }.store(new as u32, Ordering::Relaxed);
+            return true;
+        }
+        if wide {
+            // SAFETY: as in `entry`.
+            let slot = unsafe { &*host.cast::<AtomicU64>() };
+            let (old, new) = (entry, new);
+            slot.compare_exchange(old, new, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+        } else {
+            // SAFETY: as in `entry`.
+            let slot = unsafe { &*host.cast::<AtomicU32>() };
+            let (old, new) = (entry as u32, new as u32);
+            slot.compare_exchange(old, new, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
         }
     }
 
@@ -534,10 +579,8 @@ impl Mmu {
                 }
             };
             match host {
-                // SAFETY: inside RAM, and `bytes` is the runtime's own memory.
-                Some(host) => unsafe {
-                    std::ptr::copy_nonoverlapping(host, bytes[done..].as_mut_ptr(), len);
-                },
+                // SAFETY: inside RAM.
+                Some(host) => unsafe { guest::read(host, &mut bytes[done..done + len]) },
                 None => bytes[done..done + len].fill(0xff),
             }
             done += len;

@@ -9,7 +9,11 @@
 //! It runs on an alternate stack with SS_AUTODISARM: the guest's RSP is in the host's RSP and may
 //! point anywhere, into that stack too.
 
-use std::{cell::Cell, io, mem, ptr, sync::OnceLock};
+use std::{
+    cell::{Cell, RefCell},
+    io, mem, ptr,
+    sync::OnceLock,
+};
 
 use crate::context::{Context, HOST_FAULT, HostFault};
 
@@ -25,6 +29,7 @@ pub(crate) struct Active {
 thread_local! {
     static ACTIVE: Cell<Option<Active>> = const { Cell::new(None) };
     static STACK: Cell<bool> = const { Cell::new(false) };
+    static MEMORY: RefCell<Option<Stack>> = const { RefCell::new(None) };
 }
 
 const SIGNALS: [i32; 5] = [
@@ -87,16 +92,41 @@ fn install() -> io::Result<()> {
     Ok(())
 }
 
-/// Gives this thread an alternate stack of its own, once; it is kept until the process ends.
+const STACK_BYTES: usize = 64 * 1024;
+
+/// A thread's alternate stack, until it ends.
+struct Stack(*mut libc::c_void);
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        STACK.set(false);
+        let off = libc::stack_t {
+            ss_sp: ptr::null_mut(),
+            ss_flags: libc::SS_DISABLE,
+            ss_size: 0,
+        };
+        // SAFETY: the mapping is this value's own. It goes only if it isn't, or isn't any more, this
+        // thread's alternate stack.
+        unsafe {
+            let mut now: libc::stack_t = mem::zeroed();
+            let known = libc::sigaltstack(ptr::null(), &mut now) == 0;
+            let ours = known && now.ss_sp == self.0;
+            if known && (!ours || libc::sigaltstack(&off, ptr::null_mut()) == 0) {
+                libc::munmap(self.0, STACK_BYTES);
+            }
+        }
+    }
+}
+
+/// Gives this thread an alternate stack of its own, once.
 fn stack() -> io::Result<()> {
-    const BYTES: usize = 64 * 1024;
     /// `SS_AUTODISARM` of linux/signal.h, which libc doesn't name.
     const SS_AUTODISARM: i32 = 1 << 31;
     // SAFETY: a fresh mapping becomes this thread's alternate stack.
     unsafe {
         let memory = libc::mmap(
             ptr::null_mut(),
-            BYTES,
+            STACK_BYTES,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
             -1,
@@ -108,11 +138,14 @@ fn stack() -> io::Result<()> {
         let stack = libc::stack_t {
             ss_sp: memory,
             ss_flags: SS_AUTODISARM,
-            ss_size: BYTES,
+            ss_size: STACK_BYTES,
         };
         if libc::sigaltstack(&stack, ptr::null_mut()) != 0 {
-            return Err(io::Error::last_os_error());
+            let error = io::Error::last_os_error();
+            libc::munmap(memory, STACK_BYTES);
+            return Err(error);
         }
+        MEMORY.replace(Some(Stack(memory)));
     }
     STACK.set(true);
     Ok(())

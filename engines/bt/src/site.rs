@@ -89,6 +89,10 @@ pub(crate) struct Slow {
     pub next_ip: Option<u64>,
     /// How far RSP still has to move before `next_ip`.
     pub rsp: i32,
+    /// The body is atomic.
+    pub locked: bool,
+    /// The block is still to write through an address that it looked up before this access.
+    pub pinned: bool,
 }
 
 /// A lookup that stands for the accesses of several instructions.

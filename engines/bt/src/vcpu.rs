@@ -4,23 +4,26 @@
 //! |---|---|
 //! | this one | the run loop: finds the code to go on with, enters it, links it |
 //! | `access` | slow paths of memory accesses, faults of the host's CPU |
+//! | `create` | options and constructors |
 //! | `answer` | instructions that the runtime executes, answers to exits |
 //! | `interface` | what engine-core's run loop sees |
 //! | `listing` | translated code as text |
+//! | `share` | the other vCPUs of the VM |
 //! | `user` | ring-3 code without a kernel |
 //! | `window` | accesses that the window wasn't ready or isn't for |
 
 mod access;
 mod answer;
+mod create;
 mod interface;
 mod listing;
+mod share;
 mod user;
 mod window;
 
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use engine_core::{Error, ExitCounts, ExitReason, GuestRam, Vcpu};
+use engine_core::{Error, ExitCounts, ExitReason, Vcpu};
 
 use crate::{
     arena::Arena,
@@ -30,45 +33,23 @@ use crate::{
     cpu::{Bits, EFER_SCE, Seg, canonical},
     decode::Mode,
     fault::Fault,
+    guest,
     kick::Doorbell,
-    lower::{self, Layout},
+    lower,
     mmu::Access,
     privileged::{KERNEL, SYSCALLS, USER},
     signal::{Active, Guard},
     site::{Homes, Kind, Site},
-    stubs::{self, Stubs},
+    stubs::Stubs,
     system::Trap,
-    transitions::{self, BOUNDARY, Transitions},
+    transitions::{BOUNDARY, Transitions},
     x87,
 };
-use access::Transfer;
+use access::{Direct, Transfer};
 use answer::Pending;
+pub use create::Options;
+use share::Told;
 pub use user::{Extended, UserStop};
-
-/// How the translator is set up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Room for translated code, in bytes. Full, it is emptied and filled anew.
-    pub code_cache: usize,
-    /// Translated code counts its branches and accesses, which costs it time
-    /// ([`Vcpu::host_stats`]).
-    pub count_paths: bool,
-}
-
-impl Options {
-    /// Sizes of code cache that can be had: from room for the stubs and one block to what absolute
-    /// displacements reach.
-    pub const CODE_CACHE: RangeInclusive<usize> = Cache::MINIMUM..=1 << 30;
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Options {
-            code_cache: 64 << 20,
-            count_paths: false,
-        }
-    }
-}
 
 /// Where `run` goes on.
 #[derive(Clone, Copy, Debug)]
@@ -129,6 +110,19 @@ impl From<Shutdown> for Stop {
     }
 }
 
+/// Why there is no code to go on with.
+enum Missing {
+    Trap(Trap),
+    /// Somebody wants this vCPU to stop, and it was waiting for others.
+    Kicked,
+}
+
+impl<T: Into<Trap>> From<T> for Missing {
+    fn from(trap: T) -> Missing {
+        Missing::Trap(trap.into())
+    }
+}
+
 /// A vCPU whose guest code is translated.
 pub struct BtVcpu {
     core: Core,
@@ -160,70 +154,22 @@ pub struct BtVcpu {
     jump_modes: [Option<Mode>; 2],
     /// Entries into translated code.
     entries: u64,
+    /// There is no other vCPU.
+    alone: bool,
+    /// What the others have been told.
+    told: Told,
+    /// The access under way whose body runs on the memory itself.
+    direct: Option<Direct>,
     // Last: everything above points into it.
     arena: Arc<Arena>,
 }
 
-// SAFETY: what the pointers in it lead to is the vCPU's own arena and guest memory, and nothing is
-// tied to a thread but during a call: handlers and x87 state are taken over at its start.
+// SAFETY: what its pointers lead to is its own arena, which only the thread that has the vCPU uses,
+// and guest memory, which is anybody's. x87 state that waits in a thread's registers is looked after
+// by `x87`.
 unsafe impl Send for BtVcpu {}
 
 impl BtVcpu {
-    /// A vCPU over `ram`, to be given its first state by `set_state`.
-    ///
-    /// # Errors
-    /// [`Error::Host`] if memory can't be mapped, [`Error::Engine`] for a code cache too small.
-    pub fn new(ram: Arc<GuestRam>, options: Options) -> Result<BtVcpu, Error> {
-        if !Options::CODE_CACHE.contains(&options.code_cache) {
-            return Err(Error::Engine(format!(
-                "code cache of {} bytes: choose {} to {}",
-                options.code_cache,
-                Options::CODE_CACHE.start(),
-                Options::CODE_CACHE.end()
-            )));
-        }
-        let arena = Arena::new(options.code_cache).map_err(|source| Error::Host {
-            operation: "map the translator's arena",
-            source,
-        })?;
-        let arena = Arc::new(arena);
-        let (stubs, code) = stubs::emit(arena.context_disp(), arena.code());
-        arena.write_code(arena.code(), &code);
-        let next = (arena.code() + code.len() as u64).next_multiple_of(64);
-        let (transitions, code) = transitions::emit(&arena, stubs.exit, next);
-        arena.write_code(next, &code);
-        let layout = Layout::new(&arena, &stubs, transitions, options.count_paths);
-        let cache = Cache::new(&arena, layout, transitions.end);
-        // SAFETY: the arena is dropped last and serves this core alone.
-        let mut core = unsafe { Core::new(ram, &arena) };
-        core.context().mxcsr = 0x1f80;
-        core.context().window_limit = crate::window::SIZE;
-        core.context().index_limit = crate::window::INDEX_LIMIT;
-        x87::reset(&mut core.context().x87);
-        Ok(BtVcpu {
-            core,
-            cache,
-            stubs,
-            transitions,
-            counts: ExitCounts::default(),
-            counting: options.count_paths,
-            doorbell: Arc::new(Doorbell::new(arena.clone())),
-            window: false,
-            intercept: false,
-            resume: Resume::Boundary,
-            steps: 0,
-            pending: Pending::Nothing,
-            msr: None,
-            accepted: false,
-            data: [0; 8],
-            strings: Vec::new(),
-            stale: false,
-            jump_modes: [None; 2],
-            entries: 0,
-            arena,
-        })
-    }
-
     /// Times that translated code was entered: what a hot loop must not need.
     pub fn entries(&self) -> u64 {
         self.entries
@@ -235,6 +181,16 @@ impl BtVcpu {
     }
 
     fn go(&mut self) -> Result<Stop, Error> {
+        self.join();
+        let stop = self.go_on();
+        if !self.alone {
+            x87::put_away(&self.arena);
+        }
+        self.part();
+        stop
+    }
+
+    fn go_on(&mut self) -> Result<Stop, Error> {
         let active = Active {
             context: self.arena.context(),
             code_start: self.arena.code(),
@@ -246,7 +202,7 @@ impl BtVcpu {
             source,
         })?;
         self.core.mmu.window.activate();
-        x87::acquire(self.arena.context());
+        x87::acquire(&self.arena)?;
         if let Some(stop) = self.answer() {
             return Ok(stop);
         }
@@ -283,6 +239,10 @@ impl BtVcpu {
         if self.doorbell.answer() {
             return Err(Stop::Interrupted);
         }
+        // After the doorbell's page may have been opened, which forgets who rang.
+        if !self.alone && !self.agree() {
+            return Ok(None);
+        }
         let debugging = self.core.debugging();
         if debugging && let Some(trap) = self.core.take_trap() {
             return self.raise(trap).map(|()| None);
@@ -305,9 +265,17 @@ impl BtVcpu {
         self.steps = self.steps.saturating_sub(1);
         match self.find(single) {
             Ok((entry, _)) => Ok(Some(entry)),
-            Err(Trap::Fault(fault)) => self.raise(fault).map(|()| None),
-            Err(Trap::Shutdown) => Err(Stop::Shutdown),
-            Err(Trap::Unsupported(message)) => Err(Stop::Internal(message)),
+            Err(missing) => self.missing(missing).map(|()| None),
+        }
+    }
+
+    fn missing(&mut self, missing: Missing) -> Result<(), Stop> {
+        match missing {
+            Missing::Trap(Trap::Fault(fault)) => self.raise(fault),
+            Missing::Trap(Trap::Shutdown) => Err(Stop::Shutdown),
+            Missing::Trap(Trap::Unsupported(message)) => Err(Stop::Internal(message)),
+            // The boundary that comes next answers.
+            Missing::Kicked => Ok(()),
         }
     }
 
@@ -319,7 +287,7 @@ impl BtVcpu {
             Flushed::Everything => self.cache.unlink_across(None, &self.arena),
         }
         for (phys, len) in std::mem::take(&mut self.core.code_writes) {
-            self.kill(phys, len);
+            self.overwritten(phys, len);
         }
     }
 
@@ -349,7 +317,7 @@ impl BtVcpu {
     }
 
     /// Address of the code for RIP, and its block's number if it is one to link to.
-    fn find(&mut self, single: bool) -> Result<(u64, Option<u32>), Trap> {
+    fn find(&mut self, single: bool) -> Result<(u64, Option<u32>), Missing> {
         let mode = Mode {
             single,
             ..self.core.mode()
@@ -396,7 +364,7 @@ impl BtVcpu {
     }
 
     /// The block at `virt`, translated if need be.
-    fn block(&mut self, mode: Mode, virt: u64) -> Result<u32, Trap> {
+    fn block(&mut self, mode: Mode, virt: u64) -> Result<u32, Missing> {
         if mode.limited >> Seg::CS & 1 == 1 {
             self.core.check_target(self.core.rip)?;
         }
@@ -423,6 +391,7 @@ impl BtVcpu {
             self.cache.empty(&mut self.core.mmu);
         }
         self.counts.add(ExitReason::Translate);
+        self.enter_page(key.phys)?;
         let room = 4096 - (virt & 0xfff) as usize;
         let inside = self.core.code_left();
         let mut bytes = [0xff; 1024];
@@ -434,16 +403,15 @@ impl BtVcpu {
             bytes,
             ip: self.core.rip,
         };
-        match self
-            .cache
-            .translate(&source, &self.arena, &mut self.core.mmu)
-        {
-            Ok(number) => return Ok(number),
-            Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message)),
+        match self.cache.translate(&source, &self.arena) {
+            Ok(number) if self.still_there(number, bytes) => return Ok(number),
+            Ok(_) => return self.block(mode, virt),
+            Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message).into()),
             Err(Refusal::Crosses) if inside <= room => return Err(Fault::gp().into()),
             Err(Refusal::Crosses) => {}
         }
         let second = self.next_page(virt, mode)?;
+        self.enter_page(second)?;
         let mut bytes = vec![0xff; inside.min(15)];
         self.fetch(key.phys, &mut bytes[..room]);
         self.fetch(second, &mut bytes[room..]);
@@ -453,15 +421,13 @@ impl BtVcpu {
             bytes: &bytes,
             ip: self.core.rip,
         };
-        match self
-            .cache
-            .translate(&source, &self.arena, &mut self.core.mmu)
-        {
-            Ok(number) => Ok(number),
+        match self.cache.translate(&source, &self.arena) {
+            Ok(number) if self.still_there(number, &bytes) => Ok(number),
+            Ok(_) => self.block(mode, virt),
             // Fifteen bytes hold any instruction: it is one that is too long, or it leaves the
             // code segment.
             Err(Refusal::Crosses) => Err(Fault::gp().into()),
-            Err(Refusal::Bug(message)) => Err(Trap::Unsupported(message)),
+            Err(Refusal::Bug(message)) => Err(Trap::Unsupported(message).into()),
         }
     }
 
@@ -478,7 +444,7 @@ impl BtVcpu {
     fn fetch(&self, phys: u64, bytes: &mut [u8]) {
         if let Some(host) = self.core.mmu.host(phys, bytes.len() as u64) {
             // SAFETY: `host` covers the length.
-            unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
+            unsafe { guest::read(host, bytes) };
         }
     }
 
@@ -506,6 +472,10 @@ impl BtVcpu {
         let site = self.cache.site(index);
         match site.kind {
             Kind::Memory(slow) if number & 1 == 0 => self.slow(site, slow),
+            Kind::Memory(slow) if self.direct.is_some() => {
+                self.written(slow);
+                Ok(())
+            }
             Kind::Memory(slow) => self.transfer(Transfer {
                 site,
                 slow,
@@ -569,15 +539,14 @@ impl BtVcpu {
                 }
                 Ok(())
             }
-            Err(Trap::Fault(fault)) => self.raise(fault),
-            Err(Trap::Shutdown) => Err(Stop::Shutdown),
-            Err(Trap::Unsupported(message)) => Err(Stop::Internal(message)),
+            Err(missing) => self.missing(missing),
         }
     }
 }
 
 impl Drop for BtVcpu {
     fn drop(&mut self) {
-        x87::release(self.arena.context());
+        x87::put_away(&self.arena);
+        self.retire();
     }
 }

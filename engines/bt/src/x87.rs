@@ -1,18 +1,46 @@
 //! x87 and MMX state: in the host's registers between runs, in a save area when Rust needs it.
 //!
-//! Rust code doesn't use x87, so a vCPU's state stays in the host's registers between runs. It is
-//! put away when another vCPU runs on the same thread, and copied when an instruction or a caller
-//! wants to see it. The area is in the layout of fxsave64 (SDM 1 table 10-2); its SSE half means
-//! nothing, since XMM registers have slots of their own.
+//! Rust code doesn't use x87, so the state of a VM's only vCPU stays in the host's registers between
+//! runs. It is put away when another vCPU runs on the same thread, or the thread ends, and copied
+//! when an instruction or a caller wants to see it. A vCPU with company puts it away after each run,
+//! for its thread may change. The area is in the layout of fxsave64 (SDM 1 table 10-2); its SSE half
+//! means nothing, since XMM registers have slots of their own.
 //!
 //! Invariant: a thread's x87 registers hold the state of that thread's owner, or of nobody.
 
-use std::{arch::asm, cell::Cell, ptr};
+use std::{
+    arch::asm,
+    cell::{Cell, RefCell},
+    ptr,
+    sync::{Arc, atomic::Ordering},
+};
 
-use crate::context::{Aligned, Context};
+use engine_core::Error;
+
+use crate::{
+    arena::Arena,
+    context::{Aligned, Context},
+};
 
 thread_local! {
     static OWNER: Cell<*mut Context> = const { Cell::new(ptr::null_mut()) };
+    static STATE: RefCell<Option<Owned>> = const { RefCell::new(None) };
+}
+
+/// State in this thread's registers, with the memory it goes to.
+struct Owned(Arc<Arena>);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // SAFETY: the arena is alive, and its state is in this thread's registers. They are left as
+        // the calling convention expects them.
+        unsafe {
+            save(&raw mut (*self.0.context()).x87);
+            asm!("fninit");
+        }
+        OWNER.set(ptr::null_mut());
+        self.0.x87_away.store(true, Ordering::Release);
+    }
 }
 
 /// Offsets in the area.
@@ -58,24 +86,33 @@ unsafe fn load(area: *mut Area) {
     }
 }
 
-/// Makes the host's x87 registers hold the state of `context`.
-pub(crate) fn acquire(context: *mut Context) {
-    OWNER.with(|owner| {
-        let before = owner.get();
-        if before == context {
-            return;
-        }
-        // SAFETY: an owner that is dropped gives up ownership first, on this thread, so `before` is
-        // live. The calling convention leaves x87 empty between calls, and after fxrstor its
-        // contents are of no concern to Rust.
-        unsafe {
-            if !before.is_null() {
-                save(&raw mut (*before).x87);
-            }
-            load(&raw mut (*context).x87);
-        }
-        owner.set(context);
-    });
+/// Makes the host's x87 registers hold the state of the vCPU in `arena`.
+///
+/// # Errors
+/// [`Error::Engine`] if it is in the registers of another thread still.
+pub(crate) fn acquire(arena: &Arc<Arena>) -> Result<(), Error> {
+    if OWNER.get() == arena.context() {
+        return Ok(());
+    }
+    STATE.take();
+    if !arena.x87_away.swap(false, Ordering::Acquire) {
+        return Err(Error::Engine(
+            "the vCPU has moved, and its x87 registers are those of a thread that goes on".into(),
+        ));
+    }
+    // SAFETY: the calling convention leaves x87 empty between calls, and after fxrstor its contents
+    // are of no concern to Rust.
+    unsafe { load(&raw mut (*arena.context()).x87) };
+    OWNER.set(arena.context());
+    STATE.replace(Some(Owned(Arc::clone(arena))));
+    Ok(())
+}
+
+/// Leaves the state in its area, for whichever thread comes next.
+pub(crate) fn put_away(arena: &Arena) {
+    if OWNER.get() == arena.context() {
+        STATE.take();
+    }
 }
 
 /// Brings the area of `context` up to date.
@@ -94,17 +131,6 @@ pub(crate) fn store(context: *mut Context) {
         if owner.get() == context {
             // SAFETY: an owner is live.
             unsafe { load(&raw mut (*context).x87) };
-        }
-    });
-}
-
-/// Gives up ownership.
-pub(crate) fn release(context: *mut Context) {
-    OWNER.with(|owner| {
-        if owner.get() == context {
-            // SAFETY: leaves the registers as the calling convention expects them.
-            unsafe { asm!("fninit") };
-            owner.set(ptr::null_mut());
         }
     });
 }

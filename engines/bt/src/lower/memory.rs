@@ -17,7 +17,7 @@
 //! into `a` and says `bounce`: a second copy of the body, after which the buffer is written back.
 
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Code, Instruction, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
 
 use super::{Cold, Lower, Path, gpr64, lasting, memory_operand, needs_flags};
@@ -66,6 +66,8 @@ pub(super) struct Open {
     body: usize,
     homes: Homes,
     first_mark: usize,
+    locked: bool,
+    pinned: bool,
 }
 
 /// A lookup just emitted.
@@ -235,7 +237,15 @@ impl Lower<'_> {
             body: self.position(),
             homes: lookup.homes,
             first_mark: self.marks.len(),
+            locked: is_locked(&insn.instr),
+            pinned: self.pins_write(),
         })
+    }
+
+    /// A group of writes isn't over.
+    fn pins_write(&self) -> bool {
+        let mut groups = self.plan.groups.iter().zip(&self.pins);
+        groups.any(|(group, &register)| group.write && self.pinned >> register & 1 == 1)
     }
 
     fn open_member(&mut self, insn: &Insn, member: Member, avoid: u16) -> Result<Open, String> {
@@ -290,6 +300,8 @@ impl Lower<'_> {
             body: self.position(),
             homes: self.homes,
             first_mark: self.marks.len(),
+            locked: false,
+            pinned: false,
         })
     }
 
@@ -415,6 +427,8 @@ impl Lower<'_> {
             alignment: open.alignment,
             next_ip,
             rsp,
+            locked: open.locked,
+            pinned: open.pinned,
         };
         let site = self.add_site(open.ip, Kind::Memory(bounce_later));
         self.exit_through(site, 0);
@@ -569,6 +583,11 @@ impl Lower<'_> {
         }
         Ok(())
     }
+}
+
+/// True if `instr` reads and writes its memory operand as one (SDM 3A 8.1.2).
+fn is_locked(instr: &Instruction) -> bool {
+    instr.has_lock_prefix() || instr.mnemonic() == Mnemonic::Xchg
 }
 
 pub(super) fn address_bits(instr: &Instruction, bits: Bits) -> u32 {

@@ -200,6 +200,8 @@ enum Cold {
 
 /// Where a block goes and what its numbers start at.
 pub(crate) struct Place {
+    /// Guest instruction pointer of the first byte.
+    pub ip: u64,
     pub base: u64,
     pub block: u32,
     pub first_site: usize,
@@ -210,14 +212,13 @@ pub(crate) struct Place {
     pub outside: Outside,
 }
 
-/// Lowers `decoded`, whose first byte is `bytes[0]` at `ip`, into the buffers of `lowered`.
+/// Lowers `decoded`, whose first byte is `bytes[0]`, into the buffers of `lowered`.
 ///
 /// # Errors
 /// The text of an encoding that couldn't be made: a bug, reported with the instruction.
 pub(crate) fn lower(
     decoded: &Decoded,
     bytes: &[u8],
-    ip: u64,
     mode: Mode,
     place: Place,
     layout: &Layout,
@@ -225,6 +226,7 @@ pub(crate) fn lower(
     lowered: &mut Lowered,
 ) -> Result<(), String> {
     lowered.clear();
+    let ip = place.ip;
     let plan = if place.groups && !mode.window {
         groups::plan(&decoded.insns, mode)
     } else {

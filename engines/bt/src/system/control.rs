@@ -321,13 +321,8 @@ impl Core {
     /// The pinned CPUID, with the bits that follow the CPU's state.
     pub(crate) fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
         let osxsave = self.cpu.cr4 & CR4_OSXSAVE != 0;
-        let mut registers = engine_core::cpuid::with_state(
-            engine_core::cpuid::Place::SOLE,
-            leaf,
-            subleaf,
-            osxsave,
-            self.cpu.xcr0,
-        );
+        let mut registers =
+            engine_core::cpuid::with_state(self.place, leaf, subleaf, osxsave, self.cpu.xcr0);
         if (leaf, subleaf) == (7, 0) && self.cpu.cr4 & CR4_PKE != 0 {
             // OSPKE.
             registers[2] |= 1 << 4;

@@ -516,7 +516,7 @@ impl Core {
         let user = self.user();
         let page = self.mmu.walk(&self.cpu, first, Access::Write, user)?;
         let phys = page.phys | low & 0xfff;
-        if self.mmu.is_code(phys) {
+        if !self.mmu.claim(phys) {
             self.code_writes.push((phys, bytes as u64));
         }
         Ok(self.mmu.host(phys, bytes as u64))

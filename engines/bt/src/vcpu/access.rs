@@ -1,10 +1,12 @@
 //! The slow paths of translated code: accesses that miss, bounce or reach a device, and faults of the
 //! host's CPU.
 //!
-//! An access that the software TLB can't serve (device memory, page crossings, writes to translated
-//! code) runs on a bounce buffer; [`Transfer`] is one that is being copied, and may wait for a
-//! device in the middle. This file decides nothing about where the guest goes on but through
-//! [`Resume`].
+//! An access to RAM that the software TLB can't serve (a write to translated code, for one) runs on
+//! the memory itself, [directly](Direct): so what is atomic stays atomic. Only device memory, and
+//! accesses across two pages that don't follow each other in memory, run on a bounce buffer;
+//! [`Transfer`] is one that is being copied, and may wait for a device in the middle. If they are
+//! atomic, the two pages are mapped next to each other. This file decides nothing about where the
+//! guest goes on but through [`Resume`].
 //!
 //! Invariant: every page of an access was checked before any of its bytes is moved.
 
@@ -15,9 +17,18 @@ use crate::{
     context::HostFault,
     cpu::{Bits, CR4_OSXMMEXCPT, canonical},
     fault::{self, Fault},
+    guest,
     mmu::{Access, Page},
     site::{Homes, Ip, Shared, Site, Slow},
+    vm::Guarantee,
 };
+
+/// An access whose body runs on the memory itself.
+#[derive(Clone, Copy)]
+pub(super) struct Direct {
+    /// Where its bytes are: (address, length) for each page.
+    parts: [(u64, u64); 2],
+}
 
 /// An access that goes through the bounce buffer, in the middle of its device part.
 #[derive(Clone, Copy)]
@@ -32,8 +43,8 @@ pub(super) struct Transfer {
 }
 
 impl BtVcpu {
-    /// Both pages of an access, each checked.
-    pub(super) fn pages(&self, ea: u64, slow: &Slow) -> Result<(Page, bool), Fault> {
+    /// The page of an access, and the next one if it crosses, each checked.
+    pub(super) fn pages(&self, ea: u64, slow: &Slow) -> Result<(Page, Option<Page>), Fault> {
         let access = if slow.write {
             Access::Write
         } else {
@@ -62,10 +73,8 @@ impl BtVcpu {
             check(next)?;
         }
         let page = check(ea)?;
-        if crosses {
-            check(next)?;
-        }
-        Ok((page, crosses))
+        let second = if crosses { Some(check(next)?) } else { None };
+        Ok((page, second))
     }
 
     /// An access missed the software TLB.
@@ -90,7 +99,8 @@ impl BtVcpu {
                 return self.raise(fault);
             }
         }
-        let (page, crosses) = match self.pages(ea, &slow) {
+        self.direct = None;
+        let (page, second) = match self.pages(ea, &slow) {
             Ok(found) => found,
             Err(fault) => {
                 self.settle(site.homes, site.ip);
@@ -104,12 +114,18 @@ impl BtVcpu {
         };
         let user = self.core.user();
         // The check of a limited segment has to be done again next time.
-        if !crosses && slow.segment.is_none() && self.core.mmu.fill(ea, page, access, user) {
+        if second.is_none() && slow.segment.is_none() && self.core.mmu.fill(ea, page, access, user)
+        {
             self.tlb_missed();
             self.resume = Resume::Host(slow.retry);
             return Ok(());
         }
         self.counts.add(ExitReason::Bounce);
+        if let Some(host) = self.directly(ea, &slow, page, second) {
+            self.core.context().gpr[usize::from(slow.register)] = host as u64;
+            self.resume = Resume::Host(slow.bounce);
+            return Ok(());
+        }
         self.transfer(Transfer {
             site,
             slow,
@@ -117,6 +133,76 @@ impl BtVcpu {
             done: 0,
             step: 0,
         })
+    }
+
+    /// Host address for an access to RAM, and what to know when it is done.
+    fn directly(
+        &mut self,
+        ea: u64,
+        slow: &Slow,
+        page: Page,
+        second: Option<Page>,
+    ) -> Option<*mut u8> {
+        let size = u64::from(slow.size);
+        let phys = page.phys | ea & 0xfff;
+        let (parts, host) = match second {
+            None => ([(phys, size), (phys, 0)], self.core.mmu.host(phys, size)?),
+            Some(second) => {
+                let first = 4096 - (ea & 0xfff);
+                let host = if second.phys == page.phys + 4096 {
+                    self.core.mmu.host(phys, size)?
+                } else if slow.locked {
+                    let base = self.core.mmu.side_by_side(page.phys, second.phys)?;
+                    base.wrapping_add((ea & 0xfff) as usize)
+                } else {
+                    return None;
+                };
+                ([(phys, first), (second.phys, size - first)], host)
+            }
+        };
+        if self.core.mmu.vm.without(Guarantee::Atomicity) {
+            return None;
+        }
+        if slow.write {
+            for (phys, _) in parts {
+                self.core.mmu.claim(phys);
+            }
+        }
+        self.direct = Some(Direct { parts });
+        Some(host)
+    }
+
+    /// The body of a direct access has written.
+    pub(super) fn written(&mut self, slow: Slow) {
+        let parts = self
+            .direct
+            .take()
+            .map_or([(0, 0); 2], |direct| direct.parts);
+        let mut killed = 0;
+        for (phys, len) in parts {
+            if len != 0 && self.core.mmu.is_code(phys) {
+                killed += self.overwritten(phys, len);
+            }
+        }
+        self.after_write(slow, killed);
+    }
+
+    /// Goes on after a write has arrived.
+    fn after_write(&mut self, slow: Slow, killed: usize) {
+        let waiting = self.window || self.core.nmi_due();
+        if let (true, Some(next)) = (killed > 0 || waiting || self.stale, slow.next_ip) {
+            // The rest of this block may be what was overwritten, by this access or by the device
+            // that it reached, or a device that was written to has an interrupt to deliver.
+            self.settle(slow.after, next);
+            let rsp = self.core.gpr(4).wrapping_add(slow.rsp as i64 as u64);
+            if slow.rsp != 0 {
+                let wide = self.core.cpu.bits() == Bits::Bits64;
+                self.core.set_gpr_sized(4, rsp, if wide { 8 } else { 4 });
+            }
+        } else {
+            self.stop_soon();
+            self.resume = Resume::Host(slow.resume);
+        }
     }
 
     /// A lookup for several accesses missed: fills the TLB, or has them executed one by one.
@@ -172,18 +258,18 @@ impl BtVcpu {
             let in_page = (4096 - (at & 0xfff) as usize).min(size - transfer.done);
             let from = offset + transfer.done;
             if let Some(host) = self.core.mmu.host(phys, in_page as u64) {
-                let bounce = self.core.context().bounce.0[from..].as_mut_ptr();
-                // SAFETY: RAM on one side, the bounce buffer with room for the largest access at
-                // any offset on the other.
+                let code = write && !self.core.mmu.claim(phys);
+                let bounce = &mut self.core.context().bounce.0[from..from + in_page];
+                // SAFETY: `host` leads to as many bytes of RAM.
                 unsafe {
                     if write {
-                        std::ptr::copy_nonoverlapping(bounce, host, in_page);
+                        guest::write(host, bounce);
                     } else {
-                        std::ptr::copy_nonoverlapping(host, bounce, in_page);
+                        guest::read(host, bounce);
                     }
                 }
-                if write && self.core.mmu.is_code(phys) {
-                    killed += self.kill(phys, in_page as u64);
+                if code {
+                    killed += self.overwritten(phys, in_page as u64);
                 }
                 transfer.done += in_page;
                 continue;
@@ -215,17 +301,8 @@ impl BtVcpu {
             let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
             context.gpr[usize::from(slow.register)] = bounce;
             self.resume = Resume::Host(slow.bounce);
-        } else if let (true, Some(next)) = (killed > 0 || waiting || self.stale, slow.next_ip) {
-            // The rest of this block may be what was overwritten, by this access or by the device
-            // that it reached, or a device that was written to has an interrupt to deliver.
-            self.settle(slow.after, next);
-            let rsp = self.core.gpr(4).wrapping_add(slow.rsp as i64 as u64);
-            if slow.rsp != 0 {
-                let wide = self.core.cpu.bits() == Bits::Bits64;
-                self.core.set_gpr_sized(4, rsp, if wide { 8 } else { 4 });
-            }
         } else {
-            self.resume = Resume::Host(slow.resume);
+            self.after_write(slow, killed);
         }
         Ok(())
     }

@@ -185,6 +185,7 @@ impl Vcpu for BtVcpu {
                 "vector {vector} while not interruptible"
             )));
         }
+        self.join();
         // An `in` or `rdmsr` that waits for its value is architecturally over.
         self.answer();
         self.counts.add(ExitReason::Interrupt);
@@ -193,6 +194,7 @@ impl Vcpu for BtVcpu {
         {
             self.pending = Pending::Shutdown;
         }
+        self.part();
         Ok(())
     }
 
@@ -218,7 +220,7 @@ impl Vcpu for BtVcpu {
     fn memory_written(&mut self, pages: &[u64]) {
         for &page in pages {
             let phys = page << 12;
-            if self.core.mmu.is_code(phys) && self.kill(phys, 4096) > 0 {
+            if self.core.mmu.is_code(phys) && self.overwritten(phys, 4096) > 0 {
                 self.stale = true;
             }
         }
