@@ -19,7 +19,7 @@ mod mark;
 pub mod ne2000;
 pub mod pic;
 pub mod pit;
-mod pm_timer;
+pub(crate) mod pm_timer;
 pub mod rtc;
 pub mod serial;
 pub mod testdev;

@@ -6,7 +6,7 @@ use super::{Action, Device};
 use crate::clock::{Clock, SECOND};
 
 /// First port of the timer on a PC with a PIIX4, as QEMU puts it.
-pub(super) const PORT: u16 = 0x608;
+pub(crate) const PORT: u16 = 0x608;
 
 const HZ: u64 = 3_579_545;
 const MASK: u32 = 0xff_ffff;

@@ -2,12 +2,13 @@
 //!
 //! Images are ELF files with a PVH note (Xen docs/misc/pvh.pandoc), Multiboot images, or flat
 //! binaries. [`image`] reads and places ELF files, [`pvh`] and [`multiboot`] write what the guest is
-//! told about its machine. Nothing of the image is trusted: every offset and address is checked
+//! told about its machine, and `tables` what it may look for without being told. Nothing of the image is trusted: every offset and address is checked
 //! before memory is touched.
 
 mod image;
 mod multiboot;
 mod pvh;
+mod tables;
 
 use crate::{CpuState, GuestPhys, GuestRam};
 
@@ -69,6 +70,8 @@ pub struct Boot<'a> {
     pub initrd: Option<&'a [u8]>,
     /// Physical address of a flat binary, whatever the file looks like.
     pub load_at: Option<u64>,
+    /// Processors to be told of by ACPI and MultiProcessor tables; 0 leaves them out.
+    pub cpus: u8,
 }
 
 /// Where a flat binary goes unless told otherwise.
@@ -85,6 +88,12 @@ pub const FLAT: u64 = 0x10_0000;
 pub fn load_kernel(ram: &GuestRam, image: &[u8], boot: &Boot<'_>) -> Result<CpuState, LoadError> {
     let elf = image.starts_with(b"\x7fELF");
     let flat = boot.load_at.is_some();
+    // Before the image, which may want the memory for itself.
+    let mut rsdp = 0;
+    if boot.cpus > 0 {
+        tables::write(ram, boot.cpus)?;
+        rsdp = tables::RSDP;
+    }
     if let Some(header) = multiboot::find(image).filter(|_| !flat) {
         return multiboot::load(ram, image, &header, boot);
     }
@@ -108,7 +117,7 @@ pub fn load_kernel(ram: &GuestRam, image: &[u8], boot: &Boot<'_>) -> Result<CpuS
         Some(module) => Some(after(ram, end, module, &pvh::TAKEN)?),
         None => None,
     };
-    pvh::write_start_info(ram, boot.command_line, module)?;
+    pvh::write_start_info(ram, boot.command_line, module, rsdp)?;
     Ok(CpuState::pvh_entry(entry, pvh::START_INFO))
 }
 
@@ -139,7 +148,7 @@ pub fn load(ram: &GuestRam, image: &[u8], command_line: &str) -> Result<CpuState
     let image = image::Image::parse(image)?;
     let entry = image.pvh_entry()?;
     image::place(ram, &image, &pvh::TAKEN)?;
-    pvh::write_start_info(ram, command_line, None)?;
+    pvh::write_start_info(ram, command_line, None, 0)?;
     Ok(CpuState::pvh_entry(entry, pvh::START_INFO))
 }
 

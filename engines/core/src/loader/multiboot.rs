@@ -232,6 +232,7 @@ mod tests {
             command_line: "one two",
             initrd,
             load_at: None,
+            cpus: 1,
         }
     }
 

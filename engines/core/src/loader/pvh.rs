@@ -45,11 +45,13 @@ pub(super) fn memory_map(ram: &GuestRam) -> Vec<(u64, u64, u32)> {
     map
 }
 
-/// Writes it all, with `module` (start, length) as the one module if there is one.
+/// Writes it all, with `module` (start, length) as the one module if there is one, and the ACPI
+/// tables' root pointer at `rsdp` unless that is 0.
 pub(super) fn write_start_info(
     ram: &GuestRam,
     command_line: &str,
     module: Option<(u64, u64)>,
+    rsdp: u64,
 ) -> Result<(), LoadError> {
     let text = command_line.as_bytes();
     let limit = COMMAND_LINE_BYTES - 1;
@@ -72,7 +74,7 @@ pub(super) fn write_start_info(
     info.extend_from_slice(&modules.0.to_le_bytes()); // nr_modules
     info.extend_from_slice(&modules.1.to_le_bytes()); // modlist_paddr
     info.extend_from_slice(&COMMAND_LINE.to_le_bytes());
-    info.extend_from_slice(&0u64.to_le_bytes()); // rsdp_paddr: no ACPI
+    info.extend_from_slice(&rsdp.to_le_bytes()); // rsdp_paddr
     info.extend_from_slice(&MEMORY_MAP.to_le_bytes());
     info.extend_from_slice(&(map.len() as u32).to_le_bytes());
     info.extend_from_slice(&0u32.to_le_bytes()); // reserved
@@ -111,7 +113,7 @@ mod tests {
     #[test]
     fn start_info_points_to_map_and_command_line() {
         let ram = memory::create(4).unwrap();
-        write_start_info(&ram, "run alu 1 2", Some((0x20_0000, 5))).unwrap();
+        write_start_info(&ram, "run alu 1 2", Some((0x20_0000, 5)), 0xf_0000).unwrap();
         let word = |at: u64| ram.read_obj::<u32>(GuestAddress(at)).unwrap();
         let long = |at: u64| ram.read_obj::<u64>(GuestAddress(at)).unwrap();
         let base = u64::from(START_INFO);
@@ -123,6 +125,7 @@ mod tests {
         assert_eq!(word(base + 12), 1);
         let module = long(base + 16);
         assert_eq!((long(module), long(module + 8)), (0x20_0000, 5));
+        assert_eq!(long(base + 32), 0xf_0000);
         let map = long(base + 40);
         assert_eq!(word(base + 48), 3);
         assert_eq!(
@@ -134,10 +137,10 @@ mod tests {
     #[test]
     fn a_command_line_that_does_not_fit_is_refused() {
         let ram = memory::create(1).unwrap();
-        assert!(write_start_info(&ram, &"x".repeat(4095), None).is_ok());
+        assert!(write_start_info(&ram, &"x".repeat(4095), None, 0).is_ok());
         let long = "x".repeat(4096);
         assert!(matches!(
-            write_start_info(&ram, &long, None),
+            write_start_info(&ram, &long, None, 0),
             Err(LoadError::CommandLine {
                 length: 4096,
                 limit: 4095

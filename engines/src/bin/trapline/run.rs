@@ -105,6 +105,7 @@ fn load(
         command_line,
         initrd: initrd.as_deref(),
         load_at: arguments.load,
+        cpus: arguments.smp,
     };
     Ok(engine_core::loader::load_kernel(ram, &kernel, &boot)?)
 }
