@@ -420,7 +420,7 @@ impl Machine {
     #[inline]
     pub(crate) fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8]) -> Action {
         data.fill(0xff);
-        let found = self.map.memory(addr);
+        let found = self.at(addr);
         self.tally.memory(found.map(|found| found.0), false);
         found.map_or(Action::None, |(slot, offset)| {
             self.access(slot, |device| device.read(offset, data))
@@ -430,7 +430,7 @@ impl Machine {
     /// Takes a write to an address that is not RAM.
     #[inline]
     pub(crate) fn memory_write(&mut self, addr: GuestPhys, data: &[u8]) -> Action {
-        let found = self.map.memory(addr);
+        let found = self.at(addr);
         self.tally.memory(found.map(|found| found.0), true);
         found.map_or(Action::None, |(slot, offset)| {
             self.access(slot, |device| device.write(offset, data))
@@ -444,7 +444,7 @@ impl Machine {
 
     /// Takes a `wrmsr` while the guest's time-stamp counter stands at `tsc`. False is #GP.
     pub(crate) fn write_msr(&mut self, index: u32, value: u64, tsc: u64) -> bool {
-        let accepted = self.irqchip.lapics.own().write_msr(index, value, tsc);
+        let accepted = self.irqchip.lapics.write_msr(index, value, tsc);
         // What follows is the same as for the register page.
         self.access(LAPIC, |_| Action::None);
         accepted

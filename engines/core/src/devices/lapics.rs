@@ -10,7 +10,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::lapic::{Delivery, Destination, Lapic, Message, Target};
+use super::lapic::{APIC_BASE, BASE, Delivery, Destination, Lapic, Message, Target};
 use super::{Action, Device};
 use crate::clock::Clock;
 
@@ -43,6 +43,8 @@ pub struct Lapics {
     /// vCPUs, as bits, that something has come for.
     news: u32,
     current: usize,
+    /// Some register page does not lie where it does after reset.
+    moved: bool,
     /// Who was last chosen among equals.
     chosen: usize,
 }
@@ -58,6 +60,7 @@ impl Lapics {
             stopped: all_of(count.into()) & !1,
             news: 0,
             current: 0,
+            moved: false,
             chosen: 0,
         }
     }
@@ -94,6 +97,21 @@ impl Lapics {
     /// That of `cpu`.
     pub fn of_mut(&mut self, cpu: usize) -> &mut Lapic {
         &mut self.all[cpu]
+    }
+
+    /// Takes a `wrmsr` of the vCPU whose turn it is ([`Lapic::write_msr`]).
+    pub fn write_msr(&mut self, index: u32, value: u64, guest_tsc: u64) -> bool {
+        let accepted = self.own().write_msr(index, value, guest_tsc);
+        if index == APIC_BASE {
+            self.moved = self.all.iter().any(|lapic| lapic.page() != BASE.0);
+        }
+        accepted
+    }
+
+    /// True if some register page does not lie where it does after reset.
+    #[inline]
+    pub fn moved(&self) -> bool {
+        self.moved
     }
 
     /// True while `cpu` waits for a start-up IPI.

@@ -1,12 +1,35 @@
 //! What moves a machine on between two exits: deadlines, lines, descriptors, and news for other
 //! vCPUs.
 
-use crate::Machine;
 use crate::bus::Slot;
-use crate::devices::{Action, lapics};
+use crate::devices::{Action, lapic, lapics};
 use crate::host::events::flag;
+use crate::{GuestPhys, Machine};
 
 impl Machine {
+    /// The device at `addr`, and the offset in it.
+    #[inline]
+    pub(super) fn at(&self, addr: GuestPhys) -> Option<(Slot, u64)> {
+        if self.irqchip.lapics.moved() {
+            return self.at_moved(addr);
+        }
+        self.map.memory(addr)
+    }
+
+    /// As [`at`](Machine::at), after a guest has moved the registers of a local APIC: they lie at
+    /// another place for each vCPU.
+    #[cold]
+    fn at_moved(&self, addr: GuestPhys) -> Option<(Slot, u64)> {
+        let lapics = &self.irqchip.lapics;
+        let page = lapics.of(lapics.current()).page();
+        if (page..page + lapic::SIZE).contains(&addr.0) {
+            return Some((super::LAPIC, addr.0 - page));
+        }
+        self.map
+            .memory(addr)
+            .filter(|found| found.0 != super::LAPIC)
+    }
+
     /// Lets every device whose deadline has come go on, and the interrupt controllers take over
     /// what the lines say.
     pub(crate) fn advance(&mut self) {

@@ -215,3 +215,38 @@ fn a_single_vcpu_takes_nmis_of_its_own() {
     let ended = run(vec![Scripted::boxed(first)], None);
     assert!(matches!(ended.outcome, Outcome::Failure(1)));
 }
+
+#[test]
+fn a_register_page_moves_for_its_vcpu_alone() {
+    const ELSEWHERE: u64 = 0x4200_0000;
+    const VERSION: u64 = 0x30;
+    // Wherever it is, the version is there and nothing at the other place.
+    let step = |seen: &mut Seen, page: u64, other: u64| match seen.steps % 4 {
+        0 => Step::Read(page + VERSION),
+        1 if seen.read != 0x0005_0014 => Step::Out(EXIT, 1),
+        1 | 3 => Step::Read(other + VERSION),
+        _ if seen.read != u32::MAX => Step::Out(EXIT, 2),
+        _ => Step::Read(page + VERSION),
+    };
+    let first = move |seen: &mut Seen| match seen.steps {
+        100 => Step::Out(EXIT, 0),
+        _ => step(seen, ELSEWHERE, 0xfee0_0000),
+    };
+    let mut machine = Machine::new(MachineOptions::default()).unwrap();
+    assert!(machine.write_msr(0x1b, ELSEWHERE | 0x900, 0));
+    let outcome = drive(&mut Scripted::new(first), &mut machine, &Limits::default());
+    assert!(matches!(outcome, Outcome::Success), "{outcome:?}");
+    // Another vCPU's is where it was.
+    let mut machine = Machine::new(MachineOptions {
+        cpus: 2,
+        ..MachineOptions::default()
+    })
+    .unwrap();
+    assert!(machine.write_msr(0x1b, ELSEWHERE | 0x900, 0));
+    machine.irqchip.lapics.set_current(1);
+    for (address, value) in [(0xfee0_0030, 0x0005_0014u32), (0x4200_0030, u32::MAX)] {
+        let mut data = [0; 4];
+        machine.memory_read(crate::GuestPhys(address), &mut data);
+        assert_eq!(u32::from_le_bytes(data), value, "{address:#x}");
+    }
+}

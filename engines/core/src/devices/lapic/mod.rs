@@ -8,7 +8,7 @@
 //! | `vectors` | IRR, ISR and TMR |
 //!
 //! For engines that leave interrupt control to the VMM. What it sends is carried by
-//! [`Lapics`](super::Lapics). Absent: SMI, and moving the register page. Nothing is wired to LINT1.
+//! [`Lapics`](super::Lapics). Absent: SMI. Nothing is wired to LINT1.
 //!
 //! As firmware leaves it, LINT0 of the boot processor takes the 8259s' interrupts from the start
 //! (virtual wire mode, MultiProcessor Specification 3.6.2.2): images are entered without firmware
@@ -36,7 +36,7 @@ use super::{Action, Device};
 use crate::GuestPhys;
 use crate::clock::Clock;
 
-/// Where the registers lie; the guest can't move them.
+/// Where the registers lie after reset.
 pub const BASE: GuestPhys = GuestPhys(0xfee0_0000);
 /// Size of the register page.
 pub const SIZE: u64 = 0x1000;

@@ -293,7 +293,10 @@ fn modes_change_only_along_the_manuals_arrows() {
         (OFF, X2APIC, false),
         (OFF, OFF | 1 << 10, false),
         (OFF, XAPIC, true),
-        (XAPIC, XAPIC + 0x1000, false),
+        (XAPIC, XAPIC | 1, false),
+        (XAPIC, XAPIC | 1 << 40, false),
+        (XAPIC, XAPIC + 0x1000, true),
+        (XAPIC + 0x1000, XAPIC, true),
     ] {
         assert_eq!(lapic.read_msr(APIC_BASE), Some(from));
         assert_eq!(

@@ -4,6 +4,7 @@
 //! silently ignores raises #GP here: absent registers, reserved bits, reads of what is only written.
 
 use super::{Lapic, reg};
+use crate::cpuid::PHYSICAL_MEMORY_LIMIT;
 
 /// IA32_APIC_BASE.
 pub const APIC_BASE: u32 = 0x1b;
@@ -24,6 +25,8 @@ pub(super) const BASE_BSP: u64 = 1 << 8;
 pub(super) const BASE_X2APIC: u64 = 1 << 10;
 pub(super) const BASE_ENABLED: u64 = 1 << 11;
 const MODES: u64 = BASE_X2APIC | BASE_ENABLED;
+/// The page's address.
+const PAGE: u64 = PHYSICAL_MEMORY_LIMIT - 0x1000;
 
 const ICR: u32 = FIRST + 0x30;
 const SELF_IPI: u32 = FIRST + 0x3f;
@@ -114,9 +117,13 @@ impl Lapic {
         self.base & MODES == MODES
     }
 
-    /// SDM 3A 11.12.5 and figure 11-27: which ways lead from mode to mode. The page can't be moved.
+    /// Where the register page lies.
+    pub fn page(&self) -> u64 {
+        self.base & PAGE
+    }
+
+    /// SDM 3A 11.12.5 and figure 11-27: which ways lead from mode to mode.
     fn set_base(&mut self, value: u64) -> bool {
-        let same_page = value & !(MODES | BASE_BSP) == self.base & !(MODES | BASE_BSP);
         let (from, to) = (self.base & MODES, value & MODES);
         let allowed = match to {
             // Switched off.
@@ -128,13 +135,13 @@ impl Lapic {
             // x2APIC without the enable bit is no mode.
             _ => false,
         };
-        if !same_page || !allowed {
+        if value & !(PAGE | MODES | BASE_BSP) != 0 || !allowed {
             return false;
         }
         if to == 0 && from != 0 {
             self.reset();
         }
-        self.base = self.base & !MODES | to;
+        self.base = self.base & BASE_BSP | value & PAGE | to;
         true
     }
 }

@@ -15,7 +15,6 @@ const ICR_HIGH: u64 = 0x310;
 const LVT_TIMER: u64 = 0x320;
 const LINT0: u64 = 0x350;
 const INITIAL_COUNT: u64 = 0x380;
-const APIC_BASE: u32 = 0x1b;
 
 const ASSERT: u32 = 1 << 14;
 const LOGICAL: u32 = 1 << 11;
