@@ -7,6 +7,7 @@
 //! +PRIVILEGED     system registers                rw
 //! +TLB            4 software TLBs (see tlb.rs)    rw
 //! +JUMP           2 jump caches (see tlb.rs)      rw
+//! +TARGETS        table of indirect branches (see dispatch.rs)   rw
 //! +CODE           code cache                      rx   (the same pages are rw at `writable`)
 //! ```
 //!
@@ -17,6 +18,7 @@ use std::{io, ptr, sync::atomic::AtomicBool};
 
 use crate::{
     context::Context,
+    dispatch::TARGET_BYTES,
     privileged::Privileged,
     tlb::{JUMP_BYTES, TLB_BYTES},
 };
@@ -29,7 +31,8 @@ pub(crate) const WINDOW: usize = 2 * PAGE;
 const PRIVILEGED: usize = 3 * PAGE;
 const TLB: usize = 5 * PAGE;
 const JUMP: usize = TLB + 4 * TLB_BYTES;
-const CODE: usize = JUMP + 2 * JUMP_BYTES;
+const TARGETS: usize = JUMP + 2 * JUMP_BYTES;
+const CODE: usize = TARGETS + TARGET_BYTES;
 
 const _: () = assert!(size_of::<Context>() <= PAGE);
 const _: () = assert!(size_of::<Privileged>() <= TLB - PRIVILEGED);
@@ -142,6 +145,11 @@ impl Arena {
     /// Address of jump cache `index`.
     pub(crate) fn jump(&self, index: usize) -> usize {
         self.base + JUMP + index * JUMP_BYTES
+    }
+
+    /// Address of the table of indirect branches.
+    pub(crate) fn targets(&self) -> usize {
+        self.base + TARGETS
     }
 
     /// Where the code cache executes.

@@ -45,8 +45,12 @@ pub(crate) struct Block {
     pub key: Key,
     /// Physical address of the second page, if an instruction crosses into it.
     pub second: Option<u64>,
-    /// Host address.
+    /// Host address of its first byte.
+    pub code: u64,
+    /// Host address to enter it at.
     pub entry: u64,
+    /// Host address for indirect branches of code that uses the window.
+    pub checked_entry: Option<u64>,
     /// Host address for who comes with the flags in `Context::lazy_flags`.
     pub lazy_entry: u64,
     pub code_len: u32,
@@ -190,10 +194,10 @@ impl Cache {
     pub(crate) fn mark(&self, rip: u64) -> Option<(Mark, u32)> {
         let index = self
             .blocks
-            .partition_point(|block| block.entry <= rip)
+            .partition_point(|block| block.code <= rip)
             .checked_sub(1)?;
         let block = &self.blocks[index];
-        let offset = (rip - block.entry) as u32;
+        let offset = (rip - block.code) as u32;
         if offset >= block.code_len {
             return None;
         }
@@ -276,6 +280,7 @@ impl Cache {
         .map_err(Refusal::Bug)?;
         let Lowered {
             code,
+            entry,
             lazy_entry,
             sites,
             marks,
@@ -289,7 +294,9 @@ impl Cache {
         self.blocks.push(Block {
             key,
             second,
-            entry: self.next,
+            code: self.next,
+            entry: self.next + u64::from(*entry),
+            checked_entry: (*entry != 0).then_some(self.next),
             lazy_entry: self.next + u64::from(*lazy_entry),
             code_len: code.len() as u32,
             guest_len: decoded.len,

@@ -7,6 +7,10 @@
 //! back. If it fails, nothing is concluded: the run loop executes the instructions from there to the
 //! access one by one, through the software TLB. Accesses that keep failing lose the window.
 //!
+//! RSP needs no comparison most of the time: blocks meet with RSP inside the window, or [`SLACK`] from
+//! it. The run loop sees to it at first ([`Mode::stack`]); pushes, pops and operands based on RSP show
+//! that it holds by not faulting; and a block that ends with RSP moved otherwise compares it.
+//!
 //! Invariant: every register of a [`Route::Direct`] operand has passed its comparison earlier in the
 //! same block, and moved by at most [`SLACK`] since.
 
@@ -55,18 +59,29 @@ pub(crate) struct Checks {
     pub routes: Vec<Route>,
     /// Comparisons before each instruction.
     pub before: Vec<Vec<Check>>,
+    /// The block ends with RSP anywhere: only the run loop may say where to go on.
+    pub lost: bool,
 }
 
 /// Registers that an access needs compared: as base or as index.
 type Needs = [Option<(u8, bool)>; 3];
 
+const RSP: usize = 4;
+
 #[derive(Clone, Copy)]
 struct Known {
     /// Small enough for an index.
     index: bool,
+    /// How far it is from where it was known.
     moved: i64,
+    /// It was inside the window there, not just close to it.
+    inside: bool,
     /// The comparison that says so.
     check: Option<(usize, usize)>,
+}
+
+struct State {
+    known: [Option<Known>; 16],
 }
 
 /// Decides for a block.
@@ -74,11 +89,21 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, outside: Outside) -> Checks {
     let mut checks = Checks {
         routes: vec![Route::Tlb; insns.len()],
         before: vec![Vec::new(); insns.len()],
+        lost: false,
     };
     if !mode.window || mode.single {
         return checks;
     }
-    let mut known: [Option<Known>; 16] = [None; 16];
+    let wide = mode.bits == Bits::Bits64;
+    let mut state = State { known: [None; 16] };
+    if mode.stack {
+        state.known[RSP] = Some(Known {
+            index: false,
+            moved: 0,
+            inside: false,
+            check: None,
+        });
+    }
     for (at, insn) in insns.iter().enumerate() {
         if let Some(needs) = needs(insn, mode)
             && outside.tlb >> at & 1 == 0
@@ -88,38 +113,48 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, outside: Outside) -> Checks {
             } else {
                 checks.routes[at] = Route::Direct;
                 for (register, index) in needs.into_iter().flatten() {
-                    checks.require(insns, &mut known, at, register, index);
+                    checks.require(insns, &mut state, at, register, index);
                 }
             }
         }
-        follow(insn, mode, &mut known);
+        let leaves = insn.class == Class::Branch || at + 1 == insns.len();
+        let direct = checks.routes[at] == Route::Direct;
+        if wide && mode.stack && leaves && !insn.class.asks_runtime() {
+            let mut after = State { ..state };
+            after.follow(insn, mode, direct);
+            if !after.stack_holds() {
+                checks.compare(insns, &mut state, at, RSP as u8, false);
+            }
+        }
+        state.follow(insn, mode, direct);
+        if leaves && wide && mode.stack {
+            checks.lost |= !insn.class.asks_runtime() && !state.stack_holds();
+        }
     }
     checks
 }
 
 impl Checks {
-    fn require(
-        &mut self,
-        insns: &[Insn],
-        known: &mut [Option<Known>; 16],
-        at: usize,
-        register: u8,
-        index: bool,
-    ) {
-        let slot = &mut known[usize::from(register)];
-        if let Some(found) = slot
+    fn require(&mut self, insns: &[Insn], state: &mut State, at: usize, register: u8, index: bool) {
+        if let Some(found) = &state.known[usize::from(register)]
             && (found.index || !index)
         {
             if let Some((place, number)) = found.check {
-                self.before[place][number].users |= 1 << at;
+                self.before[place][number].users |= users(at, register);
             }
             return;
         }
-        // Where flags are dead, and the register is the same but for a constant.
+        self.compare(insns, state, at, register, index);
+    }
+
+    /// Has `register` compared at `at` or before, where flags are dead and it is the same but for a
+    /// constant.
+    fn compare(&mut self, insns: &[Insn], state: &mut State, at: usize, register: u8, index: bool) {
         let (mut place, mut moved) = (at, 0i64);
         while insns[place].live_in != 0 {
             let before = place
                 .checked_sub(1)
+                .filter(|&before| insns[before].class != Class::Branch)
                 .and_then(|before| Some((before, step(&insns[before], register)?)));
             match before {
                 Some((before, by)) if (moved + by).unsigned_abs() <= SLACK => {
@@ -136,35 +171,112 @@ impl Checks {
             register,
             index,
             steps: (at - place + 1) as u16,
-            users: 1 << at,
+            users: users(at, register),
         });
-        *slot = Some(Known {
+        state.known[usize::from(register)] = Some(Known {
             index,
             moved,
+            inside: true,
             check: Some((place, number)),
         });
     }
 }
 
-/// What is known of the registers after `insn`.
-fn follow(insn: &Insn, mode: Mode, known: &mut [Option<Known>; 16]) {
-    for (register, slot) in known.iter_mut().enumerate() {
-        if insn.modifies >> register & 1 == 0 {
-            continue;
-        }
-        let stepped = step(insn, register as u8).and_then(|by| {
-            let known = (*slot)?;
-            let moved = known.moved + by;
-            (moved.unsigned_abs() <= SLACK).then_some(Known { moved, ..known })
-        });
-        *slot = stepped.or_else(|| {
-            zero_extends(insn, register as u8, mode).then_some(Known {
-                index: true,
-                moved: 0,
-                check: None,
-            })
-        });
+impl State {
+    /// RSP is where the next block expects it: inside the window or as good as.
+    fn stack_holds(&self) -> bool {
+        self.known[RSP].is_some_and(|known| known.inside || known.moved == 0)
     }
+
+    /// What is known of the registers after `insn`, whose accesses go straight through the window or
+    /// not.
+    fn follow(&mut self, insn: &Insn, mode: Mode, direct: bool) {
+        if mode.bits != Bits::Bits64 {
+            return;
+        }
+        // An access that has succeeded says where its base was.
+        let touched = direct.then(|| touches(insn)).flatten();
+        if let Some(moved) = touched
+            && let Some(known) = &mut self.known[RSP]
+        {
+            (known.moved, known.inside) = (moved, true);
+        }
+        let copied = copied(insn).map(|source| self.known[source]);
+        let target = insn.instr.op0_register().full_register();
+        for (register, slot) in self.known.iter_mut().enumerate() {
+            if insn.modifies >> register & 1 == 0 {
+                continue;
+            }
+            let stepped = step(insn, register as u8).and_then(|by| {
+                let known = (*slot)?;
+                let moved = known.moved + by;
+                (moved.unsigned_abs() <= SLACK).then_some(Known { moved, ..known })
+            });
+            *slot = stepped.or_else(|| {
+                zero_extends(insn, register as u8, mode).then_some(Known {
+                    index: true,
+                    moved: 0,
+                    inside: true,
+                    check: None,
+                })
+            });
+            if let Some(known) = copied
+                && target.is_gpr64()
+                && target.number() == register
+            {
+                *slot = known;
+            }
+        }
+        if insn.class == Class::Leave {
+            // RBP was compared, and the pop beside it succeeded.
+            self.known[RSP] = direct.then_some(Known {
+                index: false,
+                moved: 8,
+                inside: true,
+                check: None,
+            });
+        }
+    }
+}
+
+/// Who is to blame if a comparison fails. RSP outside is nobody's fault: blocks for that case are made
+/// in another mode.
+fn users(at: usize, register: u8) -> u64 {
+    if usize::from(register) == RSP {
+        0
+    } else {
+        1 << at
+    }
+}
+
+/// How far RSP is from an address that a successful `insn` has touched, before it moves.
+fn touches(insn: &Insn) -> Option<i64> {
+    let instr = &insn.instr;
+    match insn.class {
+        Class::Push | Class::Call | Class::CallIndirect => {
+            Some(-i64::from(instr.stack_pointer_increment()))
+        }
+        Class::Pop | Class::Return => Some(0),
+        Class::Memory
+            if instr.memory_base() == Register::RSP && instr.memory_index() == Register::None =>
+        {
+            let by = (instr.memory_displacement64() as i64).wrapping_neg();
+            (by.unsigned_abs() <= SLACK).then_some(by)
+        }
+        _ => None,
+    }
+}
+
+/// The register that `insn` copies to its target.
+fn copied(insn: &Insn) -> Option<usize> {
+    let instr = &insn.instr;
+    let plain = insn.class == Class::Plain
+        && instr.mnemonic() == Mnemonic::Mov
+        && instr.op0_kind() == OpKind::Register
+        && instr.op1_kind() == OpKind::Register
+        && instr.op0_register().is_gpr64()
+        && instr.op1_register().is_gpr64();
+    plain.then(|| instr.op1_register().number())
 }
 
 /// True if `insn` leaves a 32-bit number in `register`, whatever happens.
@@ -200,7 +312,7 @@ fn step(insn: &Insn, register: u8) -> Option<i64> {
         |operand: Register| operand.is_gpr64() && operand.number() == usize::from(register);
     let small = |by: i64| (by.unsigned_abs() <= SLACK).then_some(by);
     match insn.class {
-        Class::Push | Class::Call | Class::CallIndirect if register == 4 => {
+        Class::Push | Class::Call | Class::CallIndirect | Class::Return if register == 4 => {
             Some(i64::from(instr.stack_pointer_increment()))
         }
         Class::Pop if register == 4 && !is_target(instr.op0_register()) => {
@@ -230,14 +342,18 @@ fn step(insn: &Insn, register: u8) -> Option<i64> {
 
 /// What an access through the window needs; None if it can't be one.
 fn needs(insn: &Insn, mode: Mode) -> Option<Needs> {
-    const RSP: (u8, bool) = (4, false);
-    const RBP: (u8, bool) = (5, false);
+    const STACK: (u8, bool) = (RSP as u8, false);
+    const FRAME: (u8, bool) = (5, false);
     let instr = &insn.instr;
     let wide = mode.bits == Bits::Bits64;
-    let stack_open = wide || mode.flat && mode.limited >> 2 & 1 == 0 && !mode.narrow_stack;
+    let stack_open = if wide {
+        mode.stack
+    } else {
+        mode.flat && mode.limited >> 2 & 1 == 0 && !mode.narrow_stack
+    };
     let stack = |more: Needs| {
         let [first, second, _] = more;
-        let own = wide.then_some(RSP);
+        let own = wide.then_some(STACK);
         stack_open.then_some([first, second, own])
     };
     let has_memory = (0..instr.op_count()).any(|operand| instr.op_kind(operand) == OpKind::Memory);
@@ -257,7 +373,7 @@ fn needs(insn: &Insn, mode: Mode) -> Option<Needs> {
         Class::CallIndirect if has_memory => stack(operand(instr, mode)?),
         Class::CallIndirect => stack([None; 3]),
         Class::JumpIndirect if has_memory => operand(instr, mode),
-        Class::Leave => stack_open.then_some([wide.then_some(RBP), None, None]),
+        Class::Leave => stack_open.then_some([wide.then_some(FRAME), None, None]),
         Class::Plain
         | Class::Nop
         | Class::Lea
@@ -313,6 +429,9 @@ fn operand(instr: &Instruction, mode: Mode) -> Option<Needs> {
     if !all(Register::is_gpr64) || mode.bits != Bits::Bits64 {
         return None;
     }
+    if base == Register::RSP && !mode.stack {
+        return None;
+    }
     let need = |register: Register, index: bool| {
         (register != Register::None).then(|| (register.number() as u8, index))
     };
@@ -328,6 +447,7 @@ mod tests {
     const MODE: Mode = Mode {
         user: true,
         window: true,
+        stack: true,
         interrupts: false,
         ..Mode::LONG
     };
@@ -357,13 +477,47 @@ mod tests {
     use Route::{Direct, Sum, Tlb};
 
     #[test]
-    fn pushes_are_checked_once_where_flags_are_dead() {
+    fn pushes_need_no_check_where_blocks_meet_with_rsp_inside() {
         // push rbp; push rbx; sub rsp, 24; mov [rsp+8], rax; test eax, eax; call +0
         check(
             b"\x55\x53\x48\x83\xec\x18\x48\x89\x44\x24\x08\x85\xc0\xe8\0\0\0\0",
             NONE,
             &[Direct, Direct, Tlb, Direct, Tlb, Direct],
-            &[(0, 4, false, 0b10_1011)],
+            &[],
+        );
+    }
+
+    #[test]
+    fn rsp_is_checked_if_nothing_shows_where_it_went() {
+        // sub rsp, 24; xor eax, eax; jz +0
+        check(
+            b"\x48\x83\xec\x18\x31\xc0\x74\0",
+            NONE,
+            &[Tlb, Tlb, Tlb],
+            &[(1, 4, false, 0)],
+        );
+        // mov rsp, rbp; pop rbp; xor eax, eax; jz +0
+        check(
+            b"\x48\x89\xec\x5d\x31\xc0\x74\0",
+            NONE,
+            &[Tlb, Direct, Tlb, Tlb],
+            &[(1, 4, false, 0)],
+        );
+        // leave; ret
+        check(b"\xc9\xc3", NONE, &[Direct, Direct], &[(0, 5, false, 0b1)]);
+        // sub rsp, 24; mov [rsp], rax; add rsp, 24; pop rbx; ret
+        check(
+            b"\x48\x83\xec\x18\x48\x89\x04\x24\x48\x83\xc4\x18\x5b\xc3",
+            NONE,
+            &[Tlb, Direct, Tlb, Direct, Direct],
+            &[],
+        );
+        // push [rax] goes another way, and shows nothing.
+        check(
+            b"\xff\x30\x31\xc0\x74\0",
+            NONE,
+            &[Tlb, Tlb, Tlb],
+            &[(1, 4, false, 0)],
         );
     }
 
@@ -385,11 +539,7 @@ mod tests {
             b"\x31\xc0\x48\x8b\x36\x48\x8b\x36\x31\xc0\xc3",
             NONE,
             &[Tlb, Direct, Direct, Tlb, Direct],
-            &[
-                (1, 6, false, 0b10),
-                (2, 6, false, 0b100),
-                (3, 4, false, 0b1_0000),
-            ],
+            &[(1, 6, false, 0b10), (2, 6, false, 0b100)],
         );
     }
 

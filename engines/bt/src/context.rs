@@ -43,6 +43,8 @@ pub(crate) struct Context {
     pub window_limit: u64,
     /// And index registers below this.
     pub index_limit: u64,
+    /// A change to ring 3 by translated code itself needs RSP to be no more than this.
+    pub stack_limit: u64,
     /// What the signal handler met, if the site is [`HOST_FAULT`].
     pub fault: HostFault,
     /// Guest XMM registers while Rust runs.

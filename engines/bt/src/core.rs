@@ -258,6 +258,15 @@ impl Core {
         mode
     }
 
+    /// As [`Core::mode`], with what depends on registers as they are now.
+    pub(crate) fn mode_here(&mut self) -> Mode {
+        let mode = self.mode();
+        Mode {
+            stack: mode.window && mode.bits == Bits::Bits64 && self.gpr(4) < crate::window::SIZE,
+            ..mode
+        }
+    }
+
     /// What a mode depends on and translated code changes by itself.
     fn mode_key(&self) -> u64 {
         let flags = self.cpu.flags & (FLAG_AC | FLAG_IOPL | FLAG_VM);
@@ -326,6 +335,7 @@ impl Core {
             bits,
             user,
             window: user && bits != Bits::Bits16 && !(long && limited != 0) && window,
+            stack: false,
             flat,
             code_base: if flat {
                 0

@@ -70,6 +70,8 @@ pub(crate) struct Mode {
     pub ring_0: bool,
     /// Accesses go through the window where they can.
     pub window: bool,
+    /// RSP is inside the window, or close to it, wherever blocks of this mode meet.
+    pub stack: bool,
     /// es, cs, ss, ds have base 0, as 64-bit mode enforces.
     pub flat: bool,
     /// Whether FPU and SSE instructions fault.
@@ -101,6 +103,7 @@ impl Mode {
         user: false,
         ring_0: true,
         window: false,
+        stack: false,
         flat: true,
         fpu: Fpu::READY,
         tsc: true,
@@ -176,6 +179,13 @@ impl Class {
             | Class::System
             | Class::Fault(_) => true,
         }
+    }
+}
+
+impl Class {
+    /// What comes after it is the run loop's to find.
+    pub(crate) fn asks_runtime(self) -> bool {
+        matches!(self, Class::System | Class::Fault(_))
     }
 }
 
@@ -265,7 +275,9 @@ pub(crate) fn decode(
         let class = classify(&instr, mode);
         len += instr.len() as u32;
         insns.push(analyse(instr, class, info));
-        if class.ends_block() {
+        // Accesses through the window share nothing that a way out in the middle would have to undo.
+        let goes_on = class == Class::Branch && mode.window;
+        if class.ends_block() && !goes_on {
             break;
         }
     }
@@ -307,7 +319,7 @@ impl Decoded {
     /// Fills in `live_in` and `live_out`. Nothing is known of a successor, so all flags live at the
     /// end, unless saving them would cost something: then the successors' first instructions decide.
     fn liveness(&mut self, bytes: &[u8], ip: u64, width: u32) {
-        self.backward(ALL_FLAGS);
+        self.backward(ALL_FLAGS, |_| ALL_FLAGS);
         let costs =
             |insn: &Insn| insn.live_in != 0 && (insn.memory.is_some() || insn.class.ends_block());
         if !self.insns.iter().any(costs) {
@@ -316,7 +328,8 @@ impl Decoded {
         let Some(last) = self.insns.last() else {
             return;
         };
-        let next = last.instr.next_ip();
+        let (last, class) = (last.instr, last.class);
+        let next = last.next_ip();
         let mut watched = self.len;
         let mut peek = |target: u64| {
             let offset = target.wrapping_sub(ip);
@@ -329,10 +342,10 @@ impl Decoded {
                 Some(_) | None => ALL_FLAGS,
             }
         };
-        let live = match last.class {
-            Class::Jump | Class::Call => peek(last.instr.near_branch_target()),
-            Class::Branch => peek(last.instr.near_branch_target()) | peek(next),
-            Class::Plain
+        let live = match class {
+            Class::Jump | Class::Call => peek(last.near_branch_target()),
+            Class::Branch
+            | Class::Plain
             | Class::Memory
             | Class::Nop
             | Class::Lea
@@ -351,10 +364,17 @@ impl Decoded {
             | Class::System
             | Class::Fault(_) => ALL_FLAGS,
         };
+        let taken: Vec<(u64, u32)> = self
+            .insns
+            .iter()
+            .filter(|insn| insn.class == Class::Branch)
+            .map(|insn| (insn.instr.ip(), peek(insn.instr.near_branch_target())))
+            .collect();
         self.watched = watched;
-        if live != ALL_FLAGS {
-            self.backward(live);
-        }
+        self.backward(live, |ip| {
+            let found = taken.iter().find(|&&(branch, _)| branch == ip);
+            found.map_or(ALL_FLAGS, |&(_, live)| live)
+        });
     }
 
     /// Flags count as read everywhere.
@@ -364,9 +384,13 @@ impl Decoded {
         }
     }
 
-    fn backward(&mut self, live_at_end: u32) {
+    /// `taken` says which flags live where the branch at an address leads.
+    fn backward(&mut self, live_at_end: u32, taken: impl Fn(u64) -> u32) {
         let mut live = live_at_end;
         for insn in self.insns.iter_mut().rev() {
+            if insn.class == Class::Branch {
+                live |= taken(insn.instr.ip());
+            }
             insn.live_out = live;
             live &= !insn.kills();
             live |= insn.instr.rflags_read() & ALL_FLAGS;

@@ -9,6 +9,7 @@
 //! | `features` | what CPUID and control registers say about an instruction |
 //! | `decode` | guest bytes to a block: classes, registers, live flags |
 //! | `lower` | a block to host code |
+//! | `dispatch` | indirect branches of code that uses the window |
 //! | `cache` | blocks, links between them, self-modifying code |
 //! | `mmu`, `tlb` | the guest's page tables, and the tables translated code looks into |
 //! | `window`, `checks` | ring 3's memory at host addresses, and what is compared before its use |
@@ -27,6 +28,11 @@ mod context;
 mod core;
 mod cpu;
 mod decode;
+#[allow(
+    clippy::useless_conversion,
+    reason = "dynasm! converts every register number, whatever its type"
+)]
+mod dispatch;
 mod fault;
 mod features;
 mod groups;

@@ -184,7 +184,9 @@ impl Mmu {
         let span = large.unwrap_or(Span::around(address, 4096));
         for tlb in &self.tlbs {
             match large {
-                Some(span) => tlb.remove_span(span),
+                Some(span) => {
+                    tlb.remove_span(span);
+                }
                 None => tlb.remove(span.start),
             }
         }

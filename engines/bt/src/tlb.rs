@@ -30,6 +30,8 @@ pub(crate) fn tlb_index(user: bool, write: bool) -> usize {
 
 use std::cell::{Cell, RefCell};
 
+use crate::dispatch::Targets;
+
 /// A naturally aligned range of guest-virtual addresses: what one page-table entry maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span {
@@ -68,8 +70,66 @@ pub(crate) struct Table<const SHIFT: u32, const ENTRIES: usize> {
 
 /// A software TLB.
 pub(crate) type Tlb = Table<12, TLB_ENTRIES>;
-/// A jump cache.
-pub(crate) type JumpCache = Table<0, JUMP_ENTRIES>;
+
+/// A jump cache, and the table of [`crate::dispatch`] for those who use it.
+pub(crate) struct JumpCache {
+    entries: Table<0, JUMP_ENTRIES>,
+    targets: Option<Targets>,
+}
+
+impl JumpCache {
+    /// Takes over [`JUMP_BYTES`] at `address`.
+    ///
+    /// # Safety
+    /// As for [`Table::new`].
+    pub(crate) unsafe fn new(address: usize) -> JumpCache {
+        JumpCache {
+            // SAFETY: the caller's promise.
+            entries: unsafe { Table::new(address) },
+            targets: None,
+        }
+    }
+
+    /// Keeps a table of checked entries as well.
+    pub(crate) fn set_targets(&mut self, targets: Targets) {
+        self.targets = Some(targets);
+    }
+
+    /// Enters a block: where to enter it with flags in the context, and its checked entry if it has
+    /// one.
+    pub(crate) fn fill(&self, target: u64, entry: u64, checked: Option<u64>) {
+        self.entries.fill(target, entry);
+        if let (Some(targets), Some(checked)) = (&self.targets, checked) {
+            targets.fill(target, checked);
+        }
+    }
+
+    /// Where the block at `target` is entered; None as well if it could have a checked entry but has
+    /// none in the table, for code that looks there.
+    pub(crate) fn get(&self, target: u64, checked: bool) -> Option<u64> {
+        let missing = |targets: &Targets| checked && !targets.holds(target);
+        let known = !self.targets.as_ref().is_some_and(missing);
+        self.entries.get(target).filter(|_| known)
+    }
+
+    /// Forgets every target.
+    pub(crate) fn flush(&self) {
+        self.entries.flush();
+        if let Some(targets) = &self.targets {
+            targets.flush();
+        }
+    }
+
+    /// Forgets the targets in `span`.
+    pub(crate) fn remove_span(&self, span: Span) {
+        // The other table doesn't know whose its entries are.
+        if self.entries.remove_span(span)
+            && let Some(targets) = &self.targets
+        {
+            targets.flush();
+        }
+    }
+}
 
 impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
     /// Takes over `ENTRIES * 16` writable bytes at `address`, which outlive the table.
@@ -141,10 +201,10 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         }
     }
 
-    /// Empties the entries for keys in `span`.
-    pub(crate) fn remove_span(&self, span: Span) {
+    /// Empties the entries for keys in `span`. Returns false if there was none for sure.
+    pub(crate) fn remove_span(&self, span: Span) -> bool {
         if span.bytes == 4096 && self.pages.get() >> (span.start >> 12 & 63) & 1 == 0 {
-            return;
+            return false;
         }
         let remove = |index: usize| {
             // SAFETY: index < ENTRIES.
@@ -162,6 +222,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
                 .map(|&index| usize::from(index))
                 .for_each(remove);
         }
+        true
     }
 }
 

@@ -290,6 +290,10 @@ impl Emit {
             ; jne >miss
             ; mov r13, [r13 + table + 8]
         );
+        if user {
+            let limit = self.slot(offset_of!(Context, stack_limit));
+            dynasm!(self.ops ; .arch x64 ; cmp rsp, [limit] ; ja >miss);
+        }
         if returns {
             dynasm!(self.ops ; .arch x64 ; mov [self.doorbell], eax);
         }

@@ -320,7 +320,7 @@ impl BtVcpu {
     fn find(&mut self, single: bool) -> Result<(u64, Option<u32>), Missing> {
         let mode = Mode {
             single,
-            ..self.core.mode()
+            ..self.core.mode_here()
         };
         let user = usize::from(mode.user);
         let virt = self.core.linear_ip();
@@ -329,7 +329,7 @@ impl BtVcpu {
                 self.core.mmu.jumps[user].flush();
                 self.jump_modes[user] = Some(mode);
                 self.core.settled = false;
-            } else if let Some(entry) = self.core.mmu.jumps[user].get(virt) {
+            } else if let Some(entry) = self.core.mmu.jumps[user].get(virt, mode.window) {
                 return Ok((entry, None));
             }
         }
@@ -338,7 +338,8 @@ impl BtVcpu {
         let entry = block.lazy_entry;
         // Translated code looks a branch's offset up, which is the address only in a flat segment.
         if !single && block.second.is_none() && mode.flat {
-            self.core.mmu.jumps[user].fill(virt, entry);
+            let checked = block.checked_entry;
+            self.core.mmu.jumps[user].fill(virt, entry, checked);
         }
         Ok((entry, Some(number)))
     }
@@ -351,6 +352,14 @@ impl BtVcpu {
             Some([kernel, user]) if !self.intercept => {
                 let [privileged, unprivileged] = self.jump_modes;
                 let syscalls = self.core.cpu.efer & EFER_SCE != 0;
+                // Where RSP has to be inside the window, the stubs look.
+                let stack = unprivileged.is_some_and(|mode| mode.stack);
+                let user = Mode { stack, ..user };
+                self.core.context().stack_limit = if stack {
+                    crate::window::SIZE - 1
+                } else {
+                    u64::MAX
+                };
                 (if privileged == Some(kernel) {
                     KERNEL
                 } else {
@@ -529,7 +538,7 @@ impl BtVcpu {
         if self.doorbell.answer() {
             return Err(Stop::Interrupted);
         }
-        let mode = self.core.mode();
+        let mode = self.core.mode_here();
         let virt = self.core.linear_ip();
         let emptied = self.cache.emptied;
         match self.block(mode, virt) {

@@ -34,7 +34,8 @@
 //!
 //! A page costs some 10 µs to fill and 2 µs to drop, which only lasting mappings earn back. The
 //! time spent on both is held against the time the window was open; one that closes having cost
-//! more than an eighth of its life stays closed, twice as long each time.
+//! more than an eighth of its life stays closed until translations have lived, or usually live, longer
+//! than a limit, which doubles each time.
 //!
 //! Invariant: no extent maps a page writable that holds translated code, and nothing but guest RAM
 //! is ever mapped here.
@@ -66,6 +67,8 @@ const SIGNAL: u64 = 8_000;
 /// Ticks that a window may cost at first, before it is held against its age.
 const GRACE: u64 = 1 << 22;
 const GRACE_LATER: u64 = 1 << 19;
+/// Most that one fill or drop counts for: whoever was preempted meanwhile hasn't worked.
+const DEAREST: u64 = 1 << 17;
 const BACKOFF_LEAST: u64 = 1 << 18;
 const BACKOFF_MOST: u64 = 1 << 29;
 
@@ -107,6 +110,8 @@ pub(crate) struct Window {
     flushes: u64,
     seen: u64,
     calm_since: u64,
+    /// Time between flushes, as far as was seen last.
+    gap: u64,
     backoff: u64,
     opened: u64,
     spent: u64,
@@ -128,6 +133,7 @@ impl Window {
             flushes: 0,
             seen: 0,
             calm_since: 0,
+            gap: 0,
             backoff: 0,
             opened: 0,
             spent: 0,
@@ -177,11 +183,14 @@ impl Window {
             return self.open;
         }
         let now = engine_core::clock::tsc();
-        if self.flushes != self.seen {
+        let new = self.flushes.wrapping_sub(self.seen);
+        if let Some(gap) = now.wrapping_sub(self.calm_since).checked_div(new) {
+            self.gap = gap;
             self.seen = self.flushes;
             self.calm_since = now;
         }
-        if now.wrapping_sub(self.calm_since) < self.backoff {
+        // Calm for long enough, or calm for as long most of the time.
+        if now.wrapping_sub(self.calm_since).max(self.gap) < self.backoff {
             return false;
         }
         if self.stale {
@@ -225,7 +234,7 @@ impl Window {
     /// Notes what maintenance cost, and closes a window that costs too much.
     fn charge(&mut self, since: u64) {
         let now = engine_core::clock::tsc();
-        self.spent += now.wrapping_sub(since) + SIGNAL;
+        self.spent += now.wrapping_sub(since).min(DEAREST) + SIGNAL;
         let grace = if self.backoff == 0 {
             GRACE
         } else {

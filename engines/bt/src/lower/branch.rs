@@ -21,7 +21,7 @@ use super::{Cold, Lower, Path, contract};
 use crate::{
     context::Context,
     cpu::Bits,
-    decode::Insn,
+    decode::{Class, Insn},
     site::{Ip, Kind},
     tlb::JUMP_ENTRIES,
 };
@@ -41,14 +41,13 @@ impl Lower<'_> {
         self.flags_for(insn);
         self.leave(insn.live_out != 0);
         let target = self.wrap(insn.instr.near_branch_target());
-        if target <= insn.instr.ip() {
+        if target <= insn.instr.ip() && !std::mem::take(&mut self.rung) {
             self.doorbell(Ip::At(insn.instr.ip()));
         }
-        // Either way: exactly one of the two exits is taken.
+        // Either way: exactly one of two ways is taken.
         self.count(Path::Direct);
         let condition = condition(&insn.instr).ok_or("no condition")?;
         self.linked(&[0x0f, 0x80 | condition], insn.instr.ip(), target);
-        self.direct(insn.instr.ip(), insn.instr.next_ip());
         Ok(())
     }
 
@@ -129,6 +128,9 @@ impl Lower<'_> {
         } else {
             insn.instr.immediate16()
         };
+        if self.windowed() {
+            return self.return_in_window(insn, extra.into());
+        }
         let target = self.pop_return(insn, extra.into())?;
         self.indirect(insn, Some(target), self.return_size() + i32::from(extra));
         Ok(())
@@ -147,6 +149,9 @@ impl Lower<'_> {
             return;
         }
         self.count(Path::Indirect);
+        if self.mode.window {
+            return self.dispatch(insn, rsp);
+        }
         if !self.homes.lazy {
             self.save_flags(target.map_or(0, |register| 1 << register));
         }
@@ -186,7 +191,17 @@ impl Lower<'_> {
         }
     }
 
-    fn doorbell(&mut self, ip: Ip) {
+    /// Rings before `insn` for a backward branch right behind it: processors fuse a comparison with the
+    /// conditional jump that follows.
+    pub(super) fn ring_early(&mut self, insn: &Insn, next: &Insn) {
+        let plain = insn.class == Class::Plain && next.class == Class::Branch;
+        if plain && self.wrap(next.instr.near_branch_target()) <= next.instr.ip() {
+            self.doorbell(Ip::At(insn.instr.ip()));
+            self.rung = true;
+        }
+    }
+
+    pub(super) fn doorbell(&mut self, ip: Ip) {
         self.mark(ip);
         dynasm!(self.asm ; .arch x64 ; mov [self.layout.doorbell], eax);
     }

@@ -71,7 +71,9 @@ pub(crate) struct Layout {
     window: i32,
     tlb: [i32; 4],
     jump: [i32; 2],
+    targets: i32,
     exit: u64,
+    miss: u64,
     privileged: i32,
     transitions: Transitions,
     /// Code counts what it does.
@@ -79,10 +81,12 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
+    /// `miss` is where indirect branches of code that uses the window go without a target.
     pub(crate) fn new(
         arena: &Arena,
         stubs: &Stubs,
         transitions: Transitions,
+        miss: u64,
         counting: bool,
     ) -> Layout {
         Layout {
@@ -91,7 +95,9 @@ impl Layout {
             window: arena.window() as i32,
             tlb: std::array::from_fn(|index| arena.tlb(index) as i32),
             jump: std::array::from_fn(|index| arena.jump(index) as i32),
+            targets: arena.targets() as i32,
             exit: stubs.exit,
+            miss,
             counting,
             privileged: arena.privileged() as usize as i32,
             transitions,
@@ -124,6 +130,8 @@ impl Layout {
 #[derive(Default)]
 pub(crate) struct Lowered {
     pub code: Vec<u8>,
+    /// Offset of the entry for who has everything in place; before it, if not at 0, is the checked one.
+    pub entry: u32,
     /// Offset of the entry for who has the flags in `Context::lazy_flags`.
     pub lazy_entry: u32,
     pub sites: Vec<Site>,
@@ -170,6 +178,8 @@ pub(crate) struct Lower<'a> {
     /// Registers used by the instructions from each index on, for choosing scratch.
     upcoming: Vec<u16>,
     at: usize,
+    /// The doorbell of the branch that comes next has been rung.
+    rung: bool,
 }
 
 /// Code to be placed after the block's straight line.
@@ -258,7 +268,10 @@ pub(crate) fn lower(
         cold: std::mem::take(&mut lowered.cold),
         upcoming: std::mem::take(&mut lowered.upcoming),
         at: 0,
+        rung: false,
     };
+    lower.checked_entry(ip);
+    let entry = lower.position() as u32;
     let mut seen = 0;
     lower.upcoming.resize(decoded.insns.len(), 0);
     for (slot, insn) in lower.upcoming.iter_mut().zip(&decoded.insns).rev() {
@@ -268,6 +281,9 @@ pub(crate) fn lower(
     }
     for (at, insn) in decoded.insns.iter().enumerate() {
         lower.at = at;
+        if let Some(next) = decoded.insns.get(at + 1) {
+            lower.ring_early(insn, next);
+        }
         let offset = insn.instr.ip().wrapping_sub(ip) as usize;
         let raw = &bytes[offset..offset + insn.instr.len()];
         lower
@@ -278,18 +294,27 @@ pub(crate) fn lower(
             lower.interrupt_window(insn.instr.next_ip());
         }
     }
-    if let Some(last) = decoded.insns.last().filter(|last| !last.class.ends_block()) {
+    let goes_on = |last: &&Insn| last.class == Class::Branch || !last.class.ends_block();
+    if let Some(last) = decoded.insns.last().filter(goes_on) {
         lower.leave(last.live_out != 0);
-        lower.count(Path::Direct);
-        lower.direct(last.instr.ip(), last.instr.next_ip());
+        if last.class != Class::Branch {
+            lower.count(Path::Direct);
+        }
+        if lower.checks.lost {
+            let kind = Kind::Outside { steps: 0, users: 0 };
+            lower.exit(last.instr.next_ip(), kind);
+        } else {
+            lower.direct(last.instr.ip(), last.instr.next_ip());
+        }
     }
     lower.cold();
     let live = decoded
         .insns
         .first()
         .is_some_and(|first| first.live_in != 0);
-    let lazy_entry = if live { lower.lazy_entry() } else { 0 };
+    let lazy_entry = if live { lower.lazy_entry(entry) } else { entry };
     *lowered = Lowered {
+        entry,
         lazy_entry,
         code: lower.asm.finalize(),
         sites: lower.sites,
@@ -303,7 +328,7 @@ pub(crate) fn lower(
 
 impl Lower<'_> {
     /// An entry that brings the flags home first.
-    fn lazy_entry(&mut self) -> u32 {
+    fn lazy_entry(&mut self, entry: u32) -> u32 {
         let position = self.position() as u32;
         self.homes = Homes {
             spilled: contract(self.mode),
@@ -311,7 +336,7 @@ impl Lower<'_> {
         };
         self.restore_flags(0);
         self.settle_registers();
-        let start = self.base;
+        let start = self.base + u64::from(entry);
         self.jump_to(0xe9, start);
         position
     }

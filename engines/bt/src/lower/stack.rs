@@ -266,11 +266,7 @@ impl Lower<'_> {
     /// more.
     pub(super) fn pop_return(&mut self, insn: &Insn, extra: i32) -> Result<u8, String> {
         let size = self.return_size();
-        let value = if self.windowed() {
-            self.return_in_window(insn)?
-        } else {
-            self.load_stack(insn, Address::Stack(0), size, 0)?
-        };
+        let value = self.load_stack(insn, Address::Stack(0), size, 0)?;
         dynasm!(self.asm ; .arch x64 ; mov [self.layout.target()], Rq(value));
         self.move_rsp(size + extra);
         Ok(value)

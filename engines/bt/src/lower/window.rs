@@ -16,14 +16,16 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, MemoryOperand, OpKind, Register};
 use std::mem::offset_of;
 
-use super::{Cold, Lower, gpr64, memory::Address, memory::whole_operand, memory_operand};
+use super::{Cold, Lower, Path, gpr64, memory::Address, memory::whole_operand, memory_operand};
 use crate::{
     checks::{Route, constant},
     context::Context,
     cpu::Bits,
     decode::{Class, Insn},
-    site::{Ip, Kind},
+    site::{Ip, Kind, number},
 };
+
+const RCX: u8 = 1;
 
 impl Lower<'_> {
     /// The instruction's accesses go through the window.
@@ -216,13 +218,62 @@ impl Lower<'_> {
         Ok(())
     }
 
-    /// Loads the return address into a borrowed register.
-    pub(super) fn return_in_window(&mut self, insn: &Insn) -> Result<u8, String> {
-        self.need(insn.reads);
-        let value = self.take(0, insn);
+    /// Pops the return address, and `extra` bytes more, and goes there.
+    pub(super) fn return_in_window(&mut self, insn: &Insn, extra: i32) -> Result<(), String> {
+        let size = self.return_size();
+        self.count(Path::Indirect);
+        self.leave(true);
+        self.spill(RCX);
         let operand = self.stack_operand(0);
-        self.load_in_window(insn, value, operand, self.return_size())?;
-        Ok(value)
+        self.load_in_window(insn, RCX, operand, size)?;
+        dynasm!(self.asm ; .arch x64 ; mov [self.layout.target()], rcx);
+        self.move_rsp(size + extra);
+        self.doorbell(Ip::Target);
+        dynasm!(self.asm ; .arch x64 ; movzx ecx, cx);
+        self.through_table(insn, size + extra);
+        Ok(())
+    }
+
+    /// Goes to `Context::target`, with RSP moved by `rsp` already.
+    pub(super) fn dispatch(&mut self, insn: &Insn, rsp: i32) {
+        self.leave(true);
+        self.doorbell(Ip::Target);
+        self.spill(RCX);
+        dynasm!(self.asm ; .arch x64 ; movzx ecx, WORD [self.layout.target()]);
+        self.through_table(insn, rsp);
+    }
+
+    fn through_table(&mut self, insn: &Insn, rsp: i32) {
+        // Who misses there has saved the flags.
+        self.homes.lazy = true;
+        let site = self.add_site(insn.instr.ip(), Kind::Indirect { rsp });
+        let number = number(self.first_site + site, 0);
+        dynasm!(self.asm
+            ; .arch x64
+            ; mov QWORD [self.layout.site()], number
+            ; jmp QWORD [rcx * 8 + self.layout.targets]
+        );
+    }
+
+    /// The entry for indirect branches, which falls into the one for others. None for blocks far up:
+    /// their branches go by the jump cache.
+    pub(super) fn checked_entry(&mut self, ip: u64) {
+        let Some(own) = i32::try_from(ip)
+            .ok()
+            .filter(|_| self.mode.window && !self.mode.single)
+        else {
+            return;
+        };
+        dynasm!(self.asm
+            ; .arch x64
+            ; mov rcx, [self.layout.target()]
+            ; lea rcx, [rcx - own]
+        );
+        // Over the jump.
+        self.asm.extend([0xe3, 5]);
+        let miss = self.layout.miss;
+        self.jump_to(0xe9, miss);
+        dynasm!(self.asm ; .arch x64 ; mov rcx, [self.layout.spill(RCX)]);
     }
 
     /// Loads the target of an indirect branch from memory into a borrowed register.

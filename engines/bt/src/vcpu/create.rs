@@ -10,6 +10,7 @@ use crate::{
     arena::Arena,
     cache::Cache,
     core::Core,
+    dispatch::{self, Targets},
     kick::Doorbell,
     lower::Layout,
     stubs, transitions,
@@ -122,10 +123,17 @@ impl BtVcpu {
         let next = (arena.code() + code.len() as u64).next_multiple_of(64);
         let (transitions, code) = transitions::emit(&arena, stubs.exit, next);
         arena.write_code(next, &code);
-        let layout = Layout::new(&arena, &stubs, transitions, options.count_paths);
-        let cache = Cache::new(&arena, layout, transitions.end);
+        let miss = transitions.end.next_multiple_of(64);
+        let jump = arena.jump(1) as i32;
+        let code = dispatch::emit(arena.context_disp(), jump, stubs.exit, miss);
+        arena.write_code(miss, &code);
+        let layout = Layout::new(&arena, &stubs, transitions, miss, options.count_paths);
+        let cache = Cache::new(&arena, layout, miss + code.len() as u64);
         // SAFETY: the arena is dropped last and serves this core alone.
         let mut core = unsafe { Core::new(ram, &arena, Arc::clone(vm), place) };
+        // SAFETY: that part of the arena is for this table.
+        let targets = unsafe { Targets::new(arena.targets(), miss) };
+        core.mmu.jumps[1].set_targets(targets);
         core.context().mxcsr = 0x1f80;
         core.context().window_limit = crate::window::SIZE;
         core.context().index_limit = crate::window::INDEX_LIMIT;

@@ -52,6 +52,9 @@ impl BtVcpu {
         self.settle(site.homes, site.ip);
         self.steps = steps;
         self.counts.add(ExitReason::WindowMiss);
+        if users == 0 {
+            return;
+        }
         let missed = Outside {
             sum: users,
             ..Outside::default()

@@ -1,0 +1,142 @@
+//! Indirect branches of code that uses the window.
+//!
+//! Such a branch puts its target into `Context::target` and jumps through a table of host addresses,
+//! by the target's low 16 bits and without comparing anything. Who is jumped to makes sure that it is
+//! meant, before its first instruction:
+//!
+//! ```text
+//! branch:  mov   [target], target
+//!          mov   [spill], rcx
+//!          movzx ecx, target          ; 16 bits
+//!          jmp   [rcx * 8 + table]
+//!
+//! checked: mov   rcx, [target]
+//!          lea   rcx, [rcx - own address]
+//!          jrcxz entry                ; no flag is touched on the way
+//!          jmp   miss
+//! entry:   mov   rcx, [spill]
+//! ```
+//!
+//! So the flags survive without being saved, which a comparison in the branch couldn't do: what reads
+//! them there is known only once the target is. Entries that nobody has filled lead to `miss`, where
+//! the jump cache is looked into, with flags saved; what isn't there either leaves for the runtime,
+//! through the site that the branch has stored.
+//!
+//! Invariant: every entry of the table is a block's checked entry or the address of `miss`.
+
+use std::{cell::RefCell, mem::offset_of};
+
+use dynasmrt::{DynasmApi, DynasmLabelApi, VecAssembler, dynasm, x64::X64Relocation};
+
+use crate::{context::Context, tlb::JUMP_ENTRIES};
+
+/// Entries of the table: what 16 bits can name.
+pub(crate) const TARGET_ENTRIES: usize = 1 << 16;
+/// Bytes of the table.
+pub(crate) const TARGET_BYTES: usize = TARGET_ENTRIES * 8;
+
+/// Emits `miss` for a context at `context` and a jump cache at `jump`, to be placed at `base`.
+pub(crate) fn emit(context: i32, jump: i32, exit: u64, base: u64) -> Vec<u8> {
+    let mut ops = VecAssembler::<X64Relocation>::new(base as usize);
+    let slot = |offset: usize| context + offset as i32;
+    let spill = slot(offset_of!(Context, spill));
+    let lazy = slot(offset_of!(Context, lazy_flags));
+    let target = slot(offset_of!(Context, target));
+    let resume = slot(offset_of!(Context, resume));
+    dynasm!(ops
+        ; .arch x64
+        ; mov [spill], rax
+        ; lahf
+        ; seto al
+        ; mov [lazy], rax
+        ; mov rcx, [target]
+        ; mov eax, ecx
+        ; and eax, JUMP_ENTRIES as i32 - 1
+        ; shl eax, 4
+        ; cmp rcx, [rax + jump]
+        ; jne >unknown
+        ; mov rcx, [rax + jump + 8]
+        ; mov [resume], rcx
+        ; mov rax, [spill]
+        ; mov rcx, [spill + 8]
+        ; jmp QWORD [resume]
+        ;unknown:
+        ; mov rax, [spill]
+        ; mov rcx, QWORD exit as i64
+        ; jmp rcx
+    );
+    ops.finalize().expect("every label is bound")
+}
+
+/// The table.
+pub(crate) struct Targets {
+    entries: *mut u64,
+    miss: u64,
+    filled: RefCell<Vec<u16>>,
+}
+
+impl Targets {
+    /// Takes over [`TARGET_BYTES`] of writable memory at `address`.
+    ///
+    /// # Safety
+    /// The memory belongs to this table alone, translated code aside, and outlives it.
+    pub(crate) unsafe fn new(address: usize, miss: u64) -> Targets {
+        let targets = Targets {
+            entries: address as *mut u64,
+            miss,
+            filled: RefCell::default(),
+        };
+        for index in 0..TARGET_ENTRIES {
+            targets.put(index as u16, miss);
+        }
+        targets
+    }
+
+    fn put(&self, index: u16, entry: u64) {
+        // SAFETY: there are as many entries as an index can name.
+        unsafe { *self.entries.add(index.into()) = entry };
+    }
+
+    /// Enters the block at `target`.
+    pub(crate) fn fill(&self, target: u64, checked: u64) {
+        let mut filled = self.filled.borrow_mut();
+        // SAFETY: as in `put`.
+        let before = unsafe { *self.entries.add(usize::from(target as u16)) };
+        if before == self.miss {
+            filled.push(target as u16);
+        }
+        self.put(target as u16, checked);
+    }
+
+    /// True if something is entered that may be the block at `target`.
+    pub(crate) fn holds(&self, target: u64) -> bool {
+        // SAFETY: as in `put`.
+        unsafe { *self.entries.add(usize::from(target as u16)) != self.miss }
+    }
+
+    /// Empties every entry.
+    pub(crate) fn flush(&self) {
+        for index in self.filled.borrow_mut().drain(..) {
+            self.put(index, self.miss);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_entered_is_gone_after_a_flush() {
+        let mut memory = vec![0u64; TARGET_ENTRIES];
+        // SAFETY: the vector outlives the table and nobody else uses it.
+        let targets = unsafe { Targets::new(memory.as_mut_ptr() as usize, 7) };
+        assert!(!targets.holds(0x12_3456));
+        targets.fill(0x12_3456, 9);
+        assert!(targets.holds(0x12_3456));
+        targets.flush();
+        assert!(!targets.holds(0x12_3456));
+        drop(targets);
+        assert!(memory.iter().all(|&entry| entry == 7));
+    }
+}
