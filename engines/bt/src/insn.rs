@@ -164,6 +164,12 @@ impl Bench {
         Ok(outcome?)
     }
 
+    /// The vCPU, for tests that set it up in ways that nobody else needs.
+    #[doc(hidden)]
+    pub fn vcpu_for_tests(&mut self) -> &mut BtVcpu {
+        &mut self.vcpu
+    }
+
     /// Memory of the last case, as it is now; None where nothing is mapped.
     pub fn read(&self, address: u64, bytes: &mut [u8]) -> Option<()> {
         let mut done = 0;

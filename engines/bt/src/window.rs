@@ -104,6 +104,8 @@ pub(crate) struct Window {
     base: u64,
     extents: BTreeMap<u64, Extent>,
     open: bool,
+    /// It stays open whatever that costs.
+    held: bool,
     /// Closed with mappings that nobody keeps up to date.
     stale: bool,
     /// Flushes while closed, those that were noticed, and since when there was none.
@@ -129,6 +131,7 @@ impl Window {
             base: 0,
             extents: BTreeMap::new(),
             open: false,
+            held: false,
             stale: false,
             flushes: 0,
             seen: 0,
@@ -177,6 +180,13 @@ impl Window {
             .then(|| host.wrapping_sub(self.base))
     }
 
+    /// Keeps it open from now on, emptied at once by whatever would close it. Returns the host address
+    /// of guest address 0, None if there is no window.
+    pub(crate) fn hold(&mut self) -> Option<u64> {
+        self.held = true;
+        (self.base != 0).then_some(self.base)
+    }
+
     /// True if user code is to run through the window now. Opens it if it is time.
     pub(crate) fn ready(&mut self) -> bool {
         if self.open || self.base == 0 {
@@ -190,7 +200,7 @@ impl Window {
             self.calm_since = now;
         }
         // Calm for long enough, or calm for as long most of the time.
-        if now.wrapping_sub(self.calm_since).max(self.gap) < self.backoff {
+        if now.wrapping_sub(self.calm_since).max(self.gap) < self.backoff && !self.held {
             return false;
         }
         if self.stale {
@@ -211,7 +221,9 @@ impl Window {
     /// [`Window::ready`] has been asked.
     pub(crate) fn flush(&mut self) {
         self.flushes = self.flushes.wrapping_add(1);
-        if self.open && !self.extents.is_empty() {
+        if self.held {
+            self.drop_all();
+        } else if self.open && !self.extents.is_empty() {
             self.close(engine_core::clock::tsc());
         }
     }
@@ -241,7 +253,7 @@ impl Window {
             GRACE_LATER
         };
         let bad = self.spent > grace && self.spent > now.wrapping_sub(self.opened) / 2;
-        if self.open && bad {
+        if self.open && bad && !self.held {
             self.close(now);
         }
     }
