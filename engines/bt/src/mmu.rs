@@ -215,6 +215,11 @@ impl Mmu {
         self.vm.pages.is_code(phys)
     }
 
+    /// True if this vCPU has [entered](Mmu::enter) the page at `phys`, and not left it.
+    pub(crate) fn holds(&self, phys: u64) -> bool {
+        self.vm.pages.holds(phys, self.me)
+    }
+
     /// Claims the page at `phys` for writing without a word. False if it holds code: then what is
     /// written has to be told.
     pub(crate) fn claim(&self, phys: u64) -> bool {

@@ -130,6 +130,11 @@ impl Pages {
         self.load(phys) as Set != 0
     }
 
+    /// True if `me` has code from the page at `phys`, or is about to.
+    pub(crate) fn holds(&self, phys: u64, me: usize) -> bool {
+        self.word(phys).is_none() || self.load(phys) >> me & 1 == 1
+    }
+
     /// Makes `me` a writer of the page at `phys`. Refused if it holds code: each write has to be
     /// told then.
     pub(crate) fn claim(&self, phys: u64, me: usize) -> bool {

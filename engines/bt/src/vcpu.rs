@@ -400,7 +400,7 @@ impl BtVcpu {
             self.cache.empty(&mut self.core.mmu);
         }
         self.counts.add(ExitReason::Translate);
-        self.enter_page(key.phys)?;
+        self.enter_pages(&[key.phys])?;
         let room = 4096 - (virt & 0xfff) as usize;
         let inside = self.core.code_left();
         let mut bytes = [0xff; 1024];
@@ -420,7 +420,7 @@ impl BtVcpu {
             Err(Refusal::Crosses) => {}
         }
         let second = self.next_page(virt, mode)?;
-        self.enter_page(second)?;
+        self.enter_pages(&[key.phys, second])?;
         let mut bytes = vec![0xff; inside.min(15)];
         self.fetch(key.phys, &mut bytes[..room]);
         self.fetch(second, &mut bytes[room..]);

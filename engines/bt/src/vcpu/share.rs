@@ -88,19 +88,30 @@ impl BtVcpu {
         answered
     }
 
-    /// Makes the page around `phys` one that code may be read from: nobody writes to it unseen.
-    pub(super) fn enter_page(&mut self, phys: u64) -> Result<(), Missing> {
-        let writers = self.cache.enter(phys, &mut self.core.mmu);
-        let vm = &self.core.mmu.vm;
-        if writers == 0 || vm.without(Guarantee::Acknowledgement) {
-            return Ok(());
-        }
-        let request = Request::GiveUp(phys & !0xfff);
-        let tickets: Vec<_> = vm.ask_all(writers, request).collect();
-        if self.wait(&tickets) {
-            Ok(())
-        } else {
-            Err(Missing::Kicked)
+    /// Makes the pages around these addresses ones that code may be read from: nobody writes to them
+    /// unseen.
+    pub(super) fn enter_pages(&mut self, pages: &[u64]) -> Result<(), Missing> {
+        loop {
+            let mut tickets = Vec::new();
+            for &phys in pages {
+                let writers = self.cache.enter(phys, &mut self.core.mmu);
+                let vm = &self.core.mmu.vm;
+                if !vm.without(Guarantee::Acknowledgement) {
+                    let request = Request::GiveUp(phys & !0xfff);
+                    tickets.extend(vm.ask_all(writers, request));
+                }
+            }
+            if tickets.is_empty() {
+                return Ok(());
+            }
+            if !self.wait(&tickets) {
+                return Err(Missing::Kicked);
+            }
+            // Meanwhile somebody may have asked for all code from a page to be dropped, and with the
+            // last of it the page is left.
+            if pages.iter().all(|&phys| self.core.mmu.holds(phys)) {
+                return Ok(());
+            }
         }
     }
 

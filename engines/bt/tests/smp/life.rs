@@ -7,11 +7,13 @@ use bt::{BtVcpu, Guarantee, Options};
 use engine_core::{Exit, Vcpu};
 use iced_x86::code_asm::*;
 
+use crate::code::{give_way, wait};
 use crate::vm::{CALL, End, FREE, Vm, function, program_at, state};
 
 const PAGES: u64 = 8;
 const CODE: u64 = FREE + 0x10_0000;
 const ERRORS: u64 = FREE;
+const WRITTEN: u64 = FREE + 0x100;
 
 /// Every vCPU writes a function of its own to each page in turn, and runs whatever it finds there.
 fn everybody_translates(rounds: i32, without: Option<Guarantee>, patience: Duration) -> (End, u64) {
@@ -21,32 +23,48 @@ fn everybody_translates(rounds: i32, without: Option<Guarantee>, patience: Durat
         vm = vm.put(CODE + 0x1000 * page, &function(0x100).to_le_bytes());
     }
     for cpu in 0..CPUS {
-        vm = vm.cpu(move |asm| {
-            let mut again = asm.create_label();
-            let mut good = asm.create_label();
-            asm.mov(r14d, rounds)?;
-            asm.xor(r13d, r13d)?;
-            asm.mov(r12, function(0x100 + cpu as u32))?;
-            // Everybody begins elsewhere.
-            asm.mov(ebx, 2 * cpu as i32)?;
-            asm.set_label(&mut again)?;
-            asm.inc(ebx)?;
-            asm.and(ebx, PAGES as i32 - 1)?;
-            asm.mov(edi, ebx)?;
-            asm.shl(edi, 12)?;
-            asm.add(rdi, CODE as i32)?;
-            asm.mov(qword_ptr(rdi), r12)?;
-            asm.mov(qword_ptr(rdi), r12)?;
-            asm.call(rdi)?;
-            asm.sub(eax, 0x100)?;
-            asm.cmp(eax, CPUS as i32)?;
-            asm.jb(good)?;
-            asm.inc(r13)?;
-            asm.set_label(&mut good)?;
-            asm.dec(r14d)?;
-            asm.jne(again)?;
-            asm.mov(qword_ptr(ERRORS + 8 * cpu), r13)
-        });
+        vm = vm
+            .cpu(move |asm| {
+                let mut again = asm.create_label();
+                let mut good = asm.create_label();
+                asm.mov(r14d, rounds)?;
+                asm.xor(r13d, r13d)?;
+                asm.mov(r12, function(0x100 + cpu as u32))?;
+                // Everybody begins elsewhere.
+                asm.mov(ebx, 2 * cpu as i32)?;
+                asm.set_label(&mut again)?;
+                asm.inc(ebx)?;
+                asm.and(ebx, PAGES as i32 - 1)?;
+                asm.mov(edi, ebx)?;
+                asm.shl(edi, 12)?;
+                asm.add(rdi, CODE as i32)?;
+                asm.mov(qword_ptr(rdi), r12)?;
+                asm.mov(qword_ptr(rdi), r12)?;
+                asm.call(rdi)?;
+                asm.sub(eax, 0x100)?;
+                asm.cmp(eax, CPUS as i32)?;
+                asm.jb(good)?;
+                asm.inc(r13)?;
+                asm.set_label(&mut good)?;
+                asm.dec(r14d)?;
+                asm.jne(again)?;
+                // When all have written their last, everybody runs what is there.
+                asm.lock().inc(qword_ptr(WRITTEN))?;
+                asm.mov(r14d, CPUS as i32)?;
+                wait(asm, WRITTEN)?;
+                for page in (0..PAGES).map(|page| CODE + 0x1000 * page) {
+                    let mut same = asm.create_label();
+                    asm.mov(rdi, page)?;
+                    asm.call(rdi)?;
+                    asm.cmp(eax, dword_ptr(page + 1))?;
+                    asm.je(same)?;
+                    asm.inc(r13)?;
+                    asm.set_label(&mut same)?;
+                    asm.nop()?;
+                }
+                asm.mov(qword_ptr(ERRORS + 8 * cpu), r13)
+            })
+            .answer(give_way);
     }
     let ran = vm.run();
     let errors = match ran.end {
