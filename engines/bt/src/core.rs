@@ -383,7 +383,7 @@ impl Core {
     /// Writes guest-virtual memory, all of it or none.
     ///
     /// # Errors
-    /// The first page fault. Writes to device memory are dropped.
+    /// The first page fault. Device memory is written as [`DeviceLog`](crate::system::DeviceLog) says.
     pub(crate) fn write(&mut self, address: u64, bytes: &[u8], user: bool) -> Result<(), Fault> {
         self.watch(address, bytes.len() as u64, true);
         let last = address.wrapping_add(bytes.len() as u64 - 1);
@@ -420,6 +420,7 @@ impl Core {
     /// Writes RAM and notes the write if translated code lies there.
     pub(crate) fn write_phys(&mut self, phys: u64, bytes: &[u8]) {
         let Some(host) = self.mmu.host(phys, bytes.len() as u64) else {
+            self.mmu.devices.get_mut().write(phys, bytes);
             return;
         };
         let code = !self.mmu.claim(phys);

@@ -55,6 +55,11 @@ impl Fault {
         Fault::plain(UD)
     }
 
+    /// Stands for an instruction that waits for a device; never delivered.
+    pub(crate) const fn waiting() -> Fault {
+        Fault::plain(0xff)
+    }
+
     /// Page fault.
     pub(crate) const fn page(address: u64, error: u32) -> Fault {
         Fault {

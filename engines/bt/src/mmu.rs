@@ -27,6 +27,7 @@ use crate::{
     guest,
     pages::Set,
     pair::Pair,
+    system::DeviceLog,
     tlb::{JumpCache, Span, Tlb, tlb_index},
     vm::{Guarantee, Vm},
     window::{Piece, SIZE, Window},
@@ -91,6 +92,8 @@ pub(crate) struct Mmu {
     /// This vCPU's number.
     pub me: usize,
     pair: Pair,
+    /// What the instruction that the runtime executes has to do with devices.
+    pub devices: RefCell<DeviceLog>,
 }
 
 impl Mmu {
@@ -127,6 +130,7 @@ impl Mmu {
             vm,
             me,
             pair: Pair::default(),
+            devices: RefCell::default(),
         }
     }
 
@@ -560,7 +564,7 @@ impl Mmu {
     /// Copies guest-virtual memory out, with the given privilege.
     ///
     /// # Errors
-    /// The first page fault. Device memory reads as all ones.
+    /// The first page fault. Device memory is read as [`DeviceLog`] says.
     pub(crate) fn read(
         &self,
         cpu: &Cpu,
@@ -577,18 +581,23 @@ impl Mmu {
         while done < bytes.len() {
             let at = address.wrapping_add(done as u64);
             let len = (4096 - (at & 0xfff) as usize).min(bytes.len() - done);
+            let here = &mut bytes[done..done + len];
             let host = match self.tlbs[tlb_index(user, false)].get(at & !0xfff) {
                 Some(host) => Some((host + (at & 0xfff)) as *mut u8),
                 None => {
                     let page = self.walk(cpu, at, Access::Read, user)?;
                     self.fill(at, page, Access::Read, user);
-                    self.host(page.phys | at & 0xfff, len as u64)
+                    let phys = page.phys | at & 0xfff;
+                    let host = self.host(phys, len as u64);
+                    if host.is_none() {
+                        self.devices.borrow_mut().read(phys, here)?;
+                    }
+                    host
                 }
             };
-            match host {
+            if let Some(host) = host {
                 // SAFETY: inside RAM.
-                Some(host) => unsafe { guest::read(host, &mut bytes[done..done + len]) },
-                None => bytes[done..done + len].fill(0xff),
+                unsafe { guest::read(host, here) };
             }
             done += len;
         }

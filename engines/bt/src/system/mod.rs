@@ -8,6 +8,7 @@
 //! | `control` | control registers, MSRs |
 //! | `debug` | single steps, breakpoints, alignment checks |
 //! | `deliver` | interrupts and exceptions through IDT and IVT |
+//! | `device` | device memory under these instructions |
 //! | `flow` | far transfers, iret, syscall and sysenter |
 //! | `gate` | call gates, task gates, TSSs as branch targets |
 //! | `legacy` | decimal arithmetic, bound, arpl |
@@ -25,6 +26,7 @@
 mod control;
 mod debug;
 mod deliver;
+mod device;
 mod flow;
 mod gate;
 mod legacy;
@@ -41,6 +43,7 @@ pub(crate) use flow::drops;
 pub(crate) use xstate::stores_x87_pointers;
 
 pub(crate) use debug::Debugging;
+pub(crate) use device::DeviceLog;
 use engine_core::ExitReason;
 use engine_core::devices::lapic::owns_msr;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};

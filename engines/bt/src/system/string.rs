@@ -117,7 +117,9 @@ impl Core {
     /// Elements of ins or outs that leave for the port together: those up to the end of the page,
     /// so that what was checked for the first holds for all. `index` is RSI or RDI.
     fn port_run(&self, form: &Form, address: u64, index: usize) -> u64 {
-        if form.step != u64::from(form.size) || self.elementwise(form) {
+        // A page that was read is RAM.
+        let device = index == 6 && !self.mmu.was_read(address, self.user());
+        if form.step != u64::from(form.size) || self.elementwise(form) || device {
             return 1;
         }
         Self::run_length(form, address, self.gpr(index), self.count(form)).max(1)
@@ -199,6 +201,33 @@ impl Core {
         }
     }
 
+    /// True if the next element of a string may have to do with a device in a way that only the log of
+    /// devices can see to: it lies across two pages, or goes to a port.
+    pub(crate) fn logs_devices(&self, instr: &Instruction) -> bool {
+        use Mnemonic::*;
+        matches!(instr.mnemonic(), Outsb | Outsw | Outsd) || self.crosses(&self.form(instr))
+    }
+
+    fn reaches_over(form: &Form, address: u64) -> bool {
+        (address & 0xfff) + u64::from(form.size) > 4096
+    }
+
+    fn crosses(&self, form: &Form) -> bool {
+        let source = self.linear(self.gpr(6) & form.mask, form.source);
+        let destination = self.linear(self.gpr(7) & form.mask, Register::ES);
+        Self::reaches_over(form, source) || Self::reaches_over(form, destination)
+    }
+
+    /// Elements to do before the instruction is handed back: a step is one, and so is what waits for
+    /// devices.
+    fn batch(&self) -> u64 {
+        if self.stepping() || self.mmu.devices.borrow().listening() {
+            1
+        } else {
+            BATCH
+        }
+    }
+
     /// Runs `one` per element until the count or its condition ends.
     fn each(
         &mut self,
@@ -206,8 +235,11 @@ impl Core {
         one: impl Fn(&mut Core, &Form) -> Result<bool, Fault>,
     ) -> Result<Step, Trap> {
         let flags = self.rflags();
-        let batch = if self.stepping() { 1 } else { BATCH };
-        for _ in 0..batch {
+        let batch = self.batch();
+        for number in 0..batch {
+            if number > 0 && self.crosses(form) {
+                return Ok(Step::Again);
+            }
             // A fault in the middle of scas or cmps brings back the flags from before the
             // instruction (SDM 2B, REP).
             let again = one(self, form).inspect_err(|_| self.set_arithmetic(ARITHMETIC, flags))?;
@@ -255,12 +287,15 @@ impl Core {
         let value = self.gpr(0).to_le_bytes();
         let elementwise = self.elementwise(form);
         // A step is one element.
-        let batch = if self.stepping() { 1 } else { BATCH };
+        let batch = self.batch();
         let mut done = 0;
         while done < batch {
             let address = self.destination(form, true)?;
             let most = if elementwise { 1 } else { self.count(form) };
             let run = Self::run_length(form, address, self.gpr(7), most);
+            if run == 0 && done > 0 {
+                return Ok(Step::Again);
+            }
             if run == 0 {
                 let user = self.user();
                 self.write(address, &value[..size], user)?;
@@ -298,13 +333,16 @@ impl Core {
         let size = form.size as usize;
         let elementwise = self.elementwise(form);
         // A step is one element.
-        let batch = if self.stepping() { 1 } else { BATCH };
+        let batch = self.batch();
         let mut done = 0;
         while done < batch {
             let (from, to) = (self.source(form)?, self.destination(form, true)?);
             let most = if elementwise { 1 } else { self.count(form) };
             let run = Self::run_length(form, to, self.gpr(7), most);
             let run = Self::run_length(form, from, self.gpr(6), run);
+            if run == 0 && done > 0 {
+                return Ok(Step::Again);
+            }
             let hosts = if run == 0 {
                 None
             } else {
@@ -366,8 +404,10 @@ impl Core {
 
     /// Physical address of the element at `address` if it lies in device memory.
     fn device(&self, form: &Form, address: u64) -> Result<Option<u64>, Fault> {
-        let crosses = (address & 0xfff) + u64::from(form.size) > 4096;
-        if crosses || self.mmu.was_read(address, self.user()) {
+        if Self::reaches_over(form, address)
+            || self.mmu.devices.borrow().listening()
+            || self.mmu.was_read(address, self.user())
+        {
             return Ok(None);
         }
         let page = self

@@ -24,6 +24,16 @@ pub(super) enum Pending {
         instr: Instruction,
     },
     Device(Transfer),
+    /// An instruction that the runtime executes waits for device memory.
+    SystemRead {
+        instr: Instruction,
+        phys: u64,
+        len: usize,
+    },
+    /// It has ended, and what it wrote to devices goes out.
+    SystemWrites {
+        writes: std::vec::IntoIter<(u64, usize, [u8; 8])>,
+    },
     /// `rdmsr` waits for its value, at the instruction still.
     ReadMsr {
         next: u64,
@@ -43,9 +53,42 @@ impl BtVcpu {
             return Err(stop);
         }
         self.settle_for(instr);
+        if instr.is_string_instruction() && !self.core.logs_devices(instr) {
+            return self.execute(instr);
+        }
+        self.core.mmu.devices.get_mut().start();
+        let executed = self.execute(instr);
+        let devices = self.core.mmu.devices.get_mut();
+        if let Some((phys, len)) = devices.wanted() {
+            self.pending = Pending::SystemRead {
+                instr: *instr,
+                phys,
+                len,
+            };
+            return Err(Stop::Read { phys, len });
+        }
+        let writes = devices.end();
+        executed?;
+        self.send(writes.into_iter()).map_or(Ok(()), Err)
+    }
+
+    /// Leaves to write to a device, if there is something left to write.
+    fn send(&mut self, mut writes: std::vec::IntoIter<(u64, usize, [u8; 8])>) -> Option<Stop> {
+        let (phys, len, value) = writes.next()?;
+        self.data = value;
+        self.pending = Pending::SystemWrites { writes };
+        Some(Stop::Write { phys, len })
+    }
+
+    fn execute(&mut self, instr: &Instruction) -> Result<(), Stop> {
         let step = match self.core.execute(instr) {
             Ok(step) => step,
-            Err(Trap::Fault(fault)) => return self.raise(fault),
+            Err(Trap::Fault(fault)) if fault == Fault::waiting() => return Ok(()),
+            Err(Trap::Fault(fault)) => {
+                // What it would have written is not, and an exception asks no device.
+                let _ = self.core.mmu.devices.get_mut().end();
+                return self.raise(fault);
+            }
             Err(Trap::Shutdown) => return Err(Stop::Shutdown),
             Err(Trap::Unsupported(message)) => {
                 return Err(Stop::Internal(format!(
@@ -153,6 +196,12 @@ impl BtVcpu {
         match std::mem::replace(&mut self.pending, Pending::Nothing) {
             Pending::Nothing => None,
             Pending::Shutdown => Some(Stop::Shutdown),
+            Pending::SystemRead { instr, phys, len } => {
+                let value = self.data;
+                self.core.mmu.devices.get_mut().answer(phys, len, value);
+                self.system(&instr).err()
+            }
+            Pending::SystemWrites { writes } => self.send(writes),
             Pending::In { size } => {
                 let value = u64::from_le_bytes(self.data);
                 self.core.set_gpr_sized(0, value, size.into());
@@ -181,11 +230,22 @@ impl BtVcpu {
             } => {
                 let user = self.core.user();
                 // Probed before the exit; should the mapping be gone, the data is lost with it.
+                self.core.mmu.devices.get_mut().start();
                 let _ = self.core.write(address, &self.strings, user);
+                let mut writes = self.core.mmu.devices.get_mut().end();
+                if !writes.is_empty() {
+                    // A device gets item by item.
+                    self.core.mmu.devices.get_mut().start();
+                    let item = self.strings.len() / count as usize;
+                    for (at, value) in (address..).step_by(item).zip(self.strings.chunks(item)) {
+                        let _ = self.core.write(at, value, user);
+                    }
+                    writes = self.core.mmu.devices.get_mut().end();
+                }
                 if !self.core.finish_port_string(&instr, true, count) {
                     self.core.rip = instr.next_ip();
                 }
-                None
+                self.send(writes.into_iter())
             }
             Pending::StringRead { instr } => {
                 let value = u64::from_le_bytes(self.data);

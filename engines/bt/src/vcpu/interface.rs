@@ -95,6 +95,8 @@ impl Vcpu for BtVcpu {
             | Pending::InString { .. }
             | Pending::ReadMsr { .. }
             | Pending::WriteMsr { .. }
+            | Pending::SystemRead { .. }
+            | Pending::SystemWrites { .. }
             | Pending::StringRead { .. } => {
                 let (gpr, flags) = self.core.seen_from(Homes::default());
                 (gpr, flags, self.core.rip)
@@ -120,6 +122,7 @@ impl Vcpu for BtVcpu {
         self.steps = 0;
         self.resume = Resume::Boundary;
         self.pending = Pending::Nothing;
+        let _ = self.core.mmu.devices.get_mut().end();
         Ok(())
     }
 
@@ -171,6 +174,8 @@ impl Vcpu for BtVcpu {
                 Pending::Shutdown
                 | Pending::InString { .. }
                 | Pending::StringRead { .. }
+                | Pending::SystemRead { .. }
+                | Pending::SystemWrites { .. }
                 | Pending::Device(_) => false,
             }
             && self.core.interrupts_enabled()

@@ -6,6 +6,7 @@
 //! | `registers` | time-stamp counter, protection keys, sysenter, debug registers |
 //! | `rig` | a bare CPU, driven instruction by instruction |
 //! | `descriptors` | what loading a descriptor checks and changes |
+//! | `devices` | every form of memory operand on device memory |
 //! | `nmi` | non-maskable interrupts |
 //! | `exceptions` | frames, stacks, error codes, double and triple faults |
 //! | `debug` | single steps, breakpoints, alignment checks |
@@ -28,6 +29,7 @@ mod access;
 mod code;
 mod debug;
 mod descriptors;
+mod devices;
 mod exceptions;
 mod interrupts;
 mod kernel;

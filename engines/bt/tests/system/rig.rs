@@ -32,6 +32,8 @@ pub(crate) const STACK: u64 = 0x3_0000;
 /// Stack of ring 0 in the TSS.
 pub(crate) const RSP0: u64 = 0x3_8000;
 pub(crate) const FREE: u64 = 0x4_0000;
+/// Where there is no RAM.
+pub(crate) const DEVICE: u64 = 0x3000_0000;
 
 /// Selectors of the first descriptors.
 pub(crate) const CS_32: u16 = 0x08;
@@ -69,6 +71,8 @@ pub(crate) struct Rig {
     pub(crate) written: Vec<(u16, u32)>,
     /// What every read of a device answers.
     pub(crate) device: u8,
+    /// A device that is memory, from [`DEVICE`] on.
+    pub(crate) device_memory: Vec<u8>,
     /// Device accesses of the last run: write, address, bytes.
     pub(crate) accesses: Vec<(bool, u64, usize)>,
 }
@@ -106,6 +110,7 @@ impl Rig {
             state: CpuState::default(),
             written: Vec::new(),
             device: 0,
+            device_memory: Vec::new(),
             accesses: Vec::new(),
         };
         for (index, entry) in [
@@ -318,10 +323,18 @@ impl Rig {
                 Exit::PioIn { data, .. } => data.fill(self.device),
                 Exit::MmioRead { addr, data } => {
                     self.accesses.push((false, addr.0, data.len()));
-                    data.fill(self.device);
+                    let at = addr.0.wrapping_sub(DEVICE) as usize;
+                    match self.device_memory.get(at..at + data.len()) {
+                        Some(memory) => data.copy_from_slice(memory),
+                        None => data.fill(self.device),
+                    }
                 }
                 Exit::MmioWrite { addr, data } => {
                     self.accesses.push((true, addr.0, data.len()));
+                    let at = addr.0.wrapping_sub(DEVICE) as usize;
+                    if let Some(memory) = self.device_memory.get_mut(at..at + data.len()) {
+                        memory.copy_from_slice(data);
+                    }
                 }
                 Exit::Interrupted => {}
                 other => panic!("{other:?}"),
