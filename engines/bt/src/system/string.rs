@@ -205,17 +205,26 @@ impl Core {
     /// devices can see to: it lies across two pages, or goes to a port.
     pub(crate) fn logs_devices(&self, instr: &Instruction) -> bool {
         use Mnemonic::*;
-        matches!(instr.mnemonic(), Outsb | Outsw | Outsd) || self.crosses(&self.form(instr))
+        matches!(instr.mnemonic(), Outsb | Outsw | Outsd)
+            || self.crosses_to_device(&self.form(instr))
     }
 
     fn reaches_over(form: &Form, address: u64) -> bool {
         (address & 0xfff) + u64::from(form.size) > 4096
     }
 
-    fn crosses(&self, form: &Form) -> bool {
+    /// True if the next element lies across two pages on either side, and one of them is no RAM.
+    fn crosses_to_device(&self, form: &Form) -> bool {
         let source = self.linear(self.gpr(6) & form.mask, form.source);
         let destination = self.linear(self.gpr(7) & form.mask, Register::ES);
-        Self::reaches_over(form, source) || Self::reaches_over(form, destination)
+        [source, destination].into_iter().any(|address| {
+            let last = address.wrapping_add(u64::from(form.size) - 1);
+            Self::reaches_over(form, address)
+                && [address, last].into_iter().any(|at| {
+                    let page = self.mmu.walk(&self.cpu, at, Access::Read, self.user());
+                    page.is_ok_and(|page| self.mmu.host(page.phys, 1).is_none())
+                })
+        })
     }
 
     /// Elements to do before the instruction is handed back: a step is one, and so is what waits for
@@ -237,7 +246,9 @@ impl Core {
         let flags = self.rflags();
         let batch = self.batch();
         for number in 0..batch {
-            if number > 0 && self.crosses(form) {
+            // A device's answers are waited for in an execution of its own. Elsewhere the execution
+            // goes on, since a fault brings back the flags from before it.
+            if number > 0 && self.crosses_to_device(form) {
                 return Ok(Step::Again);
             }
             // A fault in the middle of scas or cmps brings back the flags from before the
@@ -293,7 +304,7 @@ impl Core {
             let address = self.destination(form, true)?;
             let most = if elementwise { 1 } else { self.count(form) };
             let run = Self::run_length(form, address, self.gpr(7), most);
-            if run == 0 && done > 0 {
+            if run == 0 && done > 0 && self.crosses_to_device(form) {
                 return Ok(Step::Again);
             }
             if run == 0 {
@@ -340,7 +351,7 @@ impl Core {
             let most = if elementwise { 1 } else { self.count(form) };
             let run = Self::run_length(form, to, self.gpr(7), most);
             let run = Self::run_length(form, from, self.gpr(6), run);
-            if run == 0 && done > 0 {
+            if run == 0 && done > 0 && self.crosses_to_device(form) {
                 return Ok(Step::Again);
             }
             let hosts = if run == 0 {
