@@ -230,3 +230,60 @@ fn more_processors_than_there_can_be_are_usage_errors() {
     let call = Call::new("native").args(&["--workload", "alu", "--smp", "2"]);
     call.run().check(2, "has no vCPU");
 }
+
+#[test]
+fn a_local_apic_that_is_switched_off_is_gone_from_cpuid_and_comes_back() {
+    const BASE: u32 = 0xfee0_0000;
+    const VERSION: u32 = 0x30;
+    const APIC_BASE: u32 = 0x1b;
+    const ELSEWHERE: u32 = 0x3200_0000;
+    let image = Guest::long(|asm| {
+        let mut bad = asm.create_label();
+        // (IA32_APIC_BASE, CPUID's bit)
+        for (number, (base, bit)) in [
+            (BASE | 0x100, 0),
+            (BASE | 0x900, 1),
+            (ELSEWHERE | 0x900, 1),
+            (BASE | 0x900, 1),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            asm.mov(r8d, 2 + number as u32)?;
+            asm.mov(ecx, APIC_BASE)?;
+            asm.mov(eax, base)?;
+            asm.xor(edx, edx)?;
+            asm.wrmsr()?;
+            asm.rdmsr()?;
+            asm.mov(ebx, base)?;
+            asm.cmp(eax, ebx)?;
+            asm.jne(bad)?;
+            asm.mov(eax, 1)?;
+            asm.cpuid()?;
+            asm.shr(edx, 9)?;
+            asm.and(edx, 1)?;
+            asm.cmp(edx, bit)?;
+            asm.jne(bad)?;
+            // The registers are where the page is, if anywhere. Both places lie where there is no
+            // memory, and in the identity map.
+            for page in [BASE, ELSEWHERE] {
+                let there = bit == 1 && base & 0xffff_f000 == page;
+                asm.mov(ebx, page + VERSION)?;
+                asm.mov(eax, dword_ptr(rbx))?;
+                asm.mov(ebx, if there { 0x0005_0014 } else { u32::MAX })?;
+                asm.cmp(eax, ebx)?;
+                asm.jne(bad)?;
+            }
+        }
+        end(asm, 0)?;
+        asm.set_label(&mut bad)?;
+        asm.mov(eax, r8d)?;
+        asm.out(0xf4, eax)
+    })
+    .elf();
+    on_smp_modes(|mode| {
+        for smp in ["1", "2"] {
+            kernel(mode, &image, &["--smp", smp]).run().check(0, "");
+        }
+    });
+}

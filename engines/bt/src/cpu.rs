@@ -109,6 +109,8 @@ pub(crate) struct Cpu {
     pub misc_enable: u64,
     pub mtrr_def_type: u64,
     pub xcr0: u64,
+    /// IA32_APIC_BASE, which the machine keeps, switches the local APIC off: CPUID has none.
+    pub apic_off: bool,
     /// Debug registers.
     pub dr: [u64; 8],
     /// No interrupt before the next instruction has ended (sti, mov ss, pop ss: SDM 3A 6.8.3).
@@ -157,6 +159,7 @@ impl Cpu {
             misc_enable: old.misc_enable,
             mtrr_def_type: old.mtrr_def_type,
             xcr0: old.xcr0.max(XCR0_X87),
+            apic_off: old.apic_off,
             dr: old.dr,
             ..Cpu::new(state)
         };

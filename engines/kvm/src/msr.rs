@@ -107,6 +107,21 @@ impl Answer {
     }
 }
 
+/// What a KVM_EXIT_X86_WRMSR wants IA32_APIC_BASE to be, if it is for that.
+pub(crate) fn base_written(run: &kb::kvm_run) -> Option<u64> {
+    // SAFETY: asked at exits for MSRs alone, at which `msr` is the union's valid member.
+    let msr = unsafe { run.__bindgen_anon_1.msr };
+    let write = run.exit_reason == kb::KVM_EXIT_X86_WRMSR;
+    (write && msr.index == lapic::APIC_BASE).then_some(msr.data)
+}
+
+/// Lets KVM know of IA32_APIC_BASE, for CPUID, which has no local APIC while that is switched off.
+pub(crate) fn tell_base(vcpu: &VcpuFd, base: u64) -> Result<(), kvm_ioctls::Error> {
+    let mut sregs = vcpu.get_sregs()?;
+    sregs.apic_base = base;
+    vcpu.set_sregs(&sregs)
+}
+
 /// The guest's time-stamp counter. KVM starts it at 0, and the guest may set it.
 fn guest_tsc(vcpu: &VcpuFd) -> u64 {
     let entry = kb::kvm_msr_entry {

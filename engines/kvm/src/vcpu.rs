@@ -69,6 +69,8 @@ pub struct KvmVcpu {
     backend: Backend,
     /// The answer that the last exit waits for.
     answer: Answer,
+    /// What the last exit wants IA32_APIC_BASE to be.
+    base_written: Option<u64>,
     controller: Option<Arc<KernelIrqchip>>,
     /// Writes that wait for the next exit.
     posted: Option<Posted>,
@@ -144,6 +146,7 @@ impl KvmVcpu {
                 kick: Arc::new(KvmKick::default()),
                 backend: found.backend,
                 answer: Answer::default(),
+                base_written: None,
                 controller: controller.clone(),
                 posted: None,
                 held: false,
@@ -188,7 +191,11 @@ impl KvmVcpu {
             posted.allow();
         }
         if self.answer != Answer::None {
+            let accepted = self.answer == Answer::Write(true);
             self.answer.give(self.vcpu.get_kvm_run());
+            if let Some(base) = self.base_written.take().filter(|_| accepted) {
+                msr::tell_base(&self.vcpu, base).map_err(host("KVM_SET_SREGS"))?;
+            }
         }
         let immediate_exit: *const AtomicU8 =
             (&raw mut self.vcpu.get_kvm_run().immediate_exit).cast();
@@ -295,7 +302,10 @@ impl Vcpu for KvmVcpu {
         let backend = self.backend;
         match self.vcpu.get_kvm_run().exit_reason {
             kb::KVM_EXIT_IO | kb::KVM_EXIT_MMIO => Ok(access(self.vcpu.get_kvm_run())),
-            kb::KVM_EXIT_X86_RDMSR | kb::KVM_EXIT_X86_WRMSR => Ok(self.answer.exit(&mut self.vcpu)),
+            kb::KVM_EXIT_X86_RDMSR | kb::KVM_EXIT_X86_WRMSR => {
+                self.base_written = msr::base_written(self.vcpu.get_kvm_run());
+                Ok(self.answer.exit(&mut self.vcpu))
+            }
             kb::KVM_EXIT_HLT => Ok(Exit::Hlt),
             kb::KVM_EXIT_IRQ_WINDOW_OPEN => Ok(Exit::InterruptWindow),
             kb::KVM_EXIT_SHUTDOWN => Ok(Exit::Shutdown),

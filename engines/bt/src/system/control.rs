@@ -327,6 +327,9 @@ impl Core {
             // OSPKE.
             registers[2] |= 1 << 4;
         }
+        if leaf == 1 && self.cpu.apic_off {
+            registers[3] &= !(1 << 9);
+        }
         registers
     }
 }

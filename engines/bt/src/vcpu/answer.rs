@@ -1,5 +1,6 @@
 //! Instructions that the runtime executes, and the answers to exits that they wait for.
 
+use engine_core::devices::lapic;
 use iced_x86::Instruction;
 
 use super::{BtVcpu, Stop, access::Transfer};
@@ -41,6 +42,8 @@ pub(super) enum Pending {
     /// `wrmsr` waits to be allowed, at the instruction still.
     WriteMsr {
         next: u64,
+        /// IA32_APIC_BASE, with this bit 11.
+        apic: Option<bool>,
     },
 }
 
@@ -119,7 +122,8 @@ impl BtVcpu {
             }
             Step::WriteMsr { index, value } => {
                 self.accepted = false;
-                self.pending = Pending::WriteMsr { next };
+                let apic = (index == lapic::APIC_BASE).then_some(value >> 11 & 1 == 1);
+                self.pending = Pending::WriteMsr { next, apic };
                 return Err(Stop::WriteMsr { index, value });
             }
             Step::In { port, size } => {
@@ -216,9 +220,13 @@ impl BtVcpu {
                 self.core.rip = next;
                 None
             }
-            Pending::WriteMsr { next } => {
+            Pending::WriteMsr { next, apic } => {
                 if !self.accepted {
                     return self.raise(Fault::gp()).err();
+                }
+                if let Some(on) = apic {
+                    self.core.cpu.apic_off = !on;
+                    self.core.remember_leaves();
                 }
                 self.core.rip = next;
                 None
