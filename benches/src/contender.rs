@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use reports_data::{FLOOR, ModeInfo, NATIVE, Role};
 
+use crate::choices::{DiskCache, Doorbell, Irqchip};
 use crate::devices::Devices;
 use crate::process::{CommandLine, STATS_FD};
 use crate::task::Task;
@@ -51,6 +52,10 @@ pub struct Contender {
     pub role: Role,
     /// How it is started.
     pub launch: Launch,
+    /// Whose interrupt controllers its guests have, where somebody says.
+    pub irqchip: Option<&'static str>,
+    /// How its paravirtual drivers notify, where it has some.
+    pub doorbell: Option<&'static str>,
     /// How its faults are read.
     pub traits: Traits,
     /// Asked for workloads that use devices and for nothing else: in all others it would be another
@@ -71,6 +76,10 @@ pub struct Parts {
     pub hybrid_image: PathBuf,
     /// What stands behind /dev/kvm on this host.
     pub kvm_backend: Option<String>,
+    /// Whose interrupt controllers guests under KVM have.
+    pub irqchip: Irqchip,
+    /// How virtio drivers under KVM notify.
+    pub doorbell: Doorbell,
 }
 
 /// No contender has that name.
@@ -95,7 +104,9 @@ impl Contender {
                 engine: NATIVE.to_owned(),
                 flavour: NATIVE.to_owned(),
                 role: Role::Baseline,
-                launch: trapline_run(&parts.trapline, NATIVE, NATIVE),
+                launch: trapline_run(&parts.trapline, NATIVE, NATIVE, &[]),
+                irqchip: None,
+                doorbell: None,
                 traits: Traits {
                     native: true,
                     ..Traits::default()
@@ -110,17 +121,37 @@ impl Contender {
             known: mode_names(),
         })?;
         let kvm = mode.engine == KVM;
+        let hybrid = mode.flavour == HYBRID;
+        let irqchip = match mode.engine {
+            KVM => Some(parts.irqchip.name()),
+            PV => None,
+            _ => Some(Irqchip::User.name()),
+        };
+        let doorbell = match mode.engine {
+            PV => Some("hypercall"),
+            KVM if hybrid => Some(parts.doorbell.name()),
+            _ => hybrid.then_some(Doorbell::Exit.name()),
+        };
+        let mut choices = Vec::new();
+        if parts.irqchip != Irqchip::default() && kvm {
+            choices.extend(["--irqchip", parts.irqchip.name()]);
+        }
+        if parts.doorbell != Doorbell::default() && kvm && hybrid {
+            choices.extend(["--doorbell", parts.doorbell.name()]);
+        }
         Ok(Contender {
             name: name.to_owned(),
             label: if kvm {
-                kvm_label(name, ", KVM", parts)
+                kvm_label(name, ", KVM", parts, &choices)
             } else {
                 name.to_owned()
             },
             engine: mode.engine.to_owned(),
             flavour: mode.flavour.to_owned(),
             role: Role::Mode,
-            launch: trapline_run(&parts.trapline, name, mode.flavour),
+            launch: trapline_run(&parts.trapline, name, mode.flavour, &choices),
+            irqchip,
+            doorbell,
             traits: Traits {
                 software_kvm: software_backend(parts.kvm_backend.as_deref()).filter(|_| kvm),
                 ..Traits::default()
@@ -143,7 +174,7 @@ impl Contender {
             "qemu-tcg" => ("QEMU TCG".to_owned(), unaware, "tcg", None),
             "qemu-tcg-virtio" => ("QEMU TCG, virtio".to_owned(), HYBRID, "tcg", None),
             "qemu-kvm" => (
-                kvm_label("QEMU KVM", "", parts),
+                kvm_label("QEMU KVM", "", parts, &[]),
                 unaware,
                 "kvm",
                 software_backend(parts.kvm_backend.as_deref()),
@@ -167,6 +198,13 @@ impl Contender {
                 true => qemu(&parts.hybrid_image, accelerator, MICROVM),
                 false => qemu(&parts.unaware_image, accelerator, PC),
             },
+            // QEMU has the kernel's unless it is told otherwise.
+            irqchip: Some(if accelerator == "kvm" {
+                "kernel"
+            } else {
+                "user"
+            }),
+            doorbell: None,
             traits: Traits {
                 software_kvm,
                 install,
@@ -192,6 +230,8 @@ impl Contender {
                 },
                 counts_windows: false,
             },
+            irqchip: None,
+            doorbell: None,
             traits: Traits::default(),
             devices_only: false,
             devices: None,
@@ -239,6 +279,8 @@ impl Contender {
             engine: self.engine.clone(),
             flavour: self.flavour.clone(),
             role: self.role,
+            irqchip: self.irqchip.map(str::to_owned),
+            doorbell: self.doorbell.map(str::to_owned),
         }
     }
 }
@@ -249,15 +291,21 @@ pub fn mode_names() -> Vec<&'static str> {
     modes.chain([NATIVE]).collect()
 }
 
-/// A figure through KVM never stands without what stands behind /dev/kvm.
-fn kvm_label(name: &str, joint: &str, parts: &Parts) -> String {
-    match &parts.kvm_backend {
-        Some(backend) => format!("{name}{joint} ({backend})"),
-        None => name.to_owned(),
+/// A figure through KVM never stands without what stands behind /dev/kvm, nor without what was chosen
+/// (`--irqchip kernel` and the like, as on the command line).
+fn kvm_label(name: &str, joint: &str, parts: &Parts, choices: &[&str]) -> String {
+    let chosen = choices.chunks(2).map(|choice| {
+        let option = choice.join(" ");
+        option.trim_start_matches('-').to_owned()
+    });
+    let within: Vec<String> = parts.kvm_backend.iter().cloned().chain(chosen).collect();
+    match within.is_empty() {
+        false => format!("{name}{joint} ({})", within.join(", ")),
+        true => name.to_owned(),
     }
 }
 
-fn trapline_run(trapline: &Path, mode: &str, flavour: &str) -> Launch {
+fn trapline_run(trapline: &Path, mode: &str, flavour: &str, choices: &[&str]) -> Launch {
     let image = format!("builtin:{flavour}");
     let memory = MEMORY_MIB.to_string();
     let mut args = vec!["run", "--mode", mode, "--image", &image];
@@ -265,6 +313,7 @@ fn trapline_run(trapline: &Path, mode: &str, flavour: &str) -> Launch {
     if counts_windows {
         args.extend(["--memory", &memory, "--stats-fd", STATS_FD]);
     }
+    args.extend(choices);
     Launch {
         command: CommandLine {
             program: trapline.display().to_string(),
@@ -275,17 +324,24 @@ fn trapline_run(trapline: &Path, mode: &str, flavour: &str) -> Launch {
 }
 
 fn trapline_devices(devices: &Devices) -> Vec<String> {
-    let disk = devices.disk().display().to_string();
+    let mut disk = devices.disk().display().to_string();
+    if devices.cache() == DiskCache::Direct {
+        disk.push_str(",direct");
+    }
     let net = format!("unix:{}", devices.peer().display());
     vec!["--disk".to_owned(), disk, "--net".to_owned(), net]
 }
 
-/// The disk goes through the page cache and honours flushes, as ours does.
+/// The disk goes through the page cache or past it as ours does, and honours flushes.
 fn qemu_devices(devices: &Devices, virtio: bool) -> Vec<String> {
     // In QEMU's options a comma that is doubled is none.
     let quoted = |path: &Path| path.display().to_string().replace(',', ",,");
     let drive = format!(
-        "if=none,id=disk,format=raw,cache=writeback,file={}",
+        "if=none,id=disk,format=raw,cache={},file={}",
+        match devices.cache() {
+            DiskCache::Host => "writeback",
+            DiskCache::Direct => "none",
+        },
         quoted(&devices.disk())
     );
     let net = format!(
@@ -368,6 +424,8 @@ mod tests {
             unaware_image: "/images/unaware".into(),
             hybrid_image: "/images/hybrid".into(),
             kvm_backend: backend.map(str::to_owned),
+            irqchip: Irqchip::default(),
+            doorbell: Doorbell::default(),
         }
     }
 
@@ -411,7 +469,8 @@ mod tests {
         ] {
             let mut contender = named(name).expect("known");
             assert!(contender.takes_devices(), "{name}");
-            let devices = Devices::create(dir.path(), dir.path(), name).expect("writable");
+            let devices = Devices::create(dir.path(), dir.path(), name, DiskCache::Host);
+            let devices = devices.expect("writable");
             let (disk, peer) = (devices.disk(), devices.peer().to_owned());
             contender.attach(devices);
             for path in [disk, peer] {
@@ -433,5 +492,63 @@ mod tests {
         assert_eq!(peer.label, "QEMU KVM (pvm)");
         let tcg = Contender::peer("qemu-tcg", &parts).expect("known");
         assert_eq!(tcg.traits.software_kvm, None);
+    }
+
+    #[test]
+    fn choices_stand_in_label_command_and_manifest_of_those_that_have_them() {
+        let parts = Parts {
+            irqchip: Irqchip::Kernel,
+            doorbell: Doorbell::Eventfd,
+            ..parts(Some("pvm"))
+        };
+        let hybrid = Contender::mode("hybrid", &parts).expect("known");
+        assert_eq!(
+            hybrid.label,
+            "hybrid, KVM (pvm, irqchip kernel, doorbell eventfd)"
+        );
+        let args = hybrid.launch.command.args.join(" ");
+        assert!(
+            args.ends_with("--irqchip kernel --doorbell eventfd"),
+            "{args}"
+        );
+        let info = hybrid.info();
+        assert_eq!(info.irqchip.as_deref(), Some("kernel"));
+        assert_eq!(info.doorbell.as_deref(), Some("eventfd"));
+        let hardware = Contender::mode("hardware", &parts).expect("known");
+        assert_eq!(hardware.label, "hardware, KVM (pvm, irqchip kernel)");
+        assert_eq!(hardware.info().doorbell, None);
+        for (name, irqchip, doorbell) in [
+            ("full", Some("user"), None),
+            ("hybrid-bt", Some("user"), Some("exit")),
+            ("para", None, Some("hypercall")),
+            ("native", None, None),
+        ] {
+            let other = Contender::mode(name, &parts).expect("known");
+            assert_eq!(other.label, name);
+            assert_eq!((other.irqchip, other.doorbell), (irqchip, doorbell));
+            assert!(!other.launch.command.args.contains(&"--irqchip".to_owned()));
+        }
+    }
+
+    #[test]
+    fn disks_past_the_page_cache_are_so_for_everybody() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let parts = parts(None);
+        let words = |mut contender: Contender, name: &str| {
+            // Not every file system takes O_DIRECT: then there is nothing to attach.
+            let devices = Devices::create(dir.path(), dir.path(), name, DiskCache::Direct).ok()?;
+            contender.attach(devices);
+            Some(contender.launch.command.args.join(" "))
+        };
+        for name in ["full", "native", "para"] {
+            let contender = Contender::mode(name, &parts).expect("known");
+            if let Some(words) = words(contender, name) {
+                assert!(words.contains(",direct "), "{words}");
+            }
+        }
+        let qemu = Contender::peer("qemu-tcg", &parts).expect("known");
+        if let Some(words) = words(qemu, "qemu") {
+            assert!(words.contains("cache=none"), "{words}");
+        }
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use reports_data::{Backing, file_system};
 
+use crate::choices::DiskCache;
 use crate::disk::{DISK_BYTES, Disk};
 use crate::peer::Peer;
 
@@ -16,6 +17,7 @@ use crate::peer::Peer;
 pub struct Devices {
     disk: Disk,
     peer: Peer,
+    cache: DiskCache,
 }
 
 impl Devices {
@@ -23,12 +25,27 @@ impl Devices {
     /// names that begin with `name`.
     ///
     /// # Errors
-    /// The host refuses file, socket or thread.
-    pub fn create(disks: &Path, sockets: &Path, name: &str) -> io::Result<Devices> {
+    /// The host refuses file, socket or thread, or the file system O_DIRECT.
+    pub fn create(
+        disks: &Path,
+        sockets: &Path,
+        name: &str,
+        cache: DiskCache,
+    ) -> io::Result<Devices> {
+        let disk = Disk::create(disks, span())?;
+        if cache == DiskCache::Direct {
+            disk.takes_direct()?;
+        }
         Ok(Devices {
-            disk: Disk::create(disks, span())?,
+            disk,
             peer: Peer::listen(&sockets.join(format!("{name}.peer")))?,
+            cache,
         })
+    }
+
+    /// How everybody is to open the disk.
+    pub fn cache(&self) -> DiskCache {
+        self.cache
     }
 
     /// The disk's file.
@@ -51,7 +68,10 @@ impl Devices {
     /// # Errors
     /// The disk can't be read.
     pub fn settle(&self) -> io::Result<()> {
-        self.disk.warm()
+        match self.cache {
+            DiskCache::Host => self.disk.warm(),
+            DiskCache::Direct => Ok(()),
+        }
     }
 }
 
@@ -62,10 +82,10 @@ fn span() -> u64 {
 }
 
 /// What the manifest says of devices whose disks lie in `disks`.
-pub fn backing(disks: &Path) -> Backing {
+pub fn backing(disks: &Path, cache: DiskCache) -> Backing {
     Backing {
         filesystem: file_system(disks),
-        caching: "page cache of the host, warm".to_owned(),
+        caching: cache.text().to_owned(),
         network: "AF_UNIX datagrams to a peer in the harness".to_owned(),
         disk_mib: DISK_BYTES >> 20,
     }

@@ -9,7 +9,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use programs::io::block::{BLOCK_BYTES, DISK_BLOCKS, MOST, whole};
@@ -61,6 +61,19 @@ impl Disk {
     pub fn path(&self) -> PathBuf {
         let process = std::process::id();
         PathBuf::from(format!("/proc/{process}/fd/{}", self.file.as_raw_fd()))
+    }
+
+    /// Finds out whether the file can be opened past the page cache.
+    ///
+    /// # Errors
+    /// It can't: the file system's word.
+    pub fn takes_direct(&self) -> io::Result<()> {
+        let mut options = File::options();
+        options.read(true).custom_flags(libc::O_DIRECT);
+        options.open(self.path()).map(drop).map_err(|error| {
+            let text = format!("the file system takes no O_DIRECT ({error}): --disk-cache host");
+            io::Error::new(error.kind(), text)
+        })
     }
 
     /// Reads all that was written, so that it is in the page cache.

@@ -9,6 +9,7 @@
 //! value leaves it whose checksum was not the oracle's.
 
 pub mod calibrate;
+pub mod choices;
 pub mod console;
 pub mod contender;
 pub mod devices;

@@ -44,13 +44,16 @@ fn peer(path: &Path) {
     });
 }
 
+/// Checksum, or the reason why there is none; the end; the windows.
+type Run = (Result<u64, String>, Ended, Vec<Value>);
+
 /// Runs one workload; its checksum, or the reason why it has no meaning there.
-fn run(
-    mode: &str,
-    name: &str,
-    size: u64,
-    options: &[&str],
-) -> (Result<u64, String>, Ended, Vec<Value>) {
+fn run(mode: &str, name: &str, size: u64, options: &[&str]) -> Run {
+    run_on("", mode, name, size, options)
+}
+
+/// As [`run`], with options of the disk.
+fn run_on(disk_options: &str, mode: &str, name: &str, size: u64, options: &[&str]) -> Run {
     let call = Call::with_memory(mode, "64");
     let (image, socket) = (call.path("disk.img"), call.path("peer"));
     disk(&image);
@@ -58,7 +61,7 @@ fn run(
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     let ended = call
         .stats(writer)
-        .args(&["--disk", image.to_str().unwrap()])
+        .args(&["--disk", &format!("{}{disk_options}", image.display())])
         .args(&["--net", &format!("unix:{}", socket.display())])
         .args(&["--workload", name, "--timeout", LONG])
         .args(&["--size", &size.to_string()])
@@ -144,6 +147,28 @@ fn doorbells_by_eventfd_are_counted_and_are_no_exits() {
     for mode in ["full", "hardware", "hybrid-bt", "para"] {
         let call = Call::new(mode).args(&["--workload", "alu", "--doorbell", "eventfd"]);
         call.run().check(2, "leave out --doorbell");
+    }
+}
+
+#[test]
+fn a_disk_past_the_page_cache_has_the_same_content() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut direct = std::fs::File::options();
+    direct.read(true).custom_flags(libc::O_DIRECT);
+    if let Err(error) = direct.open(file.path()) {
+        eprintln!("skipped: no O_DIRECT here: {error}");
+        return;
+    }
+    let modes = engines::MODES.iter().filter(|mode| (mode.probe)().is_ok());
+    for mode in modes.map(|mode| mode.name).chain(["native"]) {
+        for name in ["blk_seqread", "blk_randwrite"] {
+            let (answer, ended, _) = run_on(",direct", mode, name, SPAN, &[]);
+            ended.check(0, "");
+            let workload = programs::find(name).unwrap();
+            let expected = programs::oracle(workload, SPAN, REQUESTS).unwrap();
+            assert_eq!(answer, Ok(expected), "{mode} {name}");
+        }
     }
 }
 

@@ -17,6 +17,8 @@ pub(crate) const EXAMPLES: &str = "Examples:
   cargo xtask compare --quick
   cargo xtask compare --quick --modes full,native --peers none --workloads 'alu,s*'
   cargo xtask compare --peers qemu-tcg,qemu-kvm --out out/thorough
+  cargo xtask compare --modes hybrid,native --workloads 'blk_*,net_*' --irqchip kernel --doorbell eventfd
+  cargo xtask compare --quick --workloads 'blk_*' --disk-cache direct
 
 The run's directory holds manifest.json, samples.csv, exits.csv, latency.csv,
 summary.json and report.html.";
@@ -42,6 +44,18 @@ pub(crate) struct Arguments {
     /// Rounds of fresh virtual machines.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) rounds: Option<u32>,
+    /// What stands between every contender's disk and the file system: the host's page cache, warm, or
+    /// nothing (O_DIRECT).
+    #[arg(long, value_name = "host|direct", default_value = "host", value_parser = ["host", "direct"])]
+    pub(crate) disk_cache: String,
+    /// Whose interrupt controllers guests under KVM have: the VMM's, as in every other mode, or the
+    /// host kernel's.
+    #[arg(long, value_name = "user|kernel", default_value = "user", value_parser = ["user", "kernel"])]
+    pub(crate) irqchip: String,
+    /// How virtio drivers under KVM notify (mode hybrid): by an exit, as in every other mode, or by an
+    /// eventfd of the host's kernel.
+    #[arg(long, value_name = "exit|eventfd", default_value = "exit", value_parser = ["exit", "eventfd"])]
+    pub(crate) doorbell: String,
     /// Seed of the orders and of the bootstrap.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
@@ -92,6 +106,9 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Command> {
     command
         .args(["--peers", &arguments.peers])
         .args(["--workloads", &arguments.workloads])
+        .args(["--disk-cache", &arguments.disk_cache])
+        .args(["--irqchip", &arguments.irqchip])
+        .args(["--doorbell", &arguments.doorbell])
         .args(["--seed", &arguments.seed.to_string()])
         .args([
             "--format",

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::time::Duration;
 
+use benches::choices::{DiskCache, Doorbell, Irqchip};
 use benches::contender::{Contender, Parts};
 use benches::devices::Devices;
 use benches::interrupt;
@@ -52,11 +53,13 @@ pub(crate) fn bench_mode(mode: &str) {
         unaware_image: PathBuf::new(),
         hybrid_image: PathBuf::new(),
         kvm_backend: None,
+        irqchip: Irqchip::default(),
+        doorbell: Doorbell::default(),
     };
     let mut contender = Contender::mode(mode, &parts).unwrap_or_else(|e| fail(&e.to_string()));
     let sockets = tempfile::tempdir().unwrap_or_else(|e| fail(&format!("sockets: {e}")));
     if contender.takes_devices() {
-        let devices = Devices::create(&target_dir(), sockets.path(), mode)
+        let devices = Devices::create(&target_dir(), sockets.path(), mode, DiskCache::Host)
             .unwrap_or_else(|e| fail(&format!("devices: {e}")));
         contender.attach(devices);
     }

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
+use benches::choices::{DiskCache, Doorbell, Irqchip};
 use benches::contender::{Contender, Parts, QEMU, mode_names};
 use benches::devices::{self, Devices};
 use benches::plan::Plan;
@@ -54,6 +55,15 @@ struct Arguments {
     /// Rounds of fresh virtual machines.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
+    /// What stands between every contender's disk and the file system.
+    #[arg(long, value_enum, default_value_t)]
+    disk_cache: DiskCache,
+    /// Whose interrupt controllers guests under KVM have.
+    #[arg(long, value_enum, default_value_t)]
+    irqchip: Irqchip,
+    /// How virtio drivers under KVM notify (mode hybrid).
+    #[arg(long, value_enum, default_value_t)]
+    doorbell: Doorbell,
     /// Seed of the orders and of the bootstrap.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -117,6 +127,8 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
         unaware_image: images.unaware.clone(),
         hybrid_image: images.hybrid.clone(),
         kvm_backend: manifest.kvm.backend.clone(),
+        irqchip: arguments.irqchip,
+        doorbell: arguments.doorbell,
     };
     let mut contenders = choose_contenders(arguments, &parts)?;
     if contenders.iter().any(Contender::has_floors) {
@@ -133,11 +145,13 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Ending> {
             .context("create a directory for sockets")?;
         let takers = contenders.iter_mut().filter(|c| c.takes_devices());
         for (number, contender) in takers.enumerate() {
-            let devices = Devices::create(&arguments.out, sockets.path(), &number.to_string());
+            let name = number.to_string();
+            let cache = arguments.disk_cache;
+            let devices = Devices::create(&arguments.out, sockets.path(), &name, cache);
             let devices = devices.with_context(|| format!("devices of {}", contender.name))?;
             contender.attach(devices);
         }
-        manifest.backing = Some(devices::backing(&arguments.out));
+        manifest.backing = Some(devices::backing(&arguments.out, arguments.disk_cache));
     }
     manifest.modes = contenders.iter().map(Contender::info).collect();
     manifest.images = [

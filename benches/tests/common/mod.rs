@@ -53,6 +53,8 @@ pub fn contender(script: &str) -> Contender {
             },
             counts_windows: false,
         },
+        irqchip: None,
+        doorbell: None,
         traits: Traits::default(),
         devices_only: false,
         devices: None,

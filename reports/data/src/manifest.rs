@@ -130,6 +130,14 @@ pub struct ModeInfo {
     pub flavour: String,
     /// What it is to the comparison.
     pub role: Role,
+    /// Whose interrupt controllers its guests have: `user` (the VMM's) or `kernel`; `None` where there
+    /// are none, or nobody says.
+    #[serde(default)]
+    pub irqchip: Option<String>,
+    /// How paravirtual drivers notify their devices: `exit`, `eventfd` or `hypercall`; `None` where
+    /// nothing is paravirtual, or nobody says.
+    #[serde(default)]
+    pub doorbell: Option<String>,
 }
 
 crate::words::words! {

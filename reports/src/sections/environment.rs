@@ -157,7 +157,8 @@ fn columns(view: &View<'_>) -> Markup {
         "columns",
         "What was compared",
         Tools::Sort,
-        html! { tr { (head("Shown as")) (head("Name in the data")) (head("Engine")) (head("Flavour")) (head("Role")) } },
+        html! { tr { (head("Shown as")) (head("Name in the data")) (head("Engine")) (head("Flavour")) (head("Role"))
+        (head("Interrupt controllers")) (head("Doorbell")) } },
         html! {
             tbody {
                 @for info in modes {
@@ -165,11 +166,23 @@ fn columns(view: &View<'_>) -> Markup {
                         th scope="row" { (info.label) }
                         td { code { (info.name) } } td { (info.engine) } td { (info.flavour) }
                         td { (role(info.role)) }
+                        td { (controllers(info.irqchip.as_deref())) }
+                        td { (info.doorbell.as_deref().unwrap_or("–")) }
                     }
                 }
             }
         },
     )
+}
+
+/// Whose interrupt controllers a column's guests have.
+fn controllers(irqchip: Option<&str>) -> &str {
+    match irqchip {
+        Some("user") => "the VMM's",
+        Some("kernel") => "the host kernel's",
+        Some(other) => other,
+        None => "–",
+    }
 }
 
 fn images(view: &View<'_>) -> Markup {
