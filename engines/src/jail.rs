@@ -144,7 +144,10 @@ fn drop_privileges() -> io::Result<()> {
             .and_then(|()| check(libc::setresgid(NOBODY, NOBODY, NOBODY)))
             .and_then(|()| check(libc::setresuid(NOBODY, NOBODY, NOBODY)));
         match changed {
-            Err(error) if error.raw_os_error() != Some(libc::EPERM) => return Err(error),
+            // EINVAL: this user namespace has no such user.
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EPERM | libc::EINVAL)) => {
+                return Err(error);
+            }
             Ok(()) | Err(_) => {}
         }
         check(libc::prctl(libc::PR_SET_PDEATHSIG, at_parents_death))

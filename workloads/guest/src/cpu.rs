@@ -226,6 +226,20 @@ pub(crate) fn take_interrupts() {
     unsafe { asm!("sti", "nop", "cli", options(nostack)) };
 }
 
+/// Lets interrupts through, from the next instruction but one on.
+#[inline(always)]
+pub(crate) fn let_interrupts() {
+    // SAFETY: as above.
+    unsafe { asm!("sti", options(nostack)) };
+}
+
+/// Masks interrupts.
+#[inline(always)]
+pub(crate) fn mask_interrupts() {
+    // SAFETY: delays interrupts and nothing else.
+    unsafe { asm!("cli", options(nostack)) };
+}
+
 /// Halts until an interrupt has been taken; masked before and after. One that is pending already
 /// wakes at once: sti lets nothing through before the next instruction.
 #[inline(always)]

@@ -5,7 +5,8 @@
 //! update-ended and alarm interrupts arrive on IRQ 8. Flags are worked out when somebody looks; the
 //! host's timer is needed only while an interrupt is enabled.
 //!
-//! Not there: the square wave, daylight saving, and stopping the divider.
+//! Not there: daylight saving, and the square wave, whose pin a PC leaves open: its enable bit is kept
+//! and does nothing else.
 //!
 //! Invariant: while register B's SET bit is clear, the time registers are a function of the clock.
 
@@ -46,6 +47,7 @@ const CENTURY: usize = 0x32;
 const UPDATE_IN_PROGRESS: u8 = 0x80;
 /// Divider running from the 32768 Hz crystal.
 const DIVIDER: u8 = 0x20;
+const DIVIDER_RESET: u8 = 0x60;
 const SET: u8 = 0x80;
 const BINARY: u8 = 0x04;
 const HOURS_24: u8 = 0x02;
@@ -108,8 +110,15 @@ impl Rtc {
         self.epoch + i128::from(now)
     }
 
+    /// The time stands still: software sets it, or holds the divider in reset.
     fn stopped(&self) -> bool {
-        self.memory[B] & SET != 0
+        self.memory[B] & SET != 0 || self.divider_reset()
+    }
+
+    /// Divider bits 11x (data sheet, register A): nothing counts, and the first update comes half a
+    /// second after they are taken back. Kernels do this while they set the time.
+    fn divider_reset(&self) -> bool {
+        self.memory[A] & DIVIDER_RESET == DIVIDER_RESET
     }
 
     fn encode(&self, value: u8) -> u8 {
@@ -183,6 +192,9 @@ impl Rtc {
 
     /// Period of the periodic interrupt, in ticks of the crystal.
     fn period(&self) -> Option<u64> {
+        if self.divider_reset() {
+            return None;
+        }
         match u32::from(self.memory[A] & 0xf) {
             0 => None,
             // The first two rates repeat slower ones.
@@ -296,15 +308,17 @@ impl Rtc {
                     self.set(now, fraction);
                 }
             }
-            A => self.memory[A] = value & !UPDATE_IN_PROGRESS,
-            B => {
+            A | B => {
                 let was_stopped = self.stopped();
                 if !was_stopped {
                     self.show(now);
                 }
-                // SET clears the update-ended interrupt enable.
-                let enables = if value & SET != 0 { !UPDATE } else { 0xff };
-                self.memory[B] = value & enables;
+                self.memory[index] = match index {
+                    A => value & !UPDATE_IN_PROGRESS,
+                    // SET clears the update-ended interrupt enable.
+                    _ if value & SET != 0 => value & !UPDATE,
+                    _ => value,
+                };
                 if was_stopped && !self.stopped() {
                     // The first update comes half a second later (data sheet, SET).
                     self.set(now, i128::from(SECOND / 2));

@@ -174,3 +174,27 @@ fn memory_is_told_in_every_unit_and_the_rest_is_memory() {
     assert_eq!(bench.get(0x7f), 0xa5);
     assert_eq!(bench.get(D), VALID);
 }
+
+/// As Linux's mc146818_set_time does it: the divider is held while the registers are written, under SET.
+#[test]
+fn a_divider_in_reset_stops_the_time_and_starts_it_half_a_second_late() {
+    let mut bench = Bench::new();
+    bench.clock.set(S / 4);
+    bench.set(B, HOURS_24 | PERIODIC);
+    bench.set(A, 0x76);
+    assert_eq!(
+        bench.rtc.deadline(),
+        None,
+        "the periodic interrupt stands still too"
+    );
+    bench.clock.set(10 * S);
+    assert_eq!(bench.get(A), 0x76, "no update is in progress");
+    assert_eq!(bench.get(SECONDS), 0x58);
+    bench.set(SECONDS, 0x10);
+    bench.set(A, 0x26);
+    assert!(bench.rtc.deadline().is_some());
+    bench.clock.set(10 * S + S / 2 - 1);
+    assert_eq!(bench.get(SECONDS), 0x10);
+    bench.clock.set(10 * S + S / 2);
+    assert_eq!(bench.get(SECONDS), 0x11);
+}
