@@ -397,6 +397,18 @@ impl Guest {
             && self.console.exhausted(self.ring.get())
             && armed.it_value.tv_sec == 0
             && armed.it_value.tv_nsec == 0
+            && !self.rung()
+    }
+
+    /// The guest has rung since V last looked. It does so before it goes to sleep, so whoever has seen
+    /// it asleep sees the bell too.
+    fn rung(&self) -> bool {
+        let zero = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let mut fds = [PollFd::new(&self.bell, PollFlags::IN)];
+        !matches!(rustix::event::poll(&mut fds, Some(&zero)), Ok(0))
     }
 
     fn console_broke(&self, broken: &Broken) -> Outcome {

@@ -119,7 +119,8 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
-    /// Descriptor that [`host_ready`](VirtioDevice::host_ready) waits for.
+    /// Descriptor that [`host_ready`](VirtioDevice::host_ready) waits for, while there is anything to
+    /// wait for.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }

@@ -196,7 +196,7 @@ impl VirtioDevice for Net {
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.backend.descriptor())
+        (!self.backend.gone()).then(|| self.backend.descriptor())
     }
 
     fn take_config_change(&mut self) -> bool {
