@@ -9,6 +9,7 @@
 //!
 //! Sources: Documentation/virt/kvm/api.rst, by section number where one is cited.
 
+mod access;
 mod backend;
 mod cpuid;
 mod doorbell;
