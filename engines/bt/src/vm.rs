@@ -32,6 +32,9 @@
 //! be what keeps it, and be waiting for the asker: a kick ends the asker's wait, and it asks again
 //! when it runs again.
 //!
+//! Whoever asks nobody pays one atomic word: a vCPU of several when it fills a write TLB with a page for
+//! the first time or translates from one, and an only vCPU not even that, since it has plain words.
+//!
 //! Devices write through a mapping of their own; the run loop tells one vCPU, which tells the rest.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
