@@ -241,6 +241,8 @@ impl Window {
         self.stale = true;
         self.calm_since = now;
         self.seen = self.flushes;
+        // What closed it ended a calm that was no longer than this.
+        self.gap = life;
     }
 
     /// Notes what maintenance cost, and closes a window that costs too much.

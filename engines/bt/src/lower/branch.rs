@@ -9,9 +9,9 @@
 //! # The doorbell
 //!
 //! A guest that loops must still be stoppable, at no cost to the flags or a register. Every
-//! backward branch and every indirect one stores a register to the doorbell page first. A kick
-//! takes that page's permissions away; the store faults between two instructions, and the signal
-//! handler turns that into an exit.
+//! backward branch and every indirect one stores a register to the doorbell page first, or compares
+//! one with it where flags are free. A kick takes that page's permissions away; the access faults
+//! between two instructions, and the signal handler turns that into an exit.
 
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic};
@@ -31,7 +31,7 @@ impl Lower<'_> {
         self.leave(insn.live_out != 0);
         let target = self.wrap(insn.instr.near_branch_target());
         if target <= insn.instr.ip() {
-            self.doorbell(Ip::At(insn.instr.ip()));
+            self.ring(Ip::At(insn.instr.ip()), insn.live_out == 0);
         }
         self.count(Path::Direct);
         self.direct(insn.instr.ip(), target);
@@ -102,7 +102,7 @@ impl Lower<'_> {
         self.leave(insn.live_out != 0);
         let target = self.wrap(insn.instr.near_branch_target());
         if target <= insn.instr.ip() {
-            self.doorbell(Ip::At(target));
+            self.ring(Ip::At(target), insn.live_out == 0);
         }
         self.count(Path::Direct);
         self.direct(insn.instr.ip(), target);
@@ -196,9 +196,20 @@ impl Lower<'_> {
     pub(super) fn ring_early(&mut self, insn: &Insn, next: &Insn) {
         let plain = insn.class == Class::Plain && next.class == Class::Branch;
         if plain && self.wrap(next.instr.near_branch_target()) <= next.instr.ip() {
-            self.doorbell(Ip::At(insn.instr.ip()));
+            let free = insn.live_in == 0 || self.homes.lazy;
+            self.ring(Ip::At(insn.instr.ip()), free);
             self.rung = true;
         }
+    }
+
+    /// Rings the doorbell by reading it, where the host's flags are free: a store more would slow a loop
+    /// that stores.
+    fn ring(&mut self, ip: Ip, flags_free: bool) {
+        if !flags_free {
+            return self.doorbell(ip);
+        }
+        self.mark(ip);
+        dynasm!(self.asm ; .arch x64 ; cmp eax, [self.layout.doorbell]);
     }
 
     pub(super) fn doorbell(&mut self, ip: Ip) {
