@@ -16,7 +16,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    hash::{BuildHasherDefault, Hasher},
+    hash::{BuildHasherDefault, Hash, Hasher},
 };
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
@@ -29,15 +29,23 @@ use crate::{
     mmu::Mmu,
     pages::Set,
     site::{Kind, Mark, Site},
-    tlb::Span,
+    tlb::{Pages, Span},
 };
 
 /// What a block is known by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Key {
     pub virt: u64,
     pub phys: u64,
     pub mode: Mode,
+}
+
+impl Hash for Key {
+    /// Few modes are in use at once: the common difference between them is enough.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.virt ^ self.phys.rotate_left(24));
+        state.write_u8(u8::from(self.mode.user) | u8::from(self.mode.single) << 1);
+    }
 }
 
 /// One translated block.
@@ -128,6 +136,8 @@ pub(crate) struct Cache {
     outside: Map<Key, Outside>,
     /// Linked sites whose target lies in another page.
     across: Vec<u32>,
+    /// The pages of those targets.
+    across_pages: Pages,
     encoder: Encoder,
     /// Buffers of the block before, empty or overwritten.
     lowered: Lowered,
@@ -157,6 +167,7 @@ impl Cache {
             apart: HashSet::default(),
             outside: Map::default(),
             across: Vec::new(),
+            across_pages: Pages::default(),
             encoder: Encoder::new(64),
             lowered: Lowered::default(),
             insns: Vec::new(),
@@ -390,6 +401,7 @@ impl Cache {
         self.blocks[target as usize].incoming.push(site as u32);
         if !same_page {
             self.across.push(site as u32);
+            self.across_pages.add(self.blocks[target as usize].key.virt);
         }
         true
     }
@@ -409,6 +421,15 @@ impl Cache {
 
     /// Undoes links between pages: those to targets in `span`, or all. Addresses may map elsewhere.
     pub(crate) fn unlink_across(&mut self, span: Option<Span>, arena: &Arena) {
+        if self.across.is_empty()
+            || span
+                .is_some_and(|span| span.bytes == 4096 && !self.across_pages.may_hold(span.start))
+        {
+            return;
+        }
+        if span.is_none() {
+            self.across_pages.clear();
+        }
         let mut across = std::mem::take(&mut self.across);
         across.retain(|&site| {
             let Site { block, kind, .. } = self.sites[site as usize];

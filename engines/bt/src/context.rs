@@ -53,6 +53,8 @@ pub(crate) struct Context {
     pub ymm_high: Aligned<[[u64; 2]; 16]>,
     /// 1 if `ymm_high` holds something, 0 if the upper halves are all zero.
     pub upper: u32,
+    /// 1 while the guest's vector registers and MXCSR are in the host's; else they are here.
+    pub live: u32,
     /// 1 if the guest has enabled AVX: only then can it see the upper halves.
     pub avx: u32,
     /// Times that translated code took each of [`Path`]'s ways, if it counts.

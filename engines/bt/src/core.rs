@@ -37,8 +37,12 @@ pub(crate) struct Core {
     /// What [`Core::mode`] said last of privileged and of user code, and for which
     /// [`Core::mode_key`], until something else that it depends on changes.
     modes: [Option<(u64, Mode)>; 2],
+    /// Numbers of those: no two modes that may differ have the same.
+    serials: [u64; 2],
     /// The window was closed when modes were last thought of.
     window_waits: bool,
+    /// Code of ring 0 and of ring 3 has used vector registers: see [`Mode::vectors`].
+    pub vectors: [bool; 2],
     /// [`Shortcuts::enabled`] says what it can.
     pub settled: bool,
     pub debug: Debugging,
@@ -98,7 +102,9 @@ impl Core {
             rip: 0,
             flushed: Flushed::Nothing,
             modes: [None; 2],
+            serials: [0; 2],
             settled: false,
+            vectors: [false; 2],
             window_waits: false,
             debug: Debugging::default(),
             nmi: Nmi::default(),
@@ -255,6 +261,7 @@ impl Core {
         let window = user == 1 && self.mmu.window.ready();
         let mode = self.mode_of(&self.cpu, window);
         self.modes[user] = Some((key, mode));
+        self.serials[user] = 1 + self.serials[0].max(self.serials[1]);
         mode
     }
 
@@ -265,6 +272,13 @@ impl Core {
             stack: mode.window && mode.bits == Bits::Bits64 && self.gpr(4) < crate::window::SIZE,
             ..mode
         }
+    }
+
+    /// Privilege (1 for ring 3) and number of the mode as it stands, if it is known.
+    pub(crate) fn known_mode(&self) -> Option<(usize, u64)> {
+        let user = usize::from(self.user());
+        let (known, _) = self.modes[user].as_ref()?;
+        (*known == self.mode_key()).then_some((user, self.serials[user]))
     }
 
     /// What a mode depends on and translated code changes by itself.
@@ -359,6 +373,7 @@ impl Core {
             },
             exact: self.exact_flags,
             ring_0: cpu.cpl() == 0,
+            vectors: self.vectors[usize::from(user)],
             tsc: cpu.tsc_offset == 0 && (cpu.cr4 & CR4_TSD == 0 || !user),
             interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,

@@ -13,7 +13,7 @@ use iced_x86::{
 use crate::{
     cpu::Bits,
     fault::Fault,
-    features::{alignment, announced, fpu_fault},
+    features::{alignment, announced, fpu_fault, uses_vectors},
     lower::inline,
 };
 
@@ -68,6 +68,9 @@ pub(crate) struct Mode {
     pub user: bool,
     /// CPL 0.
     pub ring_0: bool,
+    /// The guest's vector registers are in the host's. Code that does without them, as kernels do,
+    /// enters and leaves at half the cost.
+    pub vectors: bool,
     /// Accesses go through the window where they can.
     pub window: bool,
     /// RSP is inside the window, or close to it, wherever blocks of this mode meet.
@@ -102,6 +105,7 @@ impl Mode {
         bits: Bits::Bits64,
         user: false,
         ring_0: true,
+        vectors: true,
         window: false,
         stack: false,
         flat: true,
@@ -546,6 +550,9 @@ fn classify(instr: &Instruction, mode: Mode) -> Class {
     }
     if let Some(fault) = fpu_fault(instr, mode.fpu) {
         return Class::Fault(fault);
+    }
+    if !mode.vectors && uses_vectors(instr) {
+        return Class::System;
     }
     if odd_stack(instr, mode) {
         return Class::System;

@@ -4,7 +4,7 @@
 use std::sync::OnceLock;
 
 use engine_core::cpuid;
-use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic};
+use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::{
     decode::Fpu,
@@ -111,6 +111,42 @@ fn always(feature: CpuidFeature) -> bool {
             | PAUSE
             | MULTIBYTENOP
     )
+}
+
+/// True if `instr` needs the guest's XMM and YMM registers or its MXCSR in the host's: conversions
+/// from memory to a general register round by MXCSR and name no vector register.
+pub(crate) fn uses_vectors(instr: &Instruction) -> bool {
+    use CpuidFeature::*;
+    use Mnemonic::*;
+    match instr.mnemonic() {
+        Mfence | Lfence | Sfence | Movnti | Clflush | Crc32 | Prefetchnta | Prefetcht0
+        | Prefetcht1 | Prefetcht2 => return false,
+        Fxrstor | Fxrstor64 => return true,
+        _ => {}
+    }
+    instr.cpuid_features().iter().any(|feature| {
+        matches!(
+            feature,
+            SSE | SSE2
+                | SSE3
+                | SSSE3
+                | SSE4_1
+                | SSE4_2
+                | AES
+                | PCLMULQDQ
+                | SHA
+                | GFNI
+                | AVX
+                | AVX2
+                | FMA
+                | F16C
+                | VAES
+                | VPCLMULQDQ
+        )
+    }) || (0..instr.op_count()).any(|operand| {
+        instr.op_kind(operand) == OpKind::Register
+            && instr.op_register(operand).is_vector_register()
+    })
 }
 
 /// True if the guest's CPUID announces everything that `instr` needs.

@@ -38,6 +38,11 @@ impl Doorbell {
         }
     }
 
+    /// True if somebody rang since the last [`Doorbell::answer`].
+    pub(crate) fn rang(&self) -> bool {
+        self.pending.load(Ordering::Acquire)
+    }
+
     /// True if somebody rang since the last call.
     pub(crate) fn answer(&self) -> bool {
         if !self.pending.load(Ordering::Acquire) {

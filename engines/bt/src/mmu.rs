@@ -7,7 +7,7 @@
 //! Invariant: a write TLB never holds a page with translated code on it, this vCPU's or another's, so
 //! every write to code takes the slow path and finds the blocks that it kills.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::AsRawFd;
 use std::sync::{
     Arc,
@@ -43,6 +43,19 @@ const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
+
+/// Translations remembered besides the TLBs.
+const OTHERS: usize = 8;
+/// None: no key has its bit 3 set.
+const NO_OTHERS: [(u64, Page); OTHERS] = [(
+    8,
+    Page {
+        phys: 0,
+        bytes: 0,
+        writable: false,
+        guarded: false,
+    },
+); OTHERS];
 
 /// Kind of access, for permissions and error codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +97,8 @@ pub(crate) struct Mmu {
     pub window: Window,
     /// Jump caches for supervisor and user code.
     pub jumps: [JumpCache; 2],
+    /// Translations of pages without RAM, and of code pages: what the TLBs don't hold.
+    others: Cell<[(u64, Page); OTHERS]>,
     /// Large pages with translations in the tables above or in links between blocks.
     large: RefCell<Vec<Span>>,
     /// Guarded pages in the supervisor's TLBs, which go when EFLAGS.AC does.
@@ -125,6 +140,7 @@ impl Mmu {
             tlbs,
             window: Window::new(),
             jumps,
+            others: Cell::new(NO_OTHERS),
             large: RefCell::default(),
             guarded: RefCell::default(),
             vm,
@@ -163,6 +179,7 @@ impl Mmu {
     pub(crate) fn flush(&mut self) {
         self.tlbs.iter().for_each(Tlb::flush);
         self.window.flush();
+        self.others.set(NO_OTHERS);
         self.jumps.iter().for_each(JumpCache::flush);
         self.large.borrow_mut().clear();
         self.guarded.borrow_mut().clear();
@@ -195,6 +212,7 @@ impl Mmu {
             }
         }
         self.window.remove_span(span);
+        self.others.set(NO_OTHERS);
         self.jumps.iter().for_each(|jumps| jumps.remove_span(span));
         span
     }
@@ -339,6 +357,31 @@ impl Mmu {
             return self.window.fill(single, &[]);
         }
         self.window.fill(whole, &code)
+    }
+
+    /// As [`Mmu::walk`], and remembers what no TLB holds until the next invalidation.
+    ///
+    /// # Errors
+    /// As [`Mmu::walk`].
+    pub(crate) fn translate(
+        &self,
+        cpu: &Cpu,
+        address: u64,
+        access: Access,
+        user: bool,
+    ) -> Result<Page, Fault> {
+        let key = address & !0xfff | (access as u64) << 1 | u64::from(user);
+        let slot = ((address >> 12) as usize ^ access as usize) % OTHERS;
+        let mut others = self.others.get();
+        if others[slot].0 == key {
+            return Ok(others[slot].1);
+        }
+        let page = self.walk(cpu, address, access, user)?;
+        if !page.guarded && (access == Access::Fetch || self.region(page.phys, 4096).is_none()) {
+            others[slot] = (key, page);
+            self.others.set(others);
+        }
+        Ok(page)
     }
 
     /// Translates `address` for an access by the current or an implied privilege.

@@ -100,6 +100,8 @@ pub(crate) struct Shortcuts {
     /// Somebody asked for the task priority since `run` last returned: an interrupt waits for it to
     /// fall, so writing CR8 has to end the run.
     pub priority_matters: u32,
+    /// Code of ring 0 and of ring 3 wants the vector registers, which aren't in the host's.
+    pub due: [u32; 2],
     /// Error code of the exception under way.
     pub error: u32,
     pub counts: [u64; count::ALL],
@@ -141,6 +143,7 @@ impl Shortcuts {
             enabled: 0,
             drops: 0,
             priority_matters: 0,
+            due: [0; 2],
             error: 0,
             counts: [0; count::ALL],
             save: [0; 6],

@@ -41,22 +41,28 @@ const SIGNALS: [i32; 5] = [
 ];
 static PREVIOUS: OnceLock<[libc::sigaction; 5]> = OnceLock::new();
 
-/// Says which vCPU this thread runs, until the guard is dropped.
-pub(crate) struct Guard(Option<Active>);
-
-impl Guard {
-    pub(crate) fn new(active: Active) -> io::Result<Guard> {
-        if !STACK.get() {
-            install()?;
-            stack()?;
-        }
-        Ok(Guard(ACTIVE.replace(Some(active))))
+/// Says which vCPU this thread runs, until another one runs here or [`release`] says that it is gone.
+/// Between two runs it is of no effect: nothing is executed in its code cache then.
+pub(crate) fn activate(active: Active) -> io::Result<()> {
+    if ACTIVE
+        .get()
+        .is_some_and(|known| known.context == active.context)
+    {
+        return Ok(());
     }
+    if !STACK.get() {
+        install()?;
+        stack()?;
+    }
+    ACTIVE.set(Some(active));
+    Ok(())
 }
 
-impl Drop for Guard {
-    fn drop(&mut self) {
-        ACTIVE.set(self.0);
+/// The vCPU of `context` is no more. A thread that ran it earlier may remember it, but executes
+/// nothing of its code cache either.
+pub(crate) fn release(context: *mut Context) {
+    if ACTIVE.get().is_some_and(|known| known.context == context) {
+        ACTIVE.set(None);
     }
 }
 

@@ -58,8 +58,21 @@ pub(crate) enum Kind {
     Indirect { rsp: i32 },
     /// Instruction `index` of the side list is the runtime's to execute.
     System { index: u32 },
+    /// The instruction reads or writes a port.
+    Port(Port),
     /// The instruction raises an exception.
     Fault(Fault),
+}
+
+/// `in` or `out`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Port {
+    /// None for DX.
+    pub number: Option<u8>,
+    pub size: u8,
+    pub write: bool,
+    /// Guest instruction pointer behind it.
+    pub next: u64,
 }
 
 /// An access on its slow path.

@@ -6,8 +6,9 @@
 //! The guest's RSP is in the host's RSP meanwhile, so nothing between the two may use the stack,
 //! and every signal handler of this thread must run on its alternate stack.
 //!
-//! Integer registers, flags, XMM and MXCSR are exchanged; the upper halves of YMM only where the
-//! guest has enabled AVX and they hold something. Saving them costs little, but loading them, zeros
+//! Integer registers and flags are exchanged; XMM and MXCSR if the code uses them
+//! ([`Mode::vectors`](crate::decode::Mode)), which the exit knows by `Context::live`; the upper halves
+//! of YMM only where the guest has enabled AVX and they hold something. Saving them costs little, but loading them, zeros
 //! included, would make every SSE instruction that follows merge with them (Intel's optimization
 //! manual, 15.3). Rust code gets clean upper halves. x87 and MMX state stays in the host's
 //! registers: Rust code doesn't touch it (the vCPU swaps it when threads share it, see vcpu.rs).
@@ -21,15 +22,18 @@ use crate::context::Context;
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stubs {
-    /// `extern "C" fn()`: with the guest's flags in the host's.
-    pub enter: u64,
+    /// `extern "C" fn()`: with the guest's flags in the host's; without and with its vector registers.
+    pub enter: [u64; 2],
     /// As `enter`, for entries that fetch the flags themselves, and with DF clear: popfq is the
     /// most expensive instruction of an entry.
-    pub enter_lazy: u64,
+    pub enter_lazy: [u64; 2],
     /// Target of every site's jump.
     pub exit: u64,
     /// As `exit`, for a signal handler that has stored the integer state itself.
     pub exit_after_signal: u64,
+    /// Brings the vector registers in from code that did without, and goes on at R12. The flags are
+    /// scratch.
+    pub load_vectors: u64,
 }
 
 const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
@@ -51,17 +55,13 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
     let host_rsp = ctx + offset_of!(Context, host_rsp) as i32;
     let resume = ctx + offset_of!(Context, resume) as i32;
 
-    let mut entry = |with_flags: bool| {
-        ops.align(16, 0xcc);
-        let entry = base + ops.offset().0 as u64;
-        for register in SAVED {
-            dynasm!(ops ; .arch x64 ; push Rq(register));
-        }
+    let live = ctx + offset_of!(Context, live) as i32;
+    let load = |ops: &mut VecAssembler<X64Relocation>| {
         dynasm!(ops
             ; .arch x64
-            ; mov [host_rsp], rsp
             ; stmxcsr [host_mxcsr]
             ; ldmxcsr [mxcsr]
+            ; mov DWORD [live], 1
         );
         if avx_host {
             dynasm!(ops ; .arch x64 ; cmp DWORD [upper], 0 ; je >clean);
@@ -86,6 +86,17 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
             dynasm!(ops ; .arch x64 ; movaps Rx(register), [xmm + 16 * i32::from(register)]);
         }
         dynasm!(ops ; .arch x64 ; loaded:);
+    };
+    let mut entry = |with_flags: bool, vectors: bool| {
+        ops.align(16, 0xcc);
+        let entry = base + ops.offset().0 as u64;
+        for register in SAVED {
+            dynasm!(ops ; .arch x64 ; push Rq(register));
+        }
+        dynasm!(ops ; .arch x64 ; mov [host_rsp], rsp);
+        if vectors {
+            load(&mut ops);
+        }
         if with_flags {
             dynasm!(ops ; .arch x64 ; push QWORD [flags] ; popfq);
         }
@@ -95,8 +106,12 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
         dynasm!(ops ; .arch x64 ; jmp QWORD [resume]);
         entry
     };
-    let enter = entry(true);
-    let enter_lazy = entry(false);
+    let enter = [false, true].map(|vectors| entry(true, vectors));
+    let enter_lazy = [false, true].map(|vectors| entry(false, vectors));
+    ops.align(16, 0xcc);
+    let load_vectors = base + ops.offset().0 as u64;
+    load(&mut ops);
+    dynasm!(ops ; .arch x64 ; jmp r12);
 
     ops.align(16, 0xcc);
     let exit = base + ops.offset().0 as u64;
@@ -110,7 +125,13 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
         ; pop QWORD [flags]
     );
     let exit_after_signal = base + ops.offset().0 as u64;
-    dynasm!(ops ; .arch x64 ; cld);
+    dynasm!(ops
+        ; .arch x64
+        ; cld
+        ; cmp DWORD [live], 0
+        ; je >kept
+        ; mov DWORD [live], 0
+    );
     if avx_host {
         dynasm!(ops ; .arch x64 ; cmp DWORD [avx], 0 ; je >invisible);
         if in_use_host {
@@ -146,6 +167,7 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
         ;saved:
         ; stmxcsr [mxcsr]
         ; ldmxcsr [host_mxcsr]
+        ;kept:
     );
     for register in SAVED.into_iter().rev() {
         dynasm!(ops ; .arch x64 ; pop Rq(register));
@@ -157,6 +179,7 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
             enter_lazy,
             exit,
             exit_after_signal,
+            load_vectors,
         },
         ops.finalize().expect("every label is bound"),
     )

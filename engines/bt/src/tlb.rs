@@ -53,6 +53,32 @@ impl Span {
     }
 }
 
+/// A set of pages that may say yes for one that isn't in it.
+#[derive(Default)]
+pub(crate) struct Pages([Cell<u64>; 8]);
+
+impl Pages {
+    fn bit(&self, address: u64) -> (&Cell<u64>, u64) {
+        let page = address >> 12;
+        let hash = page ^ page >> 9 ^ page >> 18;
+        (&self.0[(hash >> 6 & 7) as usize], 1 << (hash & 63))
+    }
+
+    pub(crate) fn add(&self, address: u64) {
+        let (word, bit) = self.bit(address);
+        word.set(word.get() | bit);
+    }
+
+    pub(crate) fn may_hold(&self, address: u64) -> bool {
+        let (word, bit) = self.bit(address);
+        word.get() & bit != 0
+    }
+
+    pub(crate) fn clear(&self) {
+        self.0.iter().for_each(|word| word.set(0));
+    }
+}
+
 #[repr(C)]
 struct Entry {
     key: u64,
@@ -63,9 +89,9 @@ struct Entry {
 pub(crate) struct Table<const SHIFT: u32, const ENTRIES: usize> {
     entries: *mut Entry,
     filled: RefCell<Vec<u16>>,
-    /// One bit for each page number modulo 64 that a key was entered for since the last flush: most
-    /// invalidations concern pages that hold no branch target.
-    pages: Cell<u64>,
+    /// The pages that a key was entered for since the last flush: most invalidations concern pages
+    /// that hold no branch target.
+    pages: Pages,
 }
 
 /// A software TLB.
@@ -140,7 +166,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         let table = Table {
             entries: address as *mut Entry,
             filled: RefCell::default(),
-            pages: Cell::new(0),
+            pages: Pages::default(),
         };
         for index in 0..ENTRIES {
             table.clear(index);
@@ -167,7 +193,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         let index = Self::index(key);
         // SAFETY: index < ENTRIES.
         let before = unsafe { self.entries.add(index).replace(Entry { key, host }) };
-        self.pages.set(self.pages.get() | 1 << (key >> 12 & 63));
+        self.pages.add(key);
         let was_empty = Self::index(before.key) != index;
         let mut filled = self.filled.borrow_mut();
         if was_empty && filled.len() < ENTRIES {
@@ -191,7 +217,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
             filled.iter().for_each(|&index| self.clear(index.into()));
         }
         filled.clear();
-        self.pages.set(0);
+        self.pages.clear();
     }
 
     /// Empties the entry for `key`, if it holds it.
@@ -203,7 +229,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
 
     /// Empties the entries for keys in `span`. Returns false if there was none for sure.
     pub(crate) fn remove_span(&self, span: Span) -> bool {
-        if span.bytes == 4096 && self.pages.get() >> (span.start >> 12 & 63) & 1 == 0 {
+        if span.bytes == 4096 && !self.pages.may_hold(span.start) {
             return false;
         }
         let remove = |index: usize| {

@@ -24,11 +24,15 @@ use crate::{
         Cpu, FLAG_AC, FLAG_ID, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, SYSTEM_FLAGS, Seg,
     },
     privileged::{GATES, Gate, KERNEL, Privileged, Return, SYSCALLS, Shortcuts, USER, count},
+    stubs::Stubs,
     tlb::{JUMP_ENTRIES, TLB_ENTRIES, tlb_index},
 };
 
 /// Value of `Context::site` after a stub whose target isn't in the jump cache.
 pub(crate) const BOUNDARY: u64 = u64::MAX - 1;
+
+/// Value of `Context::site` while the runtime has an exception delivered.
+pub(crate) const RAISING: u64 = u64::MAX - 2;
 
 /// Delivery by an instruction: the gate's DPL counts, and the frame's RF is clear.
 pub(crate) const SOFTWARE: i32 = 1 << 8;
@@ -73,10 +77,11 @@ struct Emit {
     tlb: [i32; 2],
     jump: [i32; 2],
     exit: u64,
+    load: u64,
 }
 
-/// Emits the stubs, to be placed at `base`. `exit` is where sites leave.
-pub(crate) fn emit(arena: &Arena, exit: u64, base: u64) -> (Transitions, Vec<u8>) {
+/// Emits the stubs, to be placed at `base`, behind `stubs`.
+pub(crate) fn emit(arena: &Arena, stubs: &Stubs, base: u64) -> (Transitions, Vec<u8>) {
     let mut emit = Emit {
         ops: VecAssembler::new(base as usize),
         context: arena.context_disp(),
@@ -85,7 +90,8 @@ pub(crate) fn emit(arena: &Arena, exit: u64, base: u64) -> (Transitions, Vec<u8>
         window: arena.window() as i32,
         tlb: [false, true].map(|write| arena.tlb(tlb_index(false, write)) as i32),
         jump: [0, 1].map(|index| arena.jump(index) as i32),
-        exit,
+        exit: stubs.exit,
+        load: stubs.load_vectors,
     };
     let place = |emit: &mut Emit, stub: fn(&mut Emit)| {
         emit.ops.align(16, 0xcc);
@@ -308,6 +314,17 @@ impl Emit {
             // Nothing came in between: the next instruction runs, and RF has done its duty.
             dynasm!(self.ops ; .arch x64 ; and DWORD [flags], !(FLAG_RF as i32));
         }
+        let due = self.shortcut(offset_of!(Shortcuts, due) + 4 * usize::from(user));
+        let load = self.load as usize;
+        dynasm!(self.ops
+            ; .arch x64
+            ; cmp DWORD [due], 0
+            ; je >ready
+            ; mov DWORD [due], 0
+            ; lea r12, [>ready]
+            ; jmp extern load
+            ;ready:
+        );
         if user {
             // Whether code of ring 3 expects R12 and R13 at home depends on its mode.
             let spill = self.slot(offset_of!(Context, spill));

@@ -33,16 +33,17 @@ use crate::{
     cpu::{Bits, EFER_SCE, Seg, canonical},
     decode::Mode,
     fault::Fault,
+    features::uses_vectors,
     guest,
     kick::Doorbell,
     lower,
     mmu::Access,
     privileged::{KERNEL, SYSCALLS, USER},
-    signal::{Active, Guard},
+    signal::{self, Active},
     site::{Homes, Kind, Site},
     stubs::Stubs,
     system::Trap,
-    transitions::{BOUNDARY, Transitions},
+    transitions::{BOUNDARY, FROM_USER, HAS_ERROR, RAISING, Transitions},
     x87,
 };
 use access::{Direct, Transfer};
@@ -58,6 +59,8 @@ enum Resume {
     Boundary,
     /// In the middle of an instruction, at this host address.
     Host(u64),
+    /// In a stub, with everything where [`Homes::MEETING`] says.
+    Stub(u64),
 }
 
 /// An exit before it borrows anything.
@@ -137,6 +140,10 @@ pub struct BtVcpu {
     /// Exceptions end the run instead of going through the IDT.
     intercept: bool,
     resume: Resume,
+    /// Misses of the software TLB.
+    misses: u32,
+    /// The exception that a stub was asked to deliver last.
+    raising: Option<Fault>,
     /// Instructions to execute one by one.
     steps: u16,
     pending: Pending,
@@ -152,6 +159,8 @@ pub struct BtVcpu {
     stale: bool,
     /// Mode that each jump cache's entries were made in.
     jump_modes: [Option<Mode>; 2],
+    /// The number that it had when it was last compared ([`Core::known_mode`]).
+    jump_serials: [u64; 2],
     /// Entries into translated code.
     entries: u64,
     /// There is no other vCPU.
@@ -197,7 +206,7 @@ impl BtVcpu {
             code_end: self.arena.code() + self.arena.code_bytes() as u64,
             exit_after_signal: self.stubs.exit_after_signal,
         };
-        let _guard = Guard::new(active).map_err(|source| Error::Host {
+        signal::activate(active).map_err(|source| Error::Host {
             operation: "install fault handlers",
             source,
         })?;
@@ -208,28 +217,71 @@ impl BtVcpu {
         }
         loop {
             self.core.follow_window();
-            let mut stub = self.stubs.enter;
+            let mut lazy = false;
+            let mut vectors = None;
             let entry = match self.resume {
                 Resume::Host(entry) => entry,
-                Resume::Boundary => match self.boundary() {
-                    Ok(Some(entry)) => {
-                        let mode = self.core.mode();
-                        if lower::lend(self.core.context(), mode) {
-                            stub = self.stubs.enter_lazy;
-                        }
-                        entry
-                    }
-                    Ok(None) => continue,
-                    Err(stop) => return Ok(stop),
-                },
+                Resume::Stub(entry) => {
+                    lazy = self.core.context().flags & 1 << 10 == 0;
+                    // It brings them in itself.
+                    vectors = Some(false);
+                    entry
+                }
+                Resume::Boundary => {
+                    let entry = match self.quick() {
+                        Some(entry) => entry,
+                        None => match self.boundary() {
+                            Ok(Some(entry)) => entry,
+                            Ok(None) => continue,
+                            Err(stop) => return Ok(stop),
+                        },
+                    };
+                    lower::lend(self.core.context());
+                    lazy = self.core.context().flags & 1 << 10 == 0;
+                    entry
+                }
             };
             if !self.core.settled {
                 self.settle_shortcuts();
             }
-            if let Err(stop) = self.enter(stub, entry) {
+            let vectors =
+                vectors.unwrap_or_else(|| self.core.vectors[usize::from(self.core.user())]);
+            let [privileged, user] = self.core.vectors.map(|used| used && !vectors);
+            self.core.shortcuts.due = [privileged.into(), user.into()];
+            let stubs = if lazy {
+                self.stubs.enter_lazy
+            } else {
+                self.stubs.enter
+            };
+            if let Err(stop) = self.enter(stubs[usize::from(vectors)], entry) {
                 return Ok(stop);
             }
         }
+    }
+
+    /// As [`BtVcpu::boundary`], where nothing has to be looked at and the code is known.
+    fn quick(&mut self) -> Option<u64> {
+        let quiet = self.alone
+            && matches!(self.core.flushed, Flushed::Nothing)
+            && self.core.code_writes.is_empty()
+            && self.steps == 0
+            && !self.window
+            && !self.core.cpu.shadow
+            && !self.doorbell.rang()
+            && !self.core.debugging()
+            && !self.core.nmi_due();
+        if !quiet {
+            return None;
+        }
+        let (user, serial) = self.core.known_mode()?;
+        // With a window, where RSP points belongs to the mode.
+        let window = self.jump_modes[user].is_none_or(|mode| mode.window);
+        if self.jump_serials[user] != serial || window {
+            return None;
+        }
+        let entry = self.core.mmu.jumps[user].get(self.core.linear_ip(), false)?;
+        self.stale = false;
+        Some(entry)
     }
 
     /// Between two instructions: finds the code to go on with. None to look again.
@@ -281,12 +333,13 @@ impl BtVcpu {
 
     /// Acts on what privileged code did to memory and mappings.
     fn settle_writes(&mut self) {
-        match std::mem::take(&mut self.core.flushed) {
+        match self.core.flushed {
             Flushed::Nothing => {}
             Flushed::Page(span) => self.cache.unlink_across(Some(span), &self.arena),
             Flushed::Everything => self.cache.unlink_across(None, &self.arena),
         }
-        for (phys, len) in std::mem::take(&mut self.core.code_writes) {
+        self.core.flushed = Flushed::Nothing;
+        while let Some((phys, len)) = self.core.code_writes.pop() {
             self.overwritten(phys, len);
         }
     }
@@ -300,6 +353,50 @@ impl BtVcpu {
     }
 
     fn raise(&mut self, fault: Fault) -> Result<(), Stop> {
+        if self.deliver(fault) {
+            return Ok(());
+        }
+        self.raise_here(fault)
+    }
+
+    /// Has `fault` delivered by the stub, if that may succeed. Whether it does shows at the next exit.
+    fn deliver(&mut self, fault: Fault) -> bool {
+        let known = (self.core.shortcuts.gates.get(usize::from(fault.vector)))
+            .is_some_and(|gate| gate.low != 0);
+        // With other vCPUs the boundary before the handler has more to do.
+        if !known || !self.alone || self.intercept || !self.core.settled || self.core.debugging() {
+            return false;
+        }
+        let mode = self.core.mode();
+        if self.core.shortcuts.enabled & KERNEL == 0
+            || mode.bits != Bits::Bits64
+            || !(mode.ring_0 || mode.user)
+            || fault.vector == crate::fault::DB
+        {
+            return false;
+        }
+        self.core.forget_traps();
+        self.core.cpu.shadow = false;
+        if let Some(address) = fault.address {
+            self.core.cpu.cr2 = address;
+        }
+        let mut delivery = i32::from(fault.vector) | if mode.user { FROM_USER } else { 0 };
+        if let Some(error) = fault.error {
+            self.core.shortcuts.error = error;
+            delivery |= HAS_ERROR;
+        }
+        let rip = self.core.rip;
+        let context = self.core.context();
+        lower::lend(context);
+        context.gpr[12] = rip;
+        context.gpr[13] = delivery as u64;
+        context.site = RAISING;
+        self.raising = Some(fault);
+        self.resume = Resume::Stub(self.transitions.deliver);
+        true
+    }
+
+    fn raise_here(&mut self, fault: Fault) -> Result<(), Stop> {
         self.counts.add(ExitReason::GuestFault);
         if self.intercept {
             self.core.forget_traps();
@@ -329,7 +426,11 @@ impl BtVcpu {
                 self.core.mmu.jumps[user].flush();
                 self.jump_modes[user] = Some(mode);
                 self.core.settled = false;
-            } else if let Some(entry) = self.core.mmu.jumps[user].get(virt, mode.window) {
+            }
+            if let Some((_, serial)) = self.core.known_mode() {
+                self.jump_serials[user] = serial;
+            }
+            if let Some(entry) = self.core.mmu.jumps[user].get(virt, mode.window) {
                 return Ok((entry, None));
             }
         }
@@ -380,7 +481,7 @@ impl BtVcpu {
         let page = self
             .core
             .mmu
-            .walk(&self.core.cpu, virt, Access::Fetch, mode.user)?;
+            .translate(&self.core.cpu, virt, Access::Fetch, mode.user)?;
         self.core.mmu.note(virt, page);
         let key = Key {
             virt,
@@ -477,6 +578,14 @@ impl BtVcpu {
             self.counts.add(ExitReason::Helper);
             return Ok(());
         }
+        if number == RAISING {
+            let rip = self.core.rip;
+            self.settle(Homes::MEETING, rip);
+            return match self.raising.take() {
+                Some(fault) => self.raise_here(fault),
+                None => Err(Stop::Internal("nothing was being raised".into())),
+            };
+        }
         let index = (number >> 1) as usize;
         let site = self.cache.site(index);
         match site.kind {
@@ -517,12 +626,38 @@ impl BtVcpu {
             Kind::System { index } => {
                 self.settle(site.homes, site.ip);
                 let instr = self.cache.system(index);
+                let key = self.cache.block(site.block).key;
+                if !key.mode.vectors && uses_vectors(&instr) {
+                    self.bring_vectors(key.mode);
+                    return Ok(());
+                }
                 self.system(&instr)
+            }
+            Kind::Port(port) => {
+                self.settle(site.homes, site.ip);
+                self.port(port)
             }
             Kind::Fault(fault) => {
                 self.settle(site.homes, site.ip);
                 self.raise(fault)
             }
+        }
+    }
+
+    /// Code of `mode` has met its first vector instruction, at RIP: goes on there in code that has the
+    /// vector registers, without looking left or right, as within an instruction.
+    fn bring_vectors(&mut self, mode: Mode) {
+        self.core.vectors[usize::from(mode.user)] = true;
+        self.core.forget_modes();
+        let mode = Mode {
+            vectors: true,
+            ..mode
+        };
+        let virt = self.core.linear_ip();
+        // It was just executed from: should it be gone all the same, the next boundary says so.
+        if let Ok(number) = self.block(mode, virt) {
+            lower::lend(self.core.context());
+            self.resume = Resume::Host(self.cache.block(number).entry);
         }
     }
 
@@ -557,5 +692,6 @@ impl Drop for BtVcpu {
     fn drop(&mut self) {
         x87::put_away(&self.arena);
         self.retire();
+        signal::release(self.arena.context());
     }
 }

@@ -376,7 +376,7 @@ impl Lower<'_> {
             Class::CallIndirect => self.call_indirect(insn),
             Class::Return => self.ret(insn),
             Class::Privileged => self.privileged(insn),
-            Class::System if self.transition(insn) => Ok(()),
+            Class::System if self.transition(insn) || self.port(insn) => Ok(()),
             Class::System => {
                 let index = (self.first_system + self.system.len()) as u32;
                 self.system.push(insn.instr);
@@ -708,17 +708,12 @@ impl Lower<'_> {
     }
 }
 
-/// Puts settled registers and flags where a block's lazy entry expects them. Returns true if the
-/// host's own flags don't matter: DF, which has no other home, is clear.
-pub(crate) fn lend(context: &mut Context, mode: Mode) -> bool {
-    // An entry may take the flags from either place.
+/// Puts settled registers and flags where blocks and stubs may look for them: flags in either place,
+/// the registers that modes without a window borrow in their slots.
+pub(crate) fn lend(context: &mut Context) {
     context.lazy_flags = (context.flags & 0xd5) << 8 | context.flags >> 11 & 1;
-    for register in 0..16 {
-        if contract(mode) >> register & 1 == 1 {
-            context.spill[register] = context.gpr[register];
-        }
-    }
-    context.flags & 1 << 10 == 0
+    context.spill[12] = context.gpr[12];
+    context.spill[13] = context.gpr[13];
 }
 
 /// The form that 64-bit code has of an instruction whose encoding means something else there.

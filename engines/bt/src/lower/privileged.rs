@@ -10,7 +10,7 @@
 use std::mem::offset_of;
 
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Code, Instruction, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::{Cold, Lower, memory::Address, stack::Source};
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
     decode::{Insn, Mode},
     fault::Fault,
     privileged::{LEAVES, Leaf, Privileged, Shortcuts, count},
-    site::{Homes, Ip, Kind},
+    site::{Homes, Ip, Kind, Port},
     transitions::{FROM_USER, HAS_ERROR, SOFTWARE},
 };
 
@@ -332,6 +332,24 @@ impl Lower<'_> {
             }
         };
         self.jump_to(0xe9, stub);
+        true
+    }
+
+    /// Leaves for a port, if that is what `insn` is about.
+    pub(super) fn port(&mut self, insn: &Insn) -> bool {
+        let instr = &insn.instr;
+        let (write, value, port) = match instr.mnemonic() {
+            Mnemonic::In => (false, instr.op0_register(), 1),
+            Mnemonic::Out => (true, instr.op1_register(), 0),
+            _ => return false,
+        };
+        let port = Port {
+            number: (instr.op_kind(port) == OpKind::Immediate8).then(|| instr.immediate8()),
+            size: value.size() as u8,
+            write,
+            next: instr.next_ip(),
+        };
+        self.exit(instr.ip(), Kind::Port(port));
         true
     }
 

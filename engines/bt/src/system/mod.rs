@@ -497,7 +497,7 @@ impl Core {
     }
 
     /// IOPL, then the TSS's I/O permission bitmap (SDM 1 19.5).
-    fn check_port(&self, port: u16, size: u8) -> Result<(), Fault> {
+    pub(crate) fn check_port(&self, port: u16, size: u8) -> Result<(), Fault> {
         self.watch_port(port, size);
         // Virtual-8086 mode always asks the map.
         if self.cpu.cpl() <= self.cpu.iopl() && !self.cpu.virtual_8086() {

@@ -54,7 +54,7 @@ impl BtVcpu {
         let check = |address| {
             self.core
                 .mmu
-                .walk(&self.core.cpu, address, access, user)
+                .translate(&self.core.cpu, address, access, user)
                 .map_err(|fault| {
                     if fault.vector == fault::GP && slow.stack {
                         Fault::selector(fault::SS, 0)
@@ -246,7 +246,7 @@ impl BtVcpu {
                 Access::Read
             };
             let user = self.core.user();
-            let page = match self.core.mmu.walk(&self.core.cpu, at, access, user) {
+            let page = match self.core.mmu.translate(&self.core.cpu, at, access, user) {
                 Ok(page) => page,
                 // Checked before the body ran, and nothing ran in between.
                 Err(fault) => {

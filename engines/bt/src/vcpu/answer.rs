@@ -1,10 +1,11 @@
 //! Instructions that the runtime executes, and the answers to exits that they wait for.
 
-use engine_core::devices::lapic;
+use engine_core::{ExitReason, devices::lapic};
 use iced_x86::Instruction;
 
 use super::{BtVcpu, Stop, access::Transfer};
 use crate::fault::Fault;
+use crate::site::Port;
 use crate::system::{self, Step, Trap};
 
 /// An exit that waits for its answer.
@@ -48,6 +49,30 @@ pub(super) enum Pending {
 }
 
 impl BtVcpu {
+    /// Leaves to read or write a port.
+    pub(super) fn port(&mut self, port: Port) -> Result<(), Stop> {
+        self.counts.add(ExitReason::Helper);
+        let size = port.size;
+        let number = match port.number {
+            Some(number) => number.into(),
+            None => self.core.gpr(2) as u16,
+        };
+        if let Err(fault) = self.core.check_port(number, size) {
+            return self.raise(fault);
+        }
+        self.core.rip = port.next;
+        if port.write {
+            let value = self.core.gpr(0) as u32;
+            return Err(Stop::Out {
+                port: number,
+                size,
+                value,
+            });
+        }
+        self.pending = Pending::In { size };
+        Err(Stop::In { port: number, size })
+    }
+
     pub(super) fn system(&mut self, instr: &Instruction) -> Result<(), Stop> {
         self.counts.add(system::reason(instr));
         if self.intercept

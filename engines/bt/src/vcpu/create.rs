@@ -121,7 +121,7 @@ impl BtVcpu {
         let (stubs, code) = stubs::emit(arena.context_disp(), arena.code());
         arena.write_code(arena.code(), &code);
         let next = (arena.code() + code.len() as u64).next_multiple_of(64);
-        let (transitions, code) = transitions::emit(&arena, stubs.exit, next);
+        let (transitions, code) = transitions::emit(&arena, &stubs, next);
         arena.write_code(next, &code);
         let miss = transitions.end.next_multiple_of(64);
         let jump = arena.jump(1) as i32;
@@ -151,6 +151,8 @@ impl BtVcpu {
             window: false,
             intercept: false,
             resume: Resume::Boundary,
+            misses: 0,
+            raising: None,
             steps: 0,
             pending: Pending::Nothing,
             msr: None,
@@ -159,6 +161,7 @@ impl BtVcpu {
             strings: Vec::new(),
             stale: false,
             jump_modes: [None; 2],
+            jump_serials: [0; 2],
             entries: 0,
             alone: vm.alone(),
             told: Told::default(),

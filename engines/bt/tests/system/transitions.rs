@@ -464,3 +464,49 @@ fn code_that_stops_being_executable_stops_at_the_next_return() {
     assert_eq!(report.results[0], WARM as u64);
     assert_eq!(report.faults(), [(14, 0x11, window(4))]);
 }
+
+#[test]
+fn vector_registers_survive_a_kernel_that_does_without() {
+    // The handler leaves for a port, where nobody saves what nobody uses; at the end it uses a vector
+    // register itself, in the shadow of an sti.
+    let kernel = Kernel::new()
+        .code(page(8), page(8), |asm| {
+            let mut plain = asm.create_label();
+            asm.push(rax)?;
+            asm.xor(eax, eax)?;
+            asm.out(0x80, al)?;
+            asm.cmp(r15d, WARM - 1)?;
+            asm.jne(plain)?;
+            asm.sti()?;
+            asm.movd(xmm9, r15d)?;
+            asm.cli()?;
+            asm.set_label(&mut plain)?;
+            asm.pop(rax)?;
+            asm.iretq()
+        })
+        .code(page(0), page(0), |asm| {
+            asm.mov(dword_ptr(RESULTS + 8), 0x3f80)?;
+            asm.ldmxcsr(dword_ptr(RESULTS + 8))?;
+            asm.mov(ebx, 0x1000)?;
+            asm.movd(xmm15, ebx)?;
+            repeat(asm, WARM, |asm| {
+                asm.movd(xmm3, r15d)?;
+                asm.int3()?;
+                asm.movd(eax, xmm3)?;
+                asm.add(qword_ptr(RESULTS), rax)
+            })?;
+            asm.movd(eax, xmm15)?;
+            asm.add(qword_ptr(RESULTS), rax)?;
+            asm.stmxcsr(dword_ptr(RESULTS + 8))?;
+            asm.movd(eax, xmm9)?;
+            asm.mov(qword_ptr(RESULTS + 16), rax)?;
+            asm.hlt()
+        });
+    let report = report_as_qemu(kernel, |asm| {
+        gate(asm, 3, page(8), 0xee00)?;
+        asm.in_ring_3(page(0), 0x202)
+    });
+    let sum = WARM as u64 * (WARM as u64 - 1) / 2;
+    assert_eq!(report.results[..3], [0x1000 + sum, 0x3f80, WARM as u64 - 1]);
+    assert_eq!(report.faults(), [(13, 0, 0)]);
+}
