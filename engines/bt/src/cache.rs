@@ -413,6 +413,14 @@ impl Cache {
         }
     }
 
+    /// Undoes every link.
+    pub(crate) fn unlink_all(&mut self, arena: &Arena) {
+        for block in 0..self.blocks.len() {
+            self.unlink_incoming(block as u32, arena);
+        }
+        self.across.clear();
+    }
+
     fn unlink_incoming(&mut self, block: u32, arena: &Arena) {
         for site in std::mem::take(&mut self.blocks[block as usize].incoming) {
             self.unlink(site, arena);

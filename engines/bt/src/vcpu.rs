@@ -23,7 +23,7 @@ mod window;
 
 use std::sync::Arc;
 
-use engine_core::{Error, ExitCounts, ExitReason, Vcpu};
+use engine_core::{Error, ExitCounts, ExitReason, Stepping, Vcpu};
 
 use crate::{
     arena::Arena,
@@ -102,6 +102,7 @@ enum Stop {
     Window,
     Shutdown,
     Interrupted,
+    Stepped,
     /// An exception, while they are intercepted.
     Exception(Fault),
     Internal(String),
@@ -146,6 +147,10 @@ pub struct BtVcpu {
     raising: Option<Fault>,
     /// Instructions to execute one by one.
     steps: u16,
+    /// Every step ends the run.
+    stepping: Option<Stepping>,
+    /// The step under way has begun.
+    stepped: bool,
     pending: Pending,
     /// The machine's answer to `rdmsr`.
     msr: Option<u64>,
@@ -306,7 +311,14 @@ impl BtVcpu {
             self.request_interrupt_window(false);
             return Err(Stop::Window);
         }
-        let mut single = false;
+        if self.stepping.is_some() && std::mem::take(&mut self.stepped) {
+            return Err(Stop::Stepped);
+        }
+        self.stepped = true;
+        let mut single = matches!(
+            self.stepping,
+            Some(Stepping::Instruction | Stepping::Towards(_))
+        );
         if debugging {
             match self.core.debug_instruction() {
                 Ok(alone) => single = alone,
@@ -438,7 +450,7 @@ impl BtVcpu {
         let block = self.cache.block(number);
         let entry = block.lazy_entry;
         // Translated code looks a branch's offset up, which is the address only in a flat segment.
-        if !single && block.second.is_none() && mode.flat {
+        if !single && block.second.is_none() && mode.flat && self.stepping.is_none() {
             let checked = block.checked_entry;
             self.core.mmu.jumps[user].fill(virt, entry, checked);
         }
@@ -678,7 +690,10 @@ impl BtVcpu {
         let emptied = self.cache.emptied;
         match self.block(mode, virt) {
             Ok(number) => {
-                if emptied == self.cache.emptied && self.cache.link(index, number, &self.arena) {
+                if self.stepping.is_none()
+                    && emptied == self.cache.emptied
+                    && self.cache.link(index, number, &self.arena)
+                {
                     self.counts.add(ExitReason::Chain);
                 }
                 Ok(())

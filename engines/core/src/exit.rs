@@ -67,6 +67,8 @@ pub enum Exit<'a> {
     Shutdown,
     /// A [`crate::Kick`] or a signal stopped the guest between two instructions.
     Interrupted,
+    /// A step is over ([`crate::Vcpu::set_stepping`]).
+    Stepped,
     /// The engine can't go on: the text says what it met (KVM_EXIT_INTERNAL_ERROR, unsupported instruction).
     Internal {
         /// What it met.
@@ -119,6 +121,8 @@ reasons! {
     Shutdown = GuestFault, "shutdown";
     /// Kick or host signal.
     Interrupted = Irq, "interrupted";
+    /// A step was over; only in lockstep.
+    Stepped = Other, "stepped";
     /// The engine gave up.
     Internal = Other, "internal-error";
     /// bt: an instruction executed by a helper that has no exit of its own (lgdt, iret, ...).
@@ -293,6 +297,7 @@ impl Exit<'_> {
             Exit::InterruptWindow => ExitReason::InterruptWindow,
             Exit::Shutdown => ExitReason::Shutdown,
             Exit::Interrupted => ExitReason::Interrupted,
+            Exit::Stepped => ExitReason::Stepped,
             Exit::Internal { .. } => ExitReason::Internal,
         }
     }

@@ -17,6 +17,7 @@ pub mod host;
 pub mod interrupt;
 pub mod kick;
 pub mod loader;
+pub mod lockstep;
 pub mod machine;
 pub mod memory;
 pub mod net;
@@ -41,7 +42,7 @@ pub use kick::Kick;
 pub use machine::{Machine, MachineOptions};
 pub use run::{Crew, Limit, Limits, Outcome, drive};
 pub use state::{CpuState, DescriptorTable, Segment};
-pub use vcpu::{Error, Irqchip, Unavailable, Vcpu};
+pub use vcpu::{Error, Irqchip, Stepping, Supply, Unavailable, Vcpu};
 
 /// Guest RAM: what vm-memory maps, used by every engine.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

@@ -28,6 +28,31 @@ impl Irqchip {
     }
 }
 
+/// How far one step goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stepping {
+    /// One instruction.
+    Instruction,
+    /// One instruction; an engine that loses its single step on some of them stops at this linear
+    /// address at the latest.
+    Towards(u64),
+    /// What the engine makes one piece of: a translator's block, otherwise one instruction.
+    Block,
+}
+
+/// What a read that is under way is answered with, where the exit itself is not at hand any more.
+#[derive(Clone, Copy, Debug)]
+pub enum Supply<'a> {
+    /// For writes.
+    Nothing,
+    /// For [`Exit::PioIn`] and [`Exit::MmioRead`].
+    Data(&'a [u8]),
+    /// For [`Exit::MsrRead`].
+    Msr(Option<u64>),
+    /// For [`Exit::MsrWrite`].
+    Accepted(bool),
+}
+
 /// One virtual CPU of one engine. Used by the run loop alone; `dyn` at this crate boundary.
 ///
 /// A machine has one or several. Each is used by one thread, which need not be the one that made
@@ -128,6 +153,23 @@ pub trait Vcpu: Send {
     /// kept of them is out of date. Called between two exits, before the guest runs on; of several
     /// vCPUs one is told, and the engine lets the others know.
     fn memory_written(&mut self, _pages: &[u64]) {}
+
+    /// From now on [`run`](Vcpu::run) returns [`Exit::Stepped`] after each step; `None` ends that.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] from engines that can't.
+    fn set_stepping(&mut self, _stepping: Option<Stepping>) -> Result<(), Error> {
+        Err(Error::Engine("this engine has no single step".into()))
+    }
+
+    /// Answers the exit under way as if by its own reference. The access is over then, and the state
+    /// that behind it, where the engine can bring that about at once.
+    ///
+    /// # Errors
+    /// The engine's.
+    fn supply(&mut self, _answer: Supply<'_>) -> Result<(), Error> {
+        Err(Error::Engine("this engine has no single step".into()))
+    }
 
     /// What this engine calls an exit to the VMM.
     fn exit_name(&self, reason: ExitReason) -> &'static str {

@@ -58,6 +58,20 @@ pub(crate) enum Answer {
 }
 
 impl Answer {
+    /// Answers a read that waits.
+    pub(crate) fn read(&mut self, value: Option<u64>) {
+        if let Answer::Read(answer) = self {
+            *answer = value;
+        }
+    }
+
+    /// Answers a write that waits.
+    pub(crate) fn write(&mut self, accepted: bool) {
+        if let Answer::Write(answer) = self {
+            *answer = accepted;
+        }
+    }
+
     /// The exit that `vcpu` left with; its answer comes to lie here.
     pub(crate) fn exit<'a>(&'a mut self, vcpu: &mut VcpuFd) -> Exit<'a> {
         let run = vcpu.get_kvm_run();

@@ -15,7 +15,7 @@ use engine_core::kick::KickHandle;
 use engine_core::tally::HostStat;
 use engine_core::{
     CpuState, Doorbells, Error, Exit, ExitReason, GuestRam, GuestVirt, Interrupts, Irqchip,
-    Unavailable, Vcpu,
+    Stepping, Supply, Unavailable, Vcpu,
 };
 use kvm_bindings as kb;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -77,6 +77,8 @@ pub struct KvmVcpu {
     posted: Option<Posted>,
     /// The exit in kvm_run has not been told yet: such writes came first.
     held: bool,
+    /// Every instruction ends the run.
+    stepping: Option<Stepping>,
     kvm: Arc<Kvm>,
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
@@ -151,6 +153,7 @@ impl KvmVcpu {
                 controller: controller.clone(),
                 posted: None,
                 held: false,
+                stepping: None,
                 kvm: Arc::clone(&kvm),
                 vm: Arc::clone(&vm),
                 ram: Arc::clone(&ram),
@@ -217,16 +220,16 @@ impl KvmVcpu {
 
     /// Ends the access that the last exit was for, without entering the guest: a KVM_RUN with
     /// immediate_exit does that and no more (api.rst 5, immediate_exit).
-    fn complete(&mut self) -> Result<(), Error> {
+    /// True if the same instruction has left once more.
+    fn complete(&mut self) -> Result<bool, Error> {
         self.answer.give(self.vcpu.get_kvm_run());
         self.vcpu.set_kvm_immediate_exit(1);
         let ran = self.vcpu.run().map(drop);
         self.vcpu.set_kvm_immediate_exit(0);
         match ran {
-            Err(error) if !matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                Err(host("KVM_RUN")(error))
-            }
-            Ok(()) | Err(_) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(false),
+            Err(error) => Err(host("KVM_RUN")(error)),
         }
     }
 
@@ -293,6 +296,10 @@ fn map_ram(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
 
 impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<Exit<'_>, Error> {
+        // KVM's trap flag goes with the place that it was set for.
+        if self.stepping.is_some() && !self.held {
+            self.set_stepping(self.stepping)?;
+        }
         if !std::mem::take(&mut self.held) && !self.enter()? {
             return Ok(Exit::Interrupted);
         }
@@ -310,6 +317,7 @@ impl Vcpu for KvmVcpu {
             kb::KVM_EXIT_HLT => Ok(Exit::Hlt),
             kb::KVM_EXIT_IRQ_WINDOW_OPEN => Ok(Exit::InterruptWindow),
             kb::KVM_EXIT_SHUTDOWN => Ok(Exit::Shutdown),
+            kb::KVM_EXIT_DEBUG => Ok(Exit::Stepped),
             // The guest lowered its task priority: the run loop looks at pending interrupts again.
             kb::KVM_EXIT_INTR | kb::KVM_EXIT_SET_TPR => Ok(Exit::Interrupted),
             kb::KVM_EXIT_INTERNAL_ERROR => Ok(Exit::Internal {
@@ -443,6 +451,40 @@ impl Vcpu for KvmVcpu {
         Ok(())
     }
 
+    fn set_stepping(&mut self, stepping: Option<Stepping>) -> Result<(), Error> {
+        /// DR7: the first breakpoint, on execution.
+        const LOCAL_0: u64 = 1 << 10 | 1;
+        let mut debug = kb::kvm_guest_debug::default();
+        if stepping.is_some() {
+            debug.control = kb::KVM_GUESTDBG_ENABLE | kb::KVM_GUESTDBG_SINGLESTEP;
+        }
+        if let Some(Stepping::Towards(address)) = stepping {
+            debug.control |= kb::KVM_GUESTDBG_USE_HW_BP;
+            debug.arch.debugreg[0] = address;
+            debug.arch.debugreg[7] = LOCAL_0;
+        }
+        self.stepping = stepping;
+        let set = self.vcpu.set_guest_debug(&debug);
+        set.map_err(host("KVM_SET_GUEST_DEBUG"))
+    }
+
+    fn supply(&mut self, answer: Supply<'_>) -> Result<(), Error> {
+        match answer {
+            Supply::Nothing => {}
+            Supply::Data(bytes) => match access(self.vcpu.get_kvm_run()) {
+                Exit::PioIn { data, .. } | Exit::MmioRead { data, .. } => {
+                    data.copy_from_slice(bytes);
+                }
+                // Of the two kinds of access, a write wants no data.
+                _ => {}
+            },
+            Supply::Msr(value) => self.answer.read(value),
+            Supply::Accepted(accepted) => self.answer.write(accepted),
+        }
+        self.held = self.complete()?;
+        Ok(())
+    }
+
     fn exit_name(&self, reason: ExitReason) -> &'static str {
         match reason {
             ExitReason::PioIn => "KVM_EXIT_IO in",
@@ -455,6 +497,7 @@ impl Vcpu for KvmVcpu {
             ExitReason::InterruptWindow => "KVM_EXIT_IRQ_WINDOW_OPEN",
             ExitReason::Shutdown => "KVM_EXIT_SHUTDOWN",
             ExitReason::Interrupted => "KVM_EXIT_INTR",
+            ExitReason::Stepped => "KVM_EXIT_DEBUG",
             ExitReason::Internal => "KVM_EXIT_INTERNAL_ERROR",
             // The translator's, which this engine never counts.
             ExitReason::Helper

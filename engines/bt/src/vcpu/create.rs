@@ -154,6 +154,8 @@ impl BtVcpu {
             misses: 0,
             raising: None,
             steps: 0,
+            stepping: None,
+            stepped: false,
             pending: Pending::Nothing,
             msr: None,
             accepted: false,

@@ -5,6 +5,7 @@ use engine_core::{
     CpuState, Error, Exit, ExitCounts, ExitReason, GuestPhys, Vcpu, kick::KickHandle,
     tally::HostStat,
 };
+use engine_core::{Stepping, Supply};
 
 use super::{BtVcpu, Pending, Resume, Stop};
 use crate::{core::Cause, lower::Path, privileged::count, site::Homes};
@@ -28,6 +29,7 @@ impl Vcpu for BtVcpu {
             | Stop::Window
             | Stop::Shutdown
             | Stop::Interrupted
+            | Stop::Stepped
             | Stop::Exception(_)
             | Stop::Internal(_) => {}
         }
@@ -74,6 +76,7 @@ impl Vcpu for BtVcpu {
             Stop::Window => Exit::InterruptWindow,
             Stop::Shutdown => Exit::Shutdown,
             Stop::Interrupted => Exit::Interrupted,
+            Stop::Stepped => Exit::Stepped,
             // Only `run_user` asks for these.
             Stop::Exception(fault) => Exit::Internal {
                 message: format!("an exception that nobody intercepts: {fault:?}"),
@@ -216,6 +219,36 @@ impl Vcpu for BtVcpu {
         self.core.forget_nmis();
         self.core.forget_traps();
         self.set_state(&CpuState::after_init())
+    }
+
+    fn set_stepping(&mut self, stepping: Option<Stepping>) -> Result<(), Error> {
+        self.stepping = stepping;
+        self.stepped = false;
+        // Nothing that leads from block to block without the runtime may be left.
+        self.core.mmu.jumps.iter().for_each(|jumps| jumps.flush());
+        self.cache.unlink_all(&self.arena);
+        Ok(())
+    }
+
+    fn supply(&mut self, answer: Supply<'_>) -> Result<(), Error> {
+        match answer {
+            Supply::Nothing => {}
+            Supply::Data(bytes) if matches!(self.pending, Pending::InString { .. }) => {
+                self.strings.copy_from_slice(bytes);
+            }
+            Supply::Data(bytes) => self.data[..bytes.len()].copy_from_slice(bytes),
+            Supply::Msr(value) => self.msr = value,
+            Supply::Accepted(accepted) => self.accepted = accepted,
+        }
+        // These are over with their answer; what is in the middle of an instruction goes on in `run`.
+        if matches!(
+            self.pending,
+            Pending::In { .. } | Pending::ReadMsr { .. } | Pending::WriteMsr { .. }
+        ) && let Some(_stop) = self.answer()
+        {
+            self.pending = Pending::Shutdown;
+        }
+        Ok(())
     }
 
     fn keeps_code(&self) -> bool {

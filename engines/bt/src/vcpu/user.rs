@@ -85,7 +85,7 @@ impl BtVcpu {
                 error,
                 address,
             }),
-            Stop::Interrupted => Ok(UserStop::Interrupted),
+            Stop::Interrupted | Stop::Stepped => Ok(UserStop::Interrupted),
             Stop::Internal(message) => Err(Error::Engine(message)),
             Stop::In { .. }
             | Stop::Out { .. }

@@ -437,7 +437,7 @@ fn answer(machine: &mut Machine, exit: Exit<'_>) -> Next {
             Action::None
         }
         Exit::Hlt => return Next::Halt,
-        Exit::InterruptWindow | Exit::Interrupted => Action::None,
+        Exit::InterruptWindow | Exit::Interrupted | Exit::Stepped => Action::None,
         Exit::Shutdown => return crashed("triple fault".into()),
         Exit::Internal { message } => return crashed(message),
     };

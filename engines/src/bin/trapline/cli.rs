@@ -116,6 +116,10 @@ pub(crate) struct Run {
     /// Count the branches and accesses that translated code does by itself too; slower (full, hybrid-bt)
     #[arg(long)]
     pub(crate) count_paths: bool,
+    /// Hold every block against a second vCPU that goes one instruction at a time, and end where they
+    /// differ; slow (full, hybrid-bt)
+    #[arg(long, value_name = "REFERENCE", value_enum)]
+    pub(crate) lockstep: Option<Reference>,
     /// What the guest's exit code becomes as exit status
     #[arg(long, value_name = "HOW", value_enum, default_value_t = ExitPort::Plain)]
     pub(crate) exit_port: ExitPort,
@@ -155,6 +159,15 @@ impl From<Doorbell> for engine_core::Doorbell {
             Doorbell::Eventfd => engine_core::Doorbell::Eventfd,
         }
     }
+}
+
+/// What a translator is held against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Reference {
+    /// The translator itself, each instruction a block of its own
+    Instructions,
+    /// KVM, by single step; a backend that emulates ring 0 may lose it
+    Hardware,
 }
 
 /// What a write to the exit port becomes.

@@ -9,6 +9,7 @@ mod devices;
 mod floor;
 mod insn;
 mod list;
+mod lockstep;
 mod native;
 mod probe;
 mod run;

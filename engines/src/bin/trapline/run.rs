@@ -21,11 +21,12 @@ use engine_core::peripherals::Family;
 use engine_core::{
     CpuState, Crew, Doorbell, GuestRam, Irqchip, Limits, Machine, MachineOptions, Unavailable, Vcpu,
 };
+use engines::jail::Jail;
 use engines::{Mode, Runs};
 
 use crate::conclude::{Last, conclude, report_end};
 use crate::wire::{Counter, Event, Stats};
-use crate::{cli, devices, native, say, status};
+use crate::{cli, devices, lockstep, native, say, status};
 
 /// An engine that has not stopped this long after its time limit never will.
 const GRACE: Duration = Duration::from_secs(5);
@@ -198,9 +199,18 @@ fn run_mode(
         cpus: arguments.smp,
         translator,
     };
+    let reference = match arguments.lockstep {
+        Some(which) => Some(lockstep::Reference::prepare(
+            which, arguments, &ram, boot, setup,
+        )?),
+        None => None,
+    };
     let mut vcpus = match boot(Arc::clone(&ram), setup).and_then(|mut vcpus| {
         vcpus[0].set_state(&entry)?;
-        Ok(vcpus)
+        match reference {
+            Some(reference) => reference.attach(vcpus, &ram, &entry),
+            None => Ok(vcpus),
+        }
     }) {
         Ok(vcpus) => vcpus,
         Err(error) => {
@@ -256,7 +266,11 @@ fn run_mode(
         timeout: arguments.timeout,
         max_exits: arguments.max_exits,
     };
-    if let Err(error) = engines::jail::enter(mode.jail()) {
+    let jail = match arguments.lockstep {
+        Some(cli::Reference::Hardware) => Jail::Kvm,
+        Some(cli::Reference::Instructions) | None => mode.jail(),
+    };
+    if let Err(error) = engines::jail::enter(jail) {
         let message = format!("engine {} could not start: seccomp: {error}", mode.engine);
         let code = ExitCode::from(status::CRASHED);
         return Ok(report_end(
@@ -307,6 +321,7 @@ fn no_translator(mode: &str, arguments: &cli::Run) -> anyhow::Result<()> {
     for (given, option) in [
         (arguments.code_cache.is_some(), "--code-cache"),
         (arguments.count_paths, "--count-paths"),
+        (arguments.lockstep.is_some(), "--lockstep"),
     ] {
         if given {
             bail!("mode {mode} translates nothing: leave out {option}");
