@@ -103,6 +103,8 @@ pub(crate) struct Mmu {
     large: RefCell<Vec<Span>>,
     /// Guarded pages in the supervisor's TLBs, which go when EFLAGS.AC does.
     guarded: RefCell<Vec<u64>>,
+    /// Entries whose accessed or dirty bit was set where code was translated from.
+    marked: RefCell<Vec<u64>>,
     pub vm: Arc<Vm>,
     /// This vCPU's number.
     pub me: usize,
@@ -143,6 +145,7 @@ impl Mmu {
             others: Cell::new(NO_OTHERS),
             large: RefCell::default(),
             guarded: RefCell::default(),
+            marked: RefCell::default(),
             vm,
             me,
             pair: Pair::default(),
@@ -571,6 +574,25 @@ impl Mmu {
         if entry & bits == bits {
             return true;
         }
+        let set = self.exchange_bits(at, wide, entry, bits);
+        if set && self.is_code(at) {
+            self.marked.borrow_mut().push(at);
+        }
+        set
+    }
+
+    /// True if walks have written to where code was translated from.
+    pub(crate) fn has_marked(&self) -> bool {
+        !self.marked.borrow().is_empty()
+    }
+
+    /// Addresses of the entries that walks have written to where code was translated from: 8 bytes
+    /// each at most.
+    pub(crate) fn take_marked(&self) -> Vec<u64> {
+        self.marked.take()
+    }
+
+    fn exchange_bits(&self, at: u64, wide: bool, entry: u64, bits: u64) -> bool {
         let Some(host) = self.host(at, if wide { 8 } else { 4 }) else {
             return true;
         };

@@ -269,6 +269,7 @@ impl BtVcpu {
         let quiet = self.alone
             && matches!(self.core.flushed, Flushed::Nothing)
             && self.core.code_writes.is_empty()
+            && !self.core.mmu.has_marked()
             && self.steps == 0
             && !self.window
             && !self.core.cpu.shadow
@@ -353,6 +354,18 @@ impl BtVcpu {
         self.core.flushed = Flushed::Nothing;
         while let Some((phys, len)) = self.core.code_writes.pop() {
             self.overwritten(phys, len);
+        }
+        self.settle_marked();
+    }
+
+    /// Drops code that page walks have set bits in. A block that is running goes on to its end: when
+    /// a processor sets these bits is its own affair (SDM 3A 4.8).
+    fn settle_marked(&mut self) {
+        if !self.core.mmu.has_marked() {
+            return;
+        }
+        for at in self.core.mmu.take_marked() {
+            self.overwritten(at, 8);
         }
     }
 

@@ -107,6 +107,7 @@ impl BtVcpu {
                 return self.raise(fault);
             }
         };
+        self.settle_marked();
         let access = if slow.write {
             Access::Write
         } else {

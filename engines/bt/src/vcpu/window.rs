@@ -24,6 +24,7 @@ impl BtVcpu {
         let write = fault.error & WRITE != 0;
         let filled = self.core.mmu.fill_window(&self.core.cpu, address, write);
         if filled {
+            self.settle_marked();
             self.resume = Resume::Host(fault.rip);
             return;
         }
@@ -66,6 +67,7 @@ impl BtVcpu {
     /// The software TLB missed: a sign of life of code that may be waiting for the window.
     pub(super) fn tlb_missed(&mut self) {
         self.counts.add(ExitReason::TlbMiss);
+        self.settle_marked();
         // Now and then is often enough, and the loop notices what it leads to.
         self.misses = self.misses.wrapping_add(1);
         if self.misses.is_multiple_of(16) && self.core.mmu.window.waits() {

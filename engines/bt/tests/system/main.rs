@@ -15,6 +15,8 @@
 //! | `privilege` | rings, system registers, segments |
 //! | `transitions` | privilege changes and system registers that never leave translated code |
 //! | `code` | self-modifying and remapped code, instructions across pages |
+//! | `stores` | every kind of store into code |
+//! | `modified` | code written by strings, frames, page walks and devices, and data that becomes code |
 //! | `memory` | strings, device memory, ports, locked operations, SSE state |
 //! | `interrupts` | timer, windows and shadows, task priority, kicks |
 //! | `state` | what the engine shows of itself, and takes back |
@@ -36,6 +38,7 @@ mod kernel;
 mod legacy;
 mod limits;
 mod memory;
+mod modified;
 mod narrow;
 mod nmi;
 mod paging;
@@ -46,5 +49,6 @@ mod registers;
 mod rig;
 mod run;
 mod state;
+mod stores;
 mod tasks;
 mod transitions;

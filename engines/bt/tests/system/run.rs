@@ -45,18 +45,23 @@ pub(crate) fn boot(guest: &Guest, options: Options) -> (BtVcpu, Arc<GuestRam>) {
 /// Runs a guest to its end.
 pub(crate) fn run_with(guest: &Guest, options: Options) -> Ended {
     let (mut vcpu, _ram) = boot(guest, options);
-    let mut machine = Machine::new(MachineOptions::default()).expect("a machine");
-    let limits = Limits {
-        timeout: Some(Duration::from_secs(30)),
-        max_exits: None,
-    };
-    let outcome = drive(&mut vcpu, &mut machine, &limits);
-    let console = String::from_utf8_lossy(machine.console()).into_owned();
+    let (outcome, console) = drive_to_end(&mut vcpu);
     Ended {
         outcome,
         console,
         vcpu,
     }
+}
+
+fn drive_to_end(vcpu: &mut BtVcpu) -> (Outcome, String) {
+    let mut machine = Machine::new(MachineOptions::default()).expect("a machine");
+    let limits = Limits {
+        timeout: Some(Duration::from_secs(30)),
+        max_exits: None,
+    };
+    let outcome = drive(vcpu, &mut machine, &limits);
+    let console = String::from_utf8_lossy(machine.console()).into_owned();
+    (outcome, console)
 }
 
 pub(crate) fn run(guest: &Guest) -> Ended {
@@ -66,6 +71,29 @@ pub(crate) fn run(guest: &Guest) -> Ended {
 /// Builds and runs a guest; what it reports.
 pub(crate) fn report(kernel: Kernel, body: impl FnOnce(&mut Asm) -> Built) -> Report {
     run(&kernel.guest(body)).report()
+}
+
+/// Builds and runs a guest in every way that its code and memory may be kept in; what it reports,
+/// which has to be the same each time.
+pub(crate) fn report_of_all(kernel: Kernel, body: impl FnOnce(&mut Asm) -> Built) -> Report {
+    let guest = kernel.guest(body);
+    let ended = run(&guest);
+    let small = Options {
+        code_cache: *Options::CODE_CACHE.start(),
+        ..Options::default()
+    };
+    assert_eq!(
+        run_with(&guest, small).console,
+        ended.console,
+        "small cache"
+    );
+    let (mut vcpu, _ram) = boot(&guest, Options::default());
+    if vcpu.hold_window().is_some() {
+        let (outcome, console) = drive_to_end(&mut vcpu);
+        assert!(matches!(outcome, Outcome::Success), "window: {outcome:?}");
+        assert_eq!(console, ended.console, "window");
+    }
+    ended.report()
 }
 
 /// As [`report`], after making sure that QEMU's console shows the same.
