@@ -43,7 +43,7 @@ pub(crate) unsafe fn write(to: *mut u8, bytes: &[u8]) {
 /// Reads guest memory at `from` into `bytes`.
 ///
 /// # Safety
-/// As [`write`].
+/// As [`write()`].
 pub(crate) unsafe fn read(from: *const u8, bytes: &mut [u8]) {
     let mut done = 0;
     while done < bytes.len() {

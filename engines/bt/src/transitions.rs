@@ -5,7 +5,7 @@
 //! anything but the common case of 64-bit code puts back what it has borrowed and leaves through
 //! that site: the runtime then executes the instruction, whole, as if there were no stub. What the
 //! runtime learns on the way (gates, descriptors of a return) waits in
-//! [`Shortcuts`](crate::privileged::Shortcuts) for the next time.
+//! [`Shortcuts`] for the next time.
 //!
 //! A stub that has done its work looks the target up in the jump cache of the new privilege and
 //! goes there, or leaves with site [`BOUNDARY`] and the target in `Context::target`.

@@ -7,7 +7,7 @@
 //! guest and device work at the same time, and what was an exit is counted as an event.
 //!
 //! An engine says what its host can do by a [`Doorbells`]; what is done with it is the business of
-//! [`crate::host::IoThread`].
+//! `IoThread`.
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -25,7 +25,7 @@ pub struct Options {
     /// Full, it is emptied and filled anew.
     pub code_cache: usize,
     /// Translated code counts its branches and accesses, which costs it time
-    /// ([`Vcpu::host_stats`]).
+    /// ([`Vcpu::host_stats`](engine_core::Vcpu::host_stats)).
     pub count_paths: bool,
 }
 

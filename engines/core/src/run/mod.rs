@@ -16,7 +16,7 @@
 //! first vCPU's thread. The first vCPU that ends the run stops the others.
 //!
 //! Idling. A halted guest sleeps on the machine's events. A guest that polls the UART for input
-//! sleeps too, for a time that grows with each fruitless poll up to [`LONGEST_NAP`]: input, timers
+//! sleeps too, for a time that grows with each fruitless poll up to `LONGEST_NAP`: input, timers
 //! and the limits end the nap at once, and the bound keeps a guest going that polls for input
 //! beside other work.
 //!
