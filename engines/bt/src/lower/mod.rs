@@ -25,12 +25,14 @@
 //! overwritten; flags that are dead may be scratch in the frame that an exception pushes.
 //!
 //! One file per family: `memory` (operands), `window` (operands there), `stack`, `branch`,
-//! `privileged`; `count` for runs that count them.
+//! `privileged`;
+//! `registers` what is borrowed meanwhile, `count` runs that count.
 
 mod branch;
 mod count;
 mod memory;
 mod privileged;
+mod registers;
 mod stack;
 mod window;
 
@@ -474,139 +476,6 @@ impl Lower<'_> {
         self.homes.spilled &= !insn.writes;
         if insn.instr.rflags_modified() & crate::decode::ALL_FLAGS != 0 {
             self.homes.lazy = false;
-        }
-    }
-
-    /// Makes the host's flags true if the body of `insn` reads them, or leaves some of the live ones
-    /// as they were.
-    fn flags_for(&mut self, insn: &Insn) {
-        if self.homes.lazy && needs_flags(insn) {
-            self.restore_flags(self.busy);
-        }
-    }
-
-    /// Brings the registers in `mask` home.
-    fn need(&mut self, mask: u16) {
-        let mut missing = self.homes.spilled & mask;
-        self.homes.spilled &= !mask;
-        while missing != 0 {
-            let register = missing.trailing_zeros() as u8;
-            missing &= missing - 1;
-            dynasm!(self.asm ; .arch x64 ; mov Rq(register), [self.layout.spill(register)]);
-        }
-    }
-
-    fn spill(&mut self, register: u8) {
-        if self.homes.spilled >> register & 1 == 0 {
-            dynasm!(self.asm ; .arch x64 ; mov [self.layout.spill(register)], Rq(register));
-            self.homes.spilled |= 1 << register;
-        }
-    }
-
-    /// Borrows a register outside `avoid`: one that is borrowed already, else one whose value is
-    /// wanted latest.
-    fn take(&mut self, avoid: u16, insn: &Insn) -> u8 {
-        // The flags move through RAX; while they may move, nothing else lives there.
-        let mut avoid = avoid | insn.used() | RSP | self.pinned;
-        if insn.live_in != 0 {
-            avoid |= RAX;
-        }
-        if insn.high_byte {
-            avoid |= 0xff00;
-        }
-        let free = !avoid;
-        let borrowed = free & self.homes.spilled;
-        let idle = free & !self.upcoming[self.at];
-        let choice = if borrowed & idle != 0 {
-            borrowed & idle
-        } else if idle != 0 {
-            idle
-        } else if borrowed != 0 {
-            borrowed
-        } else {
-            free
-        };
-        // High numbers first: compilers hand out the low ones first.
-        let register = 15 - choice.leading_zeros() as u8;
-        self.spill(register);
-        register
-    }
-
-    /// Moves live flags out of the way of a table lookup, by way of RAX, whose value waits in a
-    /// borrowed register outside `busy`.
-    fn save_flags(&mut self, busy: u16) {
-        let keeper = self.keep_rax(busy);
-        dynasm!(self.asm
-            ; .arch x64
-            ; lahf
-            ; seto al
-            ; mov [self.layout.lazy_flags()], rax
-        );
-        self.give_rax_back(keeper);
-        self.homes.lazy = true;
-    }
-
-    fn restore_flags(&mut self, busy: u16) {
-        let keeper = self.keep_rax(busy);
-        // 1 + 127 overflows a signed byte and 0 + 127 doesn't.
-        dynasm!(self.asm
-            ; .arch x64
-            ; mov eax, [self.layout.lazy_flags()]
-            ; add al, 127
-            ; sahf
-        );
-        self.give_rax_back(keeper);
-        self.homes.lazy = false;
-    }
-
-    /// Makes RAX free for the flags. Without a borrowed register to keep it in it is borrowed
-    /// itself, and comes back when needed.
-    fn keep_rax(&mut self, busy: u16) -> Option<u8> {
-        if self.homes.spilled & RAX != 0 {
-            return None;
-        }
-        let idle = self.homes.spilled & !busy & !self.pinned;
-        if idle == 0 {
-            self.spill(0);
-            return None;
-        }
-        let keeper = 15 - idle.leading_zeros() as u8;
-        dynasm!(self.asm ; .arch x64 ; mov Rq(keeper), rax);
-        Some(keeper)
-    }
-
-    fn give_rax_back(&mut self, keeper: Option<u8>) {
-        if let Some(keeper) = keeper {
-            dynasm!(self.asm ; .arch x64 ; mov rax, Rq(keeper));
-        }
-    }
-
-    /// Everything where the next block expects it; flags only if somebody reads them.
-    fn leave(&mut self, flags_live: bool) {
-        if self.homes.lazy && flags_live {
-            self.restore_flags(0);
-        }
-        self.homes.lazy = false;
-        self.settle_registers();
-    }
-
-    fn settle_registers(&mut self) {
-        let contract = contract(self.mode);
-        self.need(!contract);
-        for register in 0..16 {
-            if contract >> register & 1 == 1 {
-                self.spill(register);
-            }
-        }
-    }
-
-    fn load_constant(&mut self, register: u8, value: u64) {
-        if let Ok(value) = u32::try_from(value) {
-            dynasm!(self.asm ; .arch x64 ; mov Rd(register), value as i32);
-        } else if value as i64 == i64::from(value as i32) {
-            dynasm!(self.asm ; .arch x64 ; mov Rq(register), value as i32);
-        } else {
-            dynasm!(self.asm ; .arch x64 ; mov Rq(register), QWORD value as i64);
         }
     }
 

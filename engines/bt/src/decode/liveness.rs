@@ -1,0 +1,161 @@
+//! Which arithmetic flags somebody reads, so that the others need not be kept.
+
+use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind};
+
+use super::{ALL_FLAGS, Class, Decoded, Insn, OPTIONS};
+
+impl Decoded {
+    /// An sti stays in line only if its shadow is in this block and goes on behind itself, or
+    /// leaves for the runtime: elsewhere the runtime sees to the shadow.
+    pub(super) fn settle_sti(&mut self) {
+        let bad = (0..self.insns.len()).find(|&at| {
+            self.insns[at].class == Class::Sti
+                && !self.insns.get(at + 1).is_some_and(|shadow| {
+                    shadow.class == Class::System
+                        || !shadow.class.ends_block() && shadow.class != Class::Sti
+                })
+        });
+        if let Some(at) = bad {
+            self.len -= self.insns[at + 1..]
+                .iter()
+                .map(|insn| insn.instr.len() as u32)
+                .sum::<u32>();
+            self.insns.truncate(at + 1);
+            self.insns[at].class = Class::System;
+        }
+    }
+
+    /// Fills in `live_in` and `live_out`. Nothing is known of a successor, so all flags live at the
+    /// end, unless saving them would cost something: then the successors' first instructions decide.
+    pub(super) fn liveness(&mut self, bytes: &[u8], ip: u64, width: u32) {
+        self.backward(ALL_FLAGS, |_| ALL_FLAGS);
+        let costs =
+            |insn: &Insn| insn.live_in != 0 && (insn.memory.is_some() || insn.class.ends_block());
+        if !self.insns.iter().any(costs) {
+            return;
+        }
+        let Some(last) = self.insns.last() else {
+            return;
+        };
+        let (last, class) = (last.instr, last.class);
+        let next = last.next_ip();
+        let mut watched = self.len;
+        let mut peek = |target: u64| {
+            let offset = target.wrapping_sub(ip);
+            match bytes.get(offset as usize..) {
+                Some(code) if !code.is_empty() => {
+                    let (live, seen) = live_at(code, target, width);
+                    watched = watched.max(offset as u32 + seen);
+                    live
+                }
+                Some(_) | None => ALL_FLAGS,
+            }
+        };
+        let live = match class {
+            Class::Jump | Class::Call => peek(last.near_branch_target()),
+            Class::Branch
+            | Class::Plain
+            | Class::Memory
+            | Class::Nop
+            | Class::Lea
+            | Class::BitString
+            | Class::MaskedMove
+            | Class::Push
+            | Class::Pop
+            | Class::Leave
+            | Class::Cli
+            | Class::Sti
+            | Class::Privileged => peek(next),
+            Class::JumpIndirect
+            | Class::Loop
+            | Class::CallIndirect
+            | Class::Return
+            | Class::System
+            | Class::Fault(_) => ALL_FLAGS,
+        };
+        let taken: Vec<(u64, u32)> = self
+            .insns
+            .iter()
+            .filter(|insn| insn.class == Class::Branch)
+            .map(|insn| (insn.instr.ip(), peek(insn.instr.near_branch_target())))
+            .collect();
+        self.watched = watched;
+        self.backward(live, |ip| {
+            let found = taken.iter().find(|&&(branch, _)| branch == ip);
+            found.map_or(ALL_FLAGS, |&(_, live)| live)
+        });
+    }
+
+    /// Flags count as read everywhere.
+    pub(super) fn all_live(&mut self) {
+        for insn in &mut self.insns {
+            (insn.live_in, insn.live_out) = (ALL_FLAGS, ALL_FLAGS);
+        }
+    }
+
+    /// `taken` says which flags live where the branch at an address leads.
+    pub(super) fn backward(&mut self, live_at_end: u32, taken: impl Fn(u64) -> u32) {
+        let mut live = live_at_end;
+        for insn in self.insns.iter_mut().rev() {
+            if insn.class == Class::Branch {
+                live |= taken(insn.instr.ip());
+            }
+            insn.live_out = live;
+            live &= !insn.kills();
+            live |= insn.instr.rflags_read() & ALL_FLAGS;
+            if matches!(insn.class, Class::System | Class::Fault(_)) {
+                live = ALL_FLAGS;
+            }
+            insn.live_in = live;
+        }
+    }
+}
+
+/// Flags that the code at `ip` reads before it writes them, as far as a short look tells, and how
+/// many bytes were looked at.
+fn live_at(code: &[u8], ip: u64, width: u32) -> (u32, u32) {
+    let mut undecided = ALL_FLAGS;
+    let mut live = 0;
+    let mut decoder = Decoder::with_ip(width, code, ip, OPTIONS);
+    for _ in 0..8 {
+        if !decoder.can_decode() {
+            break;
+        }
+        let instr = decoder.decode();
+        if instr.is_invalid() {
+            break;
+        }
+        live |= instr.rflags_read() & undecided;
+        undecided &= !kills(&instr);
+        if undecided == 0 {
+            break;
+        }
+        if instr.flow_control() != FlowControl::Next || instr.is_privileged() {
+            break;
+        }
+    }
+    (live | undecided, decoder.position() as u32)
+}
+
+/// Flags that `instr` leaves in a new state, whatever they were before.
+pub(super) fn kills(instr: &Instruction) -> u32 {
+    use Mnemonic::*;
+    match instr.mnemonic() {
+        // A count of zero leaves all flags alone (SDM 2B).
+        Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd => {
+            let counted = (1..instr.op_count()).any(|operand| {
+                instr.op_kind(operand) == OpKind::Immediate8 && instr.immediate(operand) & 0x1f != 0
+            });
+            if counted {
+                instr.rflags_modified() & ALL_FLAGS
+            } else {
+                0
+            }
+        }
+        // "Undefined" may mean unchanged here.
+        Div | Idiv | Bsf | Bsr => instr.rflags_written() & ALL_FLAGS,
+        // A string instruction with a count of zero changes nothing.
+        _ if instr.is_string_instruction() => 0,
+        _ => instr.rflags_modified() & ALL_FLAGS,
+    }
+}
