@@ -336,8 +336,13 @@ impl Core {
         let context = self.context();
         if all {
             x87::reset(&mut context.x87);
-            // finit leaves the registers' contents, empty as they are.
-            context.x87.0[ST..XMM].copy_from_slice(&area[ST..XMM]);
+            // finit leaves the registers' contents, empty as they are. The area is in the order of the
+            // stack, whose top is register 0 now.
+            let top = usize::from(half(FSW) >> 11 & 7);
+            for register in 0..8 {
+                let (from, to) = (ST + 16 * ((register + 8 - top) % 8), ST + 16 * register);
+                context.x87.0[to..to + 16].copy_from_slice(&area[from..from + 16]);
+            }
         } else {
             // All exceptions masked, so none is pending.
             context.x87.0[FCW] |= 0x3f;

@@ -20,6 +20,8 @@ pub(crate) struct Liberty {
     pub(crate) flags: u64,
     /// The address of a page fault, and memory: long operands.
     pub(crate) operand: bool,
+    /// Which byte of a page a page fault names.
+    pub(crate) byte: bool,
     pub(crate) extended: bool,
 }
 
@@ -87,6 +89,7 @@ fn compare(
         }
     };
     let expected = stop(native, &case.code, case.load);
+    let page = |address| address & !(PAGE - 1);
     let same = match (End::Stop(expected), outcome.end) {
         (
             End::Stop(UserStop::Exception {
@@ -103,7 +106,10 @@ fn compare(
             if address >= Some(USER_END) {
                 error = error & !1 | found & 1;
             }
-            error == found && (address == at || liberty.operand)
+            error == found
+                && (address == at
+                    || liberty.operand
+                    || liberty.byte && address.map(page) == at.map(page))
         }
         (expected, found) => expected == found,
     };
@@ -195,7 +201,7 @@ pub(crate) fn liberty(instr: &Instruction) -> Liberty {
                 Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq | Fldenv | Fbld | Fbstp
             )
             || matches!(instr.code(), Code::Fld_m80fp | Code::Fstp_m80fp),
-        extended: false,
+        ..Liberty::default()
     };
     match instr.mnemonic() {
         // Counts beyond one leave OF undefined, and those beyond the operand all.

@@ -9,6 +9,7 @@
 //! | `native`, `translated` | the two sides |
 //! | `case`, `process` | one case through `bt::insn` and in a process of its own |
 //! | `snippets`, `snippets_of_state`, `forms`, `raw` | cases: by hand, one of every form, any bytes |
+//! | `elements` | gathers, masked moves and stores that fault |
 //! | `compare` | differences |
 //!
 //! `TRAPLINE_ORACLE_INSTRUCTIONS` says how many instructions to compare (default 1,000,000),
@@ -20,6 +21,7 @@
 
 mod case;
 mod compare;
+mod elements;
 mod families;
 mod flags;
 mod forms;
