@@ -171,3 +171,71 @@ fn a_case_without_an_end_stops_at_the_limit() {
     assert_eq!(tool.case("ebfe", json!({}))["stop"], "limit");
     assert_eq!(tool.case("f4", json!({}))["stop"], "hlt");
 }
+
+#[test]
+fn a_line_without_bounds_is_answered_and_the_run_goes_on() {
+    let mut tool = Tool::new();
+    let long = format!(
+        r#"{{"name": "long", "load": "0", "code": "{}"}}"#,
+        "90".repeat(9 << 20)
+    );
+    for _ in 0..2 {
+        let answer = tool.ask(&long);
+        assert_eq!(answer["name"], Value::Null);
+        assert_eq!(answer["error"], "a line of more than 16 MiB");
+        assert_eq!(tool.case("f4", json!({}))["stop"], "hlt");
+    }
+    // What is long and not too long is run: 1 MiB of nops.
+    let answer = tool.case(&format!("{}f4", "90".repeat(1 << 20)), json!({}));
+    assert_eq!(answer["gpr"]["rip"], "0x110000");
+}
+
+#[test]
+fn what_leaves_to_a_kernel_stops_as_the_help_says() {
+    let mut tool = Tool::new();
+    let plain = |vector: &str| json!({"vector": vector, "error": null, "address": null});
+    let gp = |error: &str| json!({"vector": "0xd", "error": error, "address": null});
+    let (bp, db, of, ud) = (plain("0x3"), plain("0x1"), plain("0x4"), plain("0x6"));
+    // Code, how it stops, and whether RIP is behind it.
+    let instructions = [
+        ("cc", bp.clone(), true),
+        ("cd03", bp, true),
+        ("f1", db, true),
+        ("cd04", of, true),
+        ("cd00", gp("0x2"), false),
+        ("cd01", gp("0xa"), false),
+        ("cd80", gp("0x402"), false),
+        ("cdff", gp("0x7fa"), false),
+        ("0f05", ud.clone(), false),
+        ("0f34", gp("0x0"), false),
+        // sysret, sysexit, iretq to nothing, in, out, ins, outs, cli, sti, clts
+        ("480f07", gp("0x0"), false),
+        ("480f35", gp("0x0"), false),
+        ("ec", gp("0x0"), false),
+        ("e480", gp("0x0"), false),
+        ("ef", gp("0x0"), false),
+        ("6c", gp("0x0"), false),
+        ("6f", gp("0x0"), false),
+        ("fa", gp("0x0"), false),
+        ("fb", gp("0x0"), false),
+        ("0f06", gp("0x0"), false),
+        ("f4", json!("hlt"), false),
+    ];
+    for (code, stop, past) in instructions {
+        for prefixes in ["", "66", "f3", "f2", "2e", "6466", "3e67"] {
+            // Prefixes that mean nothing to it leave the instruction what it is.
+            let code = format!("{prefixes}{code}");
+            let rip = 0x1_0000 + if past { code.len() / 2 } else { 0 };
+            let answer = tool.case(&code, json!({}));
+            assert_eq!(answer["stop"], stop, "{code}");
+            assert_eq!(answer["gpr"]["rip"], format!("{rip:#x}"), "{code}");
+            assert_eq!(answer["rflags"], "0x202", "{code}");
+        }
+        // None may be locked.
+        assert_eq!(
+            tool.case(&format!("f0{code}"), json!({}))["stop"],
+            ud,
+            "{code}"
+        );
+    }
+}

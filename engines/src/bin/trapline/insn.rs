@@ -3,8 +3,10 @@
 //! Each line is a case of its own: one that makes no sense, or that the engine can't run, is
 //! answered with its name and an error, and the next one is taken. Answers are flushed one by one,
 //! so a caller may feed cases through a pipe in step.
+//!
+//! Invariant: no line takes more than [`LONGEST`] bytes of memory before it is parsed.
 
-use std::io::{BufRead, Write};
+use std::io::{BufRead, Read, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -17,6 +19,9 @@ use crate::{cli, status};
 
 /// How long a case may run.
 const LIMIT: Duration = Duration::from_secs(2);
+
+/// Longest line that is parsed.
+const LONGEST: usize = 16 << 20;
 
 const GPR: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
@@ -38,14 +43,21 @@ those around the code, around each range of "map" (address, length) and around e
 (address, contents). Integers are hex strings, "0x" or not; JSON numbers are taken too.
 
   stop   "hlt"; "limit" after 2 s; or {"vector": "0xe", "error": "0x6", "address": "0x1000"}, error
-         and address (CR2) being null where the exception has none. int3, int 3, int 4 and int1 end
-         a case as vectors 3, 4 and 1; other int n are #GP, and syscall is #UD
+         and address (CR2) being null where the exception has none
   rip    of hlt, or of the faulting instruction; behind the instruction for a trap
   ftw    the full tag word, as fstenv stores it
   st     ST0 to ST7, 80 bits each; mm: MM0 to MM7, the physical registers
   xmm    low and high half; ymm: four words, lowest first
 
-A line that can't be answered yields {"name": ..., "error": "why"}.
+There is no kernel to leave to. The instructions that would, stop as on a processor whose kernel
+offers nothing but breakpoints, whatever prefixes they have:
+  int3, int 3, int1   the traps 0x3, 0x3 and 0x1; int 4 is the trap 0x4
+  int n               any other n: #GP with the missing gate's error code, n * 8 + 2
+  syscall, sysenter   #UD, with EFER.SCE clear; #GP(0), with IA32_SYSENTER_CS 0
+  in, out, cli, sti   #GP(0), with IOPL 0; so is all that ring 3 may not do, but for hlt
+
+A line that can't be answered yields {"name": ..., "error": "why"}, and so does one of more than
+16 MiB, its name being null; the next line is taken.
 
 Example:
   echo '{"name": "inc", "code": "ffc0f4", "load": "0x10000"}' | trapline insn --batch"#;
@@ -59,17 +71,49 @@ pub(crate) fn run(arguments: &cli::Insn) -> anyhow::Result<ExitCode> {
     let mut line = Vec::new();
     loop {
         line.clear();
-        if input.read_until(b'\n', &mut line).context("stdin")? == 0 {
-            return Ok(ExitCode::from(status::SUCCESS));
-        }
-        if line.trim_ascii().is_empty() {
-            continue;
-        }
-        serde_json::to_writer(&mut output, &answer(&mut bench, &line))
-            .map_err(std::io::Error::from)?;
+        let answer = match next_line(&mut input, &mut line, LONGEST).context("stdin")? {
+            Line::End => return Ok(ExitCode::from(status::SUCCESS)),
+            Line::Whole if line.trim_ascii().is_empty() => continue,
+            Line::Whole => answer(&mut bench, &line),
+            Line::TooLong => {
+                let error = format!("a line of more than {} MiB", LONGEST >> 20);
+                json!({"name": null, "error": error})
+            }
+        };
+        serde_json::to_writer(&mut output, &answer).map_err(std::io::Error::from)?;
         output.write_all(b"\n")?;
         output.flush()?;
     }
+}
+
+/// What came of reading a line.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    /// Nothing is left.
+    End,
+    /// It is there.
+    Whole,
+    /// It was passed over.
+    TooLong,
+}
+
+/// Reads a line of up to `longest` bytes, its end aside, and passes over the rest of a longer one.
+fn next_line(
+    input: &mut impl BufRead,
+    line: &mut Vec<u8>,
+    longest: usize,
+) -> std::io::Result<Line> {
+    let most = longest as u64 + 1;
+    if input.by_ref().take(most).read_until(b'\n', line)? == 0 {
+        return Ok(Line::End);
+    }
+    if line.len() <= longest || line.ends_with(b"\n") {
+        return Ok(Line::Whole);
+    }
+    // Its memory isn't needed any more, and neither is that of what follows.
+    *line = Vec::new();
+    input.skip_until(b'\n')?;
+    Ok(Line::TooLong)
 }
 
 fn answer(bench: &mut Bench, line: &[u8]) -> Value {
@@ -209,4 +253,25 @@ fn report(name: Value, outcome: &Outcome) -> Value {
         "ymm": extended.ymm.iter().map(|ymm| words(ymm)).collect::<Vec<_>>(),
         "mxcsr": hex(extended.mxcsr.into()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_is_too_long_is_passed_over() {
+        let mut input: &[u8] = b"1234\n12345\n\n1234567890\n123\n12345678";
+        let mut line = Vec::new();
+        let mut seen = Vec::new();
+        loop {
+            line.clear();
+            match next_line(&mut input, &mut line, 4).expect("a slice") {
+                Line::End => break,
+                Line::Whole => seen.push(String::from_utf8_lossy(&line).into_owned()),
+                Line::TooLong => seen.push("-".to_owned()),
+            }
+        }
+        assert_eq!(seen, ["1234\n", "-", "\n", "-", "123\n", "-"]);
+    }
 }
