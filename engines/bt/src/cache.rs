@@ -101,6 +101,15 @@ impl Hasher for Mix {
 
 type Map<K, V> = HashMap<K, V, BuildHasherDefault<Mix>>;
 
+/// Targets that links may no longer lead to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Dropped {
+    Span(Span),
+    /// Ring 3's code.
+    User,
+    All,
+}
+
 /// Guest code to translate.
 pub(crate) struct Source<'a> {
     pub key: Key,
@@ -427,15 +436,16 @@ impl Cache {
         }
     }
 
-    /// Undoes links between pages: those to targets in `span`, or all. Addresses may map elsewhere.
-    pub(crate) fn unlink_across(&mut self, span: Option<Span>, arena: &Arena) {
-        if self.across.is_empty()
-            || span
-                .is_some_and(|span| span.bytes == 4096 && !self.across_pages.may_hold(span.start))
-        {
+    /// Undoes links between pages, to targets that may map elsewhere.
+    pub(crate) fn unlink_across(&mut self, dropped: Dropped, arena: &Arena) {
+        let spared = match dropped {
+            Dropped::Span(span) => span.bytes == 4096 && !self.across_pages.may_hold(span.start),
+            Dropped::User | Dropped::All => false,
+        };
+        if self.across.is_empty() || spared {
             return;
         }
-        if span.is_none() {
+        if matches!(dropped, Dropped::All) {
             self.across_pages.clear();
         }
         let mut across = std::mem::take(&mut self.across);
@@ -445,8 +455,12 @@ impl Cache {
                 return false;
             };
             // A target is an offset in CS, and an address only if that is flat.
-            let flat = self.blocks[block as usize].key.mode.flat;
-            let stays = flat && span.is_some_and(|span| !span.contains(target));
+            let mode = self.blocks[block as usize].key.mode;
+            let stays = match dropped {
+                Dropped::Span(span) => mode.flat && !span.contains(target),
+                Dropped::User => !mode.user,
+                Dropped::All => false,
+            };
             if !stays {
                 self.unlink(site, arena);
             }

@@ -63,6 +63,8 @@ pub(crate) enum Flushed {
     #[default]
     Nothing,
     Page(Span),
+    /// All of ring 3's code.
+    User,
     Everything,
 }
 
@@ -393,6 +395,18 @@ impl Core {
     pub(crate) fn flush(&mut self) {
         self.mmu.flush();
         self.flushed = Flushed::Everything;
+    }
+
+    /// CR3 was loaded: as [`Core::flush`], and what was in use is looked up again.
+    pub(crate) fn reload(&mut self) {
+        let [privileged, user] = self.mmu.reload(&self.cpu);
+        self.flushed = match self.flushed {
+            before if privileged && user => before,
+            Flushed::Nothing | Flushed::User if privileged => Flushed::User,
+            Flushed::Nothing | Flushed::Page(_) | Flushed::User | Flushed::Everything => {
+                Flushed::Everything
+            }
+        };
     }
 
     /// Writes guest-virtual memory, all of it or none.

@@ -48,6 +48,7 @@ mod mmu;
 mod pages;
 mod pair;
 mod privileged;
+mod reload;
 mod signal;
 mod site;
 #[allow(

@@ -27,6 +27,7 @@ use crate::{
     guest,
     pages::Set,
     pair::Pair,
+    reload::Recent,
     system::DeviceLog,
     tlb::{JumpCache, Span, Tlb, tlb_index},
     vm::{Guarantee, Vm},
@@ -101,6 +102,8 @@ pub(crate) struct Mmu {
     others: Cell<[(u64, Page); OTHERS]>,
     /// Large pages with translations in the tables above or in links between blocks.
     large: RefCell<Vec<Span>>,
+    /// What a load of CR3 looks up again.
+    pub recent: Recent,
     /// Guarded pages in the supervisor's TLBs, which go when EFLAGS.AC does.
     guarded: RefCell<Vec<u64>>,
     /// Entries whose accessed or dirty bit was set where code was translated from.
@@ -144,6 +147,7 @@ impl Mmu {
             jumps,
             others: Cell::new(NO_OTHERS),
             large: RefCell::default(),
+            recent: Recent::default(),
             guarded: RefCell::default(),
             marked: RefCell::default(),
             vm,
@@ -180,10 +184,17 @@ impl Mmu {
 
     /// Forgets every translation of data addresses and every branch target.
     pub(crate) fn flush(&mut self) {
+        self.flush_data();
+        self.jumps.iter().for_each(JumpCache::flush);
+        self.recent.forget_code(false);
+        self.recent.forget_code(true);
+    }
+
+    /// Forgets every translation, but not the branch targets.
+    pub(crate) fn flush_data(&mut self) {
         self.tlbs.iter().for_each(Tlb::flush);
         self.window.flush();
         self.others.set(NO_OTHERS);
-        self.jumps.iter().for_each(JumpCache::flush);
         self.large.borrow_mut().clear();
         self.guarded.borrow_mut().clear();
     }
@@ -299,6 +310,7 @@ impl Mmu {
             self.guarded.borrow_mut().push(key);
         }
         self.tlbs[tlb_index(user, write)].fill(key, host as u64);
+        self.recent.filled(key, write, user);
         true
     }
 
@@ -399,19 +411,29 @@ impl Mmu {
         user: bool,
     ) -> Result<Page, Fault> {
         loop {
-            if let Some(page) = self.descend(cpu, address, access, user)? {
+            if let Some(page) = self.descend(cpu, address, access, user, true)? {
                 return Ok(page);
             }
         }
     }
 
-    /// One walk from the root. None if an entry has changed under it.
+    /// As [`Mmu::walk`], of a processor that guesses: changes nothing, and None if it would have to, or
+    /// if the access would fault.
+    pub(crate) fn peek(&self, cpu: &Cpu, address: u64, access: Access, user: bool) -> Option<Page> {
+        self.descend(cpu, address, access, user, false)
+            .ok()
+            .flatten()
+    }
+
+    /// One walk from the root. None if an entry has changed under it, or it would have to change one
+    /// and may not.
     fn descend(
         &self,
         cpu: &Cpu,
         address: u64,
         access: Access,
         user: bool,
+        sets: bool,
     ) -> Result<Option<Page>, Fault> {
         if cpu.cr0 & CR0_PG == 0 {
             return Ok(Some(Page {
@@ -479,7 +501,10 @@ impl Mmu {
                 && !pointer_only
                 && (wide || cpu.cr4 & CR4_PSE != 0);
             if level > 1 && !large {
-                if !pointer_only && !self.set_bits(entry_at, wide, entry, ACCESSED) {
+                if !pointer_only
+                    && entry & ACCESSED == 0
+                    && !(sets && self.set_bits(entry_at, wide, entry, ACCESSED))
+                {
                     return Ok(None);
                 }
                 table = entry
@@ -522,7 +547,7 @@ impl Mmu {
                 return Err(fault(true, false, locked));
             }
             let set = ACCESSED | if write { DIRTY } else { 0 };
-            if !self.set_bits(entry_at, wide, entry, set) {
+            if entry & set != set && !(sets && self.set_bits(entry_at, wide, entry, set)) {
                 return Ok(None);
             }
             let base = if wide {

@@ -27,7 +27,7 @@ use engine_core::{Error, ExitCounts, ExitReason, Stepping, Vcpu};
 
 use crate::{
     arena::Arena,
-    cache::{Cache, Key, Refusal, Source},
+    cache::{Cache, Dropped, Key, Refusal, Source},
     context::HOST_FAULT,
     core::{Core, Flushed, Shutdown},
     cpu::{Bits, EFER_SCE, Seg, canonical},
@@ -348,8 +348,9 @@ impl BtVcpu {
     fn settle_writes(&mut self) {
         match self.core.flushed {
             Flushed::Nothing => {}
-            Flushed::Page(span) => self.cache.unlink_across(Some(span), &self.arena),
-            Flushed::Everything => self.cache.unlink_across(None, &self.arena),
+            Flushed::Page(span) => self.cache.unlink_across(Dropped::Span(span), &self.arena),
+            Flushed::User => self.cache.unlink_across(Dropped::User, &self.arena),
+            Flushed::Everything => self.cache.unlink_across(Dropped::All, &self.arena),
         }
         self.core.flushed = Flushed::Nothing;
         while let Some((phys, len)) = self.core.code_writes.pop() {
@@ -508,6 +509,7 @@ impl BtVcpu {
             .mmu
             .translate(&self.core.cpu, virt, Access::Fetch, mode.user)?;
         self.core.mmu.note(virt, page);
+        self.core.mmu.recent.fetched(virt, page.phys, mode.user);
         let key = Key {
             virt,
             phys: page.phys | virt & 0xfff,

@@ -144,7 +144,7 @@ impl Core {
             self.check_pointers(value, self.cpu.cr4)?;
         }
         self.cpu.cr3 = value;
-        self.flush();
+        self.reload();
         Ok(())
     }
 

@@ -46,6 +46,7 @@ mod privilege;
 mod protected;
 mod real;
 mod registers;
+mod reload;
 mod rig;
 mod run;
 mod state;

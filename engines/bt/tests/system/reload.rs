@@ -1,0 +1,142 @@
+//! Loads of CR3: what was in use before them is looked up again, in the tables as they are.
+
+use iced_x86::code_asm::*;
+
+use crate::kernel::{ACCESSED, ALL, DIRTY, Kernel, NO_EXECUTE, PRESENT, Steps, page, pte, window};
+use crate::run::report_as_qemu;
+
+const USED: u64 = ACCESSED | DIRTY;
+
+#[test]
+fn code_and_data_follow_the_tables_at_every_load() {
+    const ROUNDS: u64 = 200;
+    let report = report_as_qemu(
+        Kernel::new()
+            // mov al, 1 or 2; ret
+            .put(page(3), vec![0xb0, 1, 0xc3])
+            .put(page(4), vec![0xb0, 2, 0xc3])
+            .put(page(5), vec![0x10])
+            .put(page(6), vec![0x20]),
+        |asm| {
+            asm.mov(rsi, page(3) | ALL | USED)?;
+            asm.mov(rdi, page(4) | ALL | USED)?;
+            asm.mov(r8, page(5) | ALL | USED)?;
+            asm.mov(r9, page(6) | ALL | USED)?;
+            asm.mov(r10, window(0))?;
+            asm.xor(r12d, r12d)?;
+            asm.xor(r13d, r13d)?;
+            let mut again = asm.create_label();
+            let mut same = asm.create_label();
+            asm.set_label(&mut again)?;
+            asm.mov(qword_ptr(pte(0)), rsi)?;
+            asm.mov(qword_ptr(pte(1)), r8)?;
+            asm.mov(rax, cr3)?;
+            asm.mov(cr3, rax)?;
+            asm.xor(eax, eax)?;
+            // By a link, and by way of a jump cache.
+            asm.call(window(0))?;
+            asm.imul_3(r13, r13, 3)?;
+            asm.add(r13, rax)?;
+            asm.call(r10)?;
+            asm.imul_3(r13, r13, 3)?;
+            asm.add(r13, rax)?;
+            asm.movzx(eax, byte_ptr(window(1)))?;
+            asm.imul_3(r13, r13, 3)?;
+            asm.add(r13, rax)?;
+            asm.inc(byte_ptr(window(1)))?;
+            // The tables change after every other round.
+            asm.test(r12d, 1)?;
+            asm.jz(same)?;
+            asm.xchg(rsi, rdi)?;
+            asm.xchg(r8, r9)?;
+            asm.set_label(&mut same)?;
+            asm.inc(r12d)?;
+            asm.cmp(r12d, ROUNDS as i32)?;
+            asm.jb(again)?;
+            asm.result(0, r13)
+        },
+    );
+    let mut bytes = [0x10u8, 0x20];
+    let expected = (0..ROUNDS).fold(0u64, |sum, round| {
+        let which = (round / 2 % 2) as usize;
+        let byte = bytes[which];
+        bytes[which] = byte.wrapping_add(1);
+        [which as u64 + 1, which as u64 + 1, byte.into()]
+            .iter()
+            .fold(sum, |sum, value| sum.wrapping_mul(3).wrapping_add(*value))
+    });
+    assert_eq!(report.results[0], expected);
+    assert!(report.log.is_empty());
+}
+
+#[test]
+fn looking_up_again_leaves_no_trace_and_gives_no_right() {
+    let report = report_as_qemu(
+        Kernel::new()
+            .map(0, page(0) | ALL)
+            .map(1, page(1) | ALL)
+            .map(2, page(2) | ALL)
+            .map(3, page(3) | ALL)
+            .map(4, page(4) | ALL)
+            .map(5, page(5) | ALL)
+            .put(page(2), vec![0xc3])
+            .put(page(5), vec![0xc3]),
+        |asm| {
+            for data in [0, 1, 3, 4] {
+                asm.mov(eax, dword_ptr(window(data)))?;
+                asm.mov(dword_ptr(window(data)), eax)?;
+            }
+            asm.mov(rbx, window(2))?;
+            asm.call(rbx)?;
+            asm.mov(rbp, window(5))?;
+            asm.call(rbp)?;
+            // Neither used; read but not written; code, not used; read-only; gone; not executable.
+            asm.remap(0, page(0) | ALL)?;
+            asm.remap(1, page(1) | ALL | ACCESSED)?;
+            asm.remap(2, page(2) | ALL)?;
+            asm.remap(3, page(3) | PRESENT | USED)?;
+            asm.remap(4, page(4) | (ALL | USED) & !PRESENT)?;
+            asm.remap(5, page(5) | ALL | USED | NO_EXECUTE)?;
+            asm.mov(rax, cr3)?;
+            asm.mov(cr3, rax)?;
+            for number in 0..3 {
+                asm.mov(rax, qword_ptr(pte(number)))?;
+                asm.result(number, rax)?;
+            }
+            asm.mov(eax, dword_ptr(window(1)))?;
+            asm.mov(rax, qword_ptr(pte(1)))?;
+            asm.result(3, rax)?;
+            asm.mov(dword_ptr(window(1)), eax)?;
+            asm.mov(dword_ptr(window(0)), eax)?;
+            asm.call(rbx)?;
+            for number in 0..3 {
+                asm.mov(rax, qword_ptr(pte(number)))?;
+                asm.result(4 + number, rax)?;
+            }
+            asm.expect(|asm| asm.mov(dword_ptr(window(3)), eax))?;
+            asm.expect(|asm| asm.mov(eax, dword_ptr(window(4))))?;
+            asm.expect(|asm| asm.call(rbp))
+        },
+    );
+    assert_eq!(
+        report.results[..7],
+        [
+            page(0) | ALL,
+            page(1) | ALL | ACCESSED,
+            page(2) | ALL,
+            page(1) | ALL | ACCESSED,
+            page(0) | ALL | USED,
+            page(1) | ALL | USED,
+            page(2) | ALL | ACCESSED,
+        ]
+    );
+    let faults = report.faults();
+    assert_eq!(
+        faults,
+        [
+            (14, 3, window(3)),
+            (14, 0, window(4)),
+            (14, 0x11, window(5))
+        ]
+    );
+}
