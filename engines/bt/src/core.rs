@@ -397,9 +397,10 @@ impl Core {
         self.flushed = Flushed::Everything;
     }
 
-    /// CR3 was loaded: as [`Core::flush`], and what was in use is looked up again.
-    pub(crate) fn reload(&mut self) {
-        let [privileged, user] = self.mmu.reload(&self.cpu);
+    /// CR3 was loaded, with the value that it had if `same`: as [`Core::flush`], and what was in use is
+    /// looked up again.
+    pub(crate) fn reload(&mut self, same: bool) {
+        let [privileged, user] = self.mmu.reload(&self.cpu, same);
         self.flushed = match self.flushed {
             before if privileged && user => before,
             Flushed::Nothing | Flushed::User if privileged => Flushed::User,

@@ -77,7 +77,10 @@ impl Mmu {
     /// Drops every translation after CR3 was loaded, and enters those that were in use as they are now.
     /// Returns which privilege's code is still where it was: its jump cache is valid, and so are its
     /// links.
-    pub(crate) fn reload(&mut self, cpu: &Cpu) -> [bool; 2] {
+    ///
+    /// A load of the same value is how a kernel flushes: what it goes on to touch is what it has changed,
+    /// a page or two, and looking up all others would cost more.
+    pub(crate) fn reload(&mut self, cpu: &Cpu, same: bool) -> [bool; 2] {
         self.flush_data();
         let kept = [false, true].map(|user| {
             let same = self.same_code(cpu, user);
@@ -90,7 +93,7 @@ impl Mmu {
         let data = self.recent.data.take();
         let loads = self.recent.loads.get().wrapping_add(1);
         self.recent.loads.set(loads);
-        if loads.is_multiple_of(AGE) {
+        if same || loads.is_multiple_of(AGE) {
             return kept;
         }
         for (virt, write, user) in data {

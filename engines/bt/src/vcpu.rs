@@ -2,7 +2,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | this one | the run loop: finds the code to go on with, enters it, links it |
+//! | this one | the run loop: enters the code to go on with, links it |
+//! | `code` | finds it, translated if need be |
 //! | `access` | slow paths of memory accesses, faults of the host's CPU |
 //! | `create` | options and constructors |
 //! | `answer` | instructions that the runtime executes, answers to exits |
@@ -14,6 +15,7 @@
 
 mod access;
 mod answer;
+mod code;
 mod create;
 mod interface;
 mod listing;
@@ -439,38 +441,6 @@ impl BtVcpu {
         }
     }
 
-    /// Address of the code for RIP, and its block's number if it is one to link to.
-    fn find(&mut self, single: bool) -> Result<(u64, Option<u32>), Missing> {
-        let mode = Mode {
-            single,
-            ..self.core.mode_here()
-        };
-        let user = usize::from(mode.user);
-        let virt = self.core.linear_ip();
-        if !single {
-            if self.jump_modes[user] != Some(mode) {
-                self.core.mmu.jumps[user].flush();
-                self.jump_modes[user] = Some(mode);
-                self.core.settled = false;
-            }
-            if let Some((_, serial)) = self.core.known_mode() {
-                self.jump_serials[user] = serial;
-            }
-            if let Some(entry) = self.core.mmu.jumps[user].get(virt, mode.window) {
-                return Ok((entry, None));
-            }
-        }
-        let number = self.block(mode, virt)?;
-        let block = self.cache.block(number);
-        let entry = block.lazy_entry;
-        // Translated code looks a branch's offset up, which is the address only in a flat segment.
-        if !single && block.second.is_none() && mode.flat && self.stepping.is_none() {
-            let checked = block.checked_entry;
-            self.core.mmu.jumps[user].fill(virt, entry, checked);
-        }
-        Ok((entry, Some(number)))
-    }
-
     /// Says what privilege changes translated code may make by itself.
     #[cold]
     fn settle_shortcuts(&mut self) {
@@ -497,92 +467,6 @@ impl BtVcpu {
             Some(_) | None => 0,
         };
         self.core.shortcuts.enabled = enabled;
-    }
-
-    /// The block at `virt`, translated if need be.
-    fn block(&mut self, mode: Mode, virt: u64) -> Result<u32, Missing> {
-        if mode.limited >> Seg::CS & 1 == 1 {
-            self.core.check_target(self.core.rip)?;
-        }
-        let page = self
-            .core
-            .mmu
-            .translate(&self.core.cpu, virt, Access::Fetch, mode.user)?;
-        self.core.mmu.note(virt, page);
-        self.core.mmu.recent.fetched(virt, page.phys, mode.user);
-        let key = Key {
-            virt,
-            phys: page.phys | virt & 0xfff,
-            mode,
-        };
-        if let Some(number) = self.cache.find(&key) {
-            match self.cache.block(number).second {
-                None => return Ok(number),
-                Some(second) if self.next_page(virt, mode)? == second => return Ok(number),
-                Some(_) => {}
-            }
-        }
-        if self.cache.full() {
-            self.counts.add(ExitReason::CacheFlush);
-            self.settle_x87();
-            self.cache.empty(&mut self.core.mmu);
-        }
-        self.counts.add(ExitReason::Translate);
-        self.enter_pages(&[key.phys])?;
-        let room = 4096 - (virt & 0xfff) as usize;
-        let inside = self.core.code_left();
-        let mut bytes = [0xff; 1024];
-        let bytes = &mut bytes[..room.min(1024).min(inside)];
-        self.fetch(key.phys, bytes);
-        let source = Source {
-            key,
-            second: None,
-            bytes,
-            ip: self.core.rip,
-        };
-        match self.cache.translate(&source, &self.arena) {
-            Ok(number) if self.still_there(number, bytes) => return Ok(number),
-            Ok(_) => return self.block(mode, virt),
-            Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message).into()),
-            Err(Refusal::Crosses) if inside <= room => return Err(Fault::gp().into()),
-            Err(Refusal::Crosses) => {}
-        }
-        let second = self.next_page(virt, mode)?;
-        self.enter_pages(&[key.phys, second])?;
-        let mut bytes = vec![0xff; inside.min(15)];
-        self.fetch(key.phys, &mut bytes[..room]);
-        self.fetch(second, &mut bytes[room..]);
-        let source = Source {
-            key,
-            second: Some(second),
-            bytes: &bytes,
-            ip: self.core.rip,
-        };
-        match self.cache.translate(&source, &self.arena) {
-            Ok(number) if self.still_there(number, &bytes) => Ok(number),
-            Ok(_) => self.block(mode, virt),
-            // Fifteen bytes hold any instruction: it is one that is too long, or it leaves the
-            // code segment.
-            Err(Refusal::Crosses) => Err(Fault::gp().into()),
-            Err(Refusal::Bug(message)) => Err(Trap::Unsupported(message).into()),
-        }
-    }
-
-    fn next_page(&self, virt: u64, mode: Mode) -> Result<u64, Fault> {
-        let next = (virt & !0xfff).wrapping_add(4096);
-        Ok(self
-            .core
-            .mmu
-            .walk(&self.core.cpu, next, Access::Fetch, mode.user)?
-            .phys)
-    }
-
-    /// Code bytes; memory that isn't RAM reads as all ones, as an empty bus does.
-    fn fetch(&self, phys: u64, bytes: &mut [u8]) {
-        if let Some(host) = self.core.mmu.host(phys, bytes.len() as u64) {
-            // SAFETY: `host` covers the length.
-            unsafe { guest::read(host, bytes) };
-        }
     }
 
     fn enter(&mut self, stub: u64, entry: u64) -> Result<(), Stop> {

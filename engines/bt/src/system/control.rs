@@ -143,8 +143,9 @@ impl Core {
         if self.cpu.cr0 & CR0_PG != 0 {
             self.check_pointers(value, self.cpu.cr4)?;
         }
+        let same = self.cpu.cr3 == value;
         self.cpu.cr3 = value;
-        self.reload();
+        self.reload(same);
         Ok(())
     }
 

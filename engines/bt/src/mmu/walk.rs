@@ -1,0 +1,284 @@
+//! The page walk: SDM 3A chapter 4, with permissions, accessed and dirty bits.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use super::*;
+
+impl Mmu {
+    /// As [`Mmu::walk`], and remembers what no TLB holds until the next invalidation.
+    ///
+    /// # Errors
+    /// As [`Mmu::walk`].
+    pub(crate) fn translate(
+        &self,
+        cpu: &Cpu,
+        address: u64,
+        access: Access,
+        user: bool,
+    ) -> Result<Page, Fault> {
+        let key = address & !0xfff | (access as u64) << 1 | u64::from(user);
+        let slot = ((address >> 12) as usize ^ access as usize) % OTHERS;
+        let mut others = self.others.get();
+        if others[slot].0 == key {
+            return Ok(others[slot].1);
+        }
+        let page = self.walk(cpu, address, access, user)?;
+        if !page.guarded && (access == Access::Fetch || self.region(page.phys, 4096).is_none()) {
+            others[slot] = (key, page);
+            self.others.set(others);
+        }
+        Ok(page)
+    }
+
+    /// Translates `address` for an access by the current or an implied privilege.
+    ///
+    /// # Errors
+    /// The page fault, or #GP for an address that isn't canonical.
+    pub(crate) fn walk(
+        &self,
+        cpu: &Cpu,
+        address: u64,
+        access: Access,
+        user: bool,
+    ) -> Result<Page, Fault> {
+        loop {
+            if let Some(page) = self.descend(cpu, address, access, user, true)? {
+                return Ok(page);
+            }
+        }
+    }
+
+    /// As [`Mmu::walk`], of a processor that guesses: changes nothing, and None if it would have to, or
+    /// if the access would fault.
+    pub(crate) fn peek(&self, cpu: &Cpu, address: u64, access: Access, user: bool) -> Option<Page> {
+        self.descend(cpu, address, access, user, false)
+            .ok()
+            .flatten()
+    }
+
+    /// One walk from the root. None if an entry has changed under it, or it would have to change one
+    /// and may not.
+    pub(super) fn descend(
+        &self,
+        cpu: &Cpu,
+        address: u64,
+        access: Access,
+        user: bool,
+        sets: bool,
+    ) -> Result<Option<Page>, Fault> {
+        if cpu.cr0 & CR0_PG == 0 {
+            return Ok(Some(Page {
+                phys: address & 0xffff_f000,
+                bytes: 4096,
+                writable: true,
+                guarded: false,
+            }));
+        }
+        let write = access == Access::Write;
+        let nx = cpu.efer & EFER_NXE != 0;
+        let smep = cpu.cr4 & CR4_SMEP != 0;
+        let fault = |present: bool, reserved: bool, locked: bool| {
+            let nx = nx && cpu.cr4 & CR4_PAE != 0;
+            let fetch = access == Access::Fetch && (nx || smep);
+            Fault::page(
+                address,
+                u32::from(present)
+                    | u32::from(write) << 1
+                    | u32::from(user) << 2
+                    | u32::from(reserved) << 3
+                    | u32::from(fetch) << 4
+                    | u32::from(locked) << 5,
+            )
+        };
+        let (mut level, mut table, wide) = if cpu.long() {
+            if !canonical(address) {
+                return Err(Fault::gp());
+            }
+            (4u32, cpu.cr3 & 0x000f_ffff_ffff_f000, true)
+        } else if cpu.cr4 & CR4_PAE != 0 {
+            (3, cpu.cr3 & 0xffff_ffe0, true)
+        } else {
+            (2, cpu.cr3 & 0xffff_f000, false)
+        };
+        let pae = wide && !cpu.long();
+        let mut rights = WRITABLE | USER;
+        let mut executable = true;
+        loop {
+            let entry_at = if wide {
+                table + (address >> (12 + 9 * (level - 1)) & 0x1ff) * 8
+            } else {
+                table + (address >> (12 + 10 * (level - 1)) & 0x3ff) * 4
+            };
+            let entry = self.entry(entry_at, wide);
+            if entry & PRESENT == 0 {
+                return Err(fault(false, false, false));
+            }
+            // PDPTEs of PAE paging have no rights of their own.
+            let pointer_only = pae && level == 3;
+            if wide {
+                let above = !((1u64 << PHYSICAL_BITS) - 1) & 0x000f_ffff_ffff_ffff;
+                let bad_nx = entry & NO_EXECUTE != 0 && !nx;
+                let bad_size = level == 4 && entry & LARGE != 0;
+                if entry & above != 0 || bad_nx || bad_size {
+                    return Err(fault(true, true, false));
+                }
+            }
+            if !pointer_only {
+                rights &= entry;
+                executable &= entry & NO_EXECUTE == 0;
+            }
+            let large = level > 1
+                && entry & LARGE != 0
+                && !pointer_only
+                && (wide || cpu.cr4 & CR4_PSE != 0);
+            if level > 1 && !large {
+                if !pointer_only
+                    && entry & ACCESSED == 0
+                    && !(sets && self.set_bits(entry_at, wide, entry, ACCESSED))
+                {
+                    return Ok(None);
+                }
+                table = entry
+                    & if wide {
+                        0x000f_ffff_ffff_f000
+                    } else {
+                        0xffff_f000
+                    };
+                level -= 1;
+                continue;
+            }
+            let span = 1u64 << (12 + (level - 1) * if wide { 9 } else { 10 });
+            // Bits 13 up to the page size are reserved in a large entry (bit 12 is PAT); without
+            // PAE, bits 13 to 20 are more of the address.
+            let reserved = if wide { !0x1fff } else { 1 << 21 };
+            if large && entry & (span - 1) & reserved != 0 {
+                return Err(fault(true, true, false));
+            }
+            let keyed = cpu.cr4 & CR4_PKE != 0 && cpu.long() && rights & USER != 0;
+            let locked = keyed && self.locked(cpu, entry, access, user);
+            if user && rights & USER == 0 {
+                return Err(fault(true, false, locked));
+            }
+            let can_write = rights & WRITABLE != 0 || (!user && cpu.cr0 & CR0_WP == 0);
+            if write && !can_write {
+                return Err(fault(true, false, locked));
+            }
+            let of_user = rights & USER != 0;
+            if access == Access::Fetch && (!executable || smep && !user && of_user) {
+                return Err(fault(true, false, locked));
+            }
+            let guarded = cpu.cr4 & CR4_SMAP != 0 && of_user;
+            // Accesses that ring 3 causes without making them (to descriptor tables, say) are
+            // guarded whatever AC says (SDM 3A 4.6.1).
+            let open = cpu.flags & FLAG_AC != 0 && cpu.cpl() != 3;
+            if access != Access::Fetch && !user && guarded && !open {
+                return Err(fault(true, false, locked));
+            }
+            if locked {
+                return Err(fault(true, false, locked));
+            }
+            let set = ACCESSED | if write { DIRTY } else { 0 };
+            if entry & set != set && !(sets && self.set_bits(entry_at, wide, entry, set)) {
+                return Ok(None);
+            }
+            let base = if wide {
+                entry & 0x000f_ffff_ffff_f000 & !(span - 1)
+            } else if large {
+                // PSE-36: bits 13-20 are address bits 32-39.
+                entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32
+            } else {
+                entry & 0xffff_f000
+            };
+            let phys = (base | address & (span - 1)) & !0xfff;
+            return Ok(Some(Page {
+                phys,
+                bytes: span,
+                writable: can_write
+                    && (write || entry & DIRTY != 0)
+                    && !(keyed && self.locked(cpu, entry, Access::Write, user)),
+                guarded,
+            }));
+        }
+    }
+
+    /// True if the protection key of a user page forbids the access (SDM 3A 4.6.2).
+    pub(super) fn locked(&self, cpu: &Cpu, entry: u64, access: Access, user: bool) -> bool {
+        let rights = cpu.pkru >> (2 * (entry >> 59 & 0xf));
+        let (none, read_only) = (rights & 1 != 0, rights & 2 != 0);
+        match access {
+            Access::Fetch => false,
+            Access::Read => none,
+            Access::Write => none || read_only && (user || cpu.cr0 & CR0_WP != 0),
+        }
+    }
+
+    pub(super) fn entry(&self, at: u64, wide: bool) -> u64 {
+        match self.host(at, if wide { 8 } else { 4 }) {
+            // SAFETY: inside RAM; entries are naturally aligned, and atomic because a guest's
+            // other CPUs may change them.
+            Some(host) if wide => unsafe { &*host.cast::<AtomicU64>() }.load(Ordering::Relaxed),
+            // SAFETY: as above.
+            Some(host) => u64::from(unsafe { &*host.cast::<AtomicU32>() }.load(Ordering::Relaxed)),
+            // Page tables outside RAM read as all ones do on a bus: present, reserved bits set.
+            None => u64::MAX,
+        }
+    }
+
+    /// Sets `bits` in the entry at `at`. False if it isn't `entry` any more: another CPU has changed
+    /// it, and what was read from it holds no longer (SDM 3A 4.8, 4.10.4.2).
+    pub(super) fn set_bits(&self, at: u64, wide: bool, entry: u64, bits: u64) -> bool {
+        if entry & bits == bits {
+            return true;
+        }
+        let set = self.exchange_bits(at, wide, entry, bits);
+        if set && self.is_code(at) {
+            self.marked.borrow_mut().push(at);
+        }
+        set
+    }
+
+    /// True if walks have written to where code was translated from.
+    pub(crate) fn has_marked(&self) -> bool {
+        !self.marked.borrow().is_empty()
+    }
+
+    /// Addresses of the entries that walks have written to where code was translated from: 8 bytes
+    /// each at most.
+    pub(crate) fn take_marked(&self) -> Vec<u64> {
+        self.marked.take()
+    }
+
+    pub(super) fn exchange_bits(&self, at: u64, wide: bool, entry: u64, bits: u64) -> bool {
+        let Some(host) = self.host(at, if wide { 8 } else { 4 }) else {
+            return true;
+        };
+        let new = entry | bits;
+        if self.vm.without(Guarantee::EntryBits) {
+            // SAFETY: as in `entry`.
+            unsafe { &*host.cast::<AtomicU32>() }.store(new as u32, Ordering::Relaxed);
+            return true;
+        }
+        if wide {
+            // SAFETY: as in `entry`.
+            let slot = unsafe { &*host.cast::<AtomicU64>() };
+            let (old, new) = (entry, new);
+            slot.compare_exchange(old, new, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+        } else {
+            // SAFETY: as in `entry`.
+            let slot = unsafe { &*host.cast::<AtomicU32>() };
+            let (old, new) = (entry as u32, new as u32);
+            slot.compare_exchange(old, new, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+        }
+    }
+
+    /// True if a page-directory pointer of PAE paging has reserved bits set: loading CR3 faults.
+    pub(crate) fn bad_pointers(&self, cr3: u64) -> bool {
+        const RESERVED: u64 = 0x1e6 | !((1 << PHYSICAL_BITS) - 1);
+        (0..4).any(|index| {
+            let entry = self.entry((cr3 & 0xffff_ffe0) + index * 8, true);
+            entry & PRESENT != 0 && entry & RESERVED != 0
+        })
+    }
+}
