@@ -397,10 +397,10 @@ impl Core {
         self.flushed = Flushed::Everything;
     }
 
-    /// CR3 was loaded, with the value that it had if `same`: as [`Core::flush`], and what was in use is
-    /// looked up again.
-    pub(crate) fn reload(&mut self, same: bool) {
-        let [privileged, user] = self.mmu.reload(&self.cpu, same);
+    /// CR3 was loaded, or all translations are to go, and the instruction at the linear address `next`
+    /// is the next one: as [`Core::flush`], but what the tables give as before stays.
+    pub(crate) fn reload(&mut self, next: u64) {
+        let [privileged, user] = self.mmu.reload(&self.cpu, next);
         self.flushed = match self.flushed {
             before if privileged && user => before,
             Flushed::Nothing | Flushed::User if privileged => Flushed::User,

@@ -48,7 +48,6 @@ mod mmu;
 mod pages;
 mod pair;
 mod privileged;
-mod reload;
 mod signal;
 mod site;
 #[allow(

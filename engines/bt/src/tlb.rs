@@ -28,7 +28,7 @@ pub(crate) fn tlb_index(user: bool, write: bool) -> usize {
     usize::from(user) * 2 + usize::from(write)
 }
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 
 use crate::dispatch::Targets;
 
@@ -88,11 +88,53 @@ struct Entry {
 /// A direct-mapped table with entries of `1 << SHIFT` bytes of guest address each.
 pub(crate) struct Table<const SHIFT: u32, const ENTRIES: usize> {
     entries: *mut Entry,
-    filled: RefCell<Vec<u16>>,
-    /// The pages that a key was entered for since the last flush: most invalidations concern pages
-    /// that hold no branch target.
-    pages: Pages,
+    filled: Filled,
 }
+
+/// Indices of a table's entries that may hold something: one bit each, and one for each word of
+/// those.
+struct Filled {
+    words: [Cell<u64>; 64],
+    summary: Cell<u64>,
+}
+
+impl Filled {
+    fn new() -> Filled {
+        Filled {
+            words: [const { Cell::new(0) }; 64],
+            summary: Cell::new(0),
+        }
+    }
+
+    fn add(&self, index: usize) {
+        let word = &self.words[index >> 6 & 63];
+        word.set(word.get() | 1 << (index & 63));
+        self.summary
+            .set(self.summary.get() | 1 << (index >> 6 & 63));
+    }
+
+    /// Every index, which is forgotten if `forget`.
+    fn each(&self, forget: bool, mut act: impl FnMut(usize)) {
+        let mut summary = self.summary.get();
+        while summary != 0 {
+            let number = summary.trailing_zeros() as usize;
+            summary &= summary - 1;
+            let mut word = self.words[number].get();
+            if forget {
+                self.words[number].set(0);
+            }
+            while word != 0 {
+                act(number << 6 | word.trailing_zeros() as usize);
+                word &= word - 1;
+            }
+        }
+        if forget {
+            self.summary.set(0);
+        }
+    }
+}
+
+const _: () = assert!(TLB_ENTRIES <= 64 * 64 && JUMP_ENTRIES <= 64 * 64);
 
 /// A software TLB.
 pub(crate) type Tlb = Table<12, TLB_ENTRIES>;
@@ -100,6 +142,9 @@ pub(crate) type Tlb = Table<12, TLB_ENTRIES>;
 /// A jump cache, and the table of [`crate::dispatch`] for those who use it.
 pub(crate) struct JumpCache {
     entries: Table<0, JUMP_ENTRIES>,
+    /// The pages that a target was entered for since the last flush: most invalidations concern pages
+    /// that hold none.
+    pages: Pages,
     targets: Option<Targets>,
 }
 
@@ -112,6 +157,7 @@ impl JumpCache {
         JumpCache {
             // SAFETY: the caller's promise.
             entries: unsafe { Table::new(address) },
+            pages: Pages::default(),
             targets: None,
         }
     }
@@ -125,6 +171,7 @@ impl JumpCache {
     /// one.
     pub(crate) fn fill(&self, target: u64, entry: u64, checked: Option<u64>) {
         self.entries.fill(target, entry);
+        self.pages.add(target);
         if let (Some(targets), Some(checked)) = (&self.targets, checked) {
             targets.fill(target, checked);
         }
@@ -141,6 +188,7 @@ impl JumpCache {
     /// Forgets every target.
     pub(crate) fn flush(&self) {
         self.entries.flush();
+        self.pages.clear();
         if let Some(targets) = &self.targets {
             targets.flush();
         }
@@ -148,10 +196,12 @@ impl JumpCache {
 
     /// Forgets the targets in `span`.
     pub(crate) fn remove_span(&self, span: Span) {
+        if span.bytes == 4096 && !self.pages.may_hold(span.start) {
+            return;
+        }
+        self.entries.remove_span(span);
         // The other table doesn't know whose its entries are.
-        if self.entries.remove_span(span)
-            && let Some(targets) = &self.targets
-        {
+        if let Some(targets) = &self.targets {
             targets.flush();
         }
     }
@@ -165,8 +215,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
     pub(crate) unsafe fn new(address: usize) -> Self {
         let table = Table {
             entries: address as *mut Entry,
-            filled: RefCell::default(),
-            pages: Pages::default(),
+            filled: Filled::new(),
         };
         for index in 0..ENTRIES {
             table.clear(index);
@@ -192,13 +241,8 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
     pub(crate) fn fill(&self, key: u64, host: u64) {
         let index = Self::index(key);
         // SAFETY: index < ENTRIES.
-        let before = unsafe { self.entries.add(index).replace(Entry { key, host }) };
-        self.pages.add(key);
-        let was_empty = Self::index(before.key) != index;
-        let mut filled = self.filled.borrow_mut();
-        if was_empty && filled.len() < ENTRIES {
-            filled.push(index as u16);
-        }
+        unsafe { *self.entries.add(index) = Entry { key, host } };
+        self.filled.add(index);
     }
 
     /// What `key` maps to.
@@ -210,14 +254,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
 
     /// Empties every entry.
     pub(crate) fn flush(&self) {
-        let mut filled = self.filled.borrow_mut();
-        if filled.len() >= ENTRIES {
-            (0..ENTRIES).for_each(|index| self.clear(index));
-        } else {
-            filled.iter().for_each(|&index| self.clear(index.into()));
-        }
-        filled.clear();
-        self.pages.clear();
+        self.filled.each(true, |index| self.clear(index));
     }
 
     /// Empties the entry for `key`, if it holds it.
@@ -227,28 +264,15 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         }
     }
 
-    /// Empties the entries for keys in `span`. Returns false if there was none for sure.
-    pub(crate) fn remove_span(&self, span: Span) -> bool {
-        if span.bytes == 4096 && !self.pages.may_hold(span.start) {
-            return false;
-        }
-        let remove = |index: usize| {
+    /// Empties the entries for keys in `span`.
+    pub(crate) fn remove_span(&self, span: Span) {
+        self.filled.each(false, |index| {
             // SAFETY: index < ENTRIES.
             let key = unsafe { (*self.entries.add(index)).key };
             if span.contains(key) && Self::index(key) == index {
                 self.clear(index);
             }
-        };
-        let filled = self.filled.borrow();
-        if filled.len() >= ENTRIES {
-            (0..ENTRIES).for_each(remove);
-        } else {
-            filled
-                .iter()
-                .map(|&index| usize::from(index))
-                .for_each(remove);
-        }
-        true
+        });
     }
 }
 

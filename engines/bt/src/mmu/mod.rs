@@ -7,6 +7,8 @@
 //! Invariant: a write TLB never holds a page with translated code on it, this vCPU's or another's, so
 //! every write to code takes the slow path and finds the blocks that it kills.
 
+mod reload;
+mod spaces;
 mod walk;
 
 use std::cell::{Cell, RefCell};
@@ -26,12 +28,13 @@ use crate::{
     guest,
     pages::Set,
     pair::Pair,
-    reload::Recent,
     system::DeviceLog,
     tlb::{JumpCache, Span, Tlb, tlb_index},
     vm::{Guarantee, Vm},
     window::{Piece, SIZE, Window},
 };
+use reload::Code;
+use spaces::{Origin, Spaces};
 
 /// Physical address width that the pinned CPUID announces.
 pub(crate) const PHYSICAL_BITS: u32 = 40;
@@ -46,16 +49,20 @@ const NO_EXECUTE: u64 = 1 << 63;
 
 /// Translations remembered besides the TLBs.
 const OTHERS: usize = 8;
-/// None: no key has its bit 3 set.
-const NO_OTHERS: [(u64, Page); OTHERS] = [(
-    8,
+/// None: there is no epoch 0.
+const NO_OTHER: (u64, u64, Page) = (
+    0,
+    0,
     Page {
         phys: 0,
         bytes: 0,
         writable: false,
         guarded: false,
+        origin: Origin::NONE,
     },
-); OTHERS];
+);
+/// Large pages in use, beyond which all is forgotten at the next load of CR3.
+const LARGES: usize = 256;
 
 /// Kind of access, for permissions and error codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +84,8 @@ pub(crate) struct Page {
     /// Supervisor accesses depend on EFLAGS.AC (CR4.SMAP): a TLB may hold it for them while that is
     /// set.
     pub guarded: bool,
+    /// What it follows from.
+    origin: Origin,
 }
 
 #[derive(Clone, Copy)]
@@ -97,12 +106,17 @@ pub(crate) struct Mmu {
     pub window: Window,
     /// Jump caches for supervisor and user code.
     pub jumps: [JumpCache; 2],
-    /// Translations of pages without RAM, and of code pages: what the TLBs don't hold.
-    others: Cell<[(u64, Page); OTHERS]>,
+    /// Translations of pages without RAM, and of code pages: what the TLBs don't hold. Each with its
+    /// key and the epoch that it is from.
+    others: [Cell<(u64, u64, Page)>; OTHERS],
+    /// Changes with every invalidation.
+    epoch: Cell<u64>,
+    /// The entries that translations come from.
+    spaces: RefCell<Spaces>,
+    /// Where the code of each privilege was found.
+    code: [RefCell<Code>; 2],
     /// Large pages with translations in the tables above or in links between blocks.
     large: RefCell<Vec<Span>>,
-    /// What a load of CR3 looks up again.
-    pub recent: Recent,
     /// Guarded pages in the supervisor's TLBs, which go when EFLAGS.AC does.
     guarded: RefCell<Vec<u64>>,
     /// Entries whose accessed or dirty bit was set where code was translated from.
@@ -144,9 +158,11 @@ impl Mmu {
             tlbs,
             window: Window::new(),
             jumps,
-            others: Cell::new(NO_OTHERS),
+            others: [const { Cell::new(NO_OTHER) }; OTHERS],
+            epoch: Cell::new(1),
+            spaces: RefCell::new(Spaces::new()),
+            code: [RefCell::new(Code::new()), RefCell::new(Code::new())],
             large: RefCell::default(),
-            recent: Recent::default(),
             guarded: RefCell::default(),
             marked: RefCell::default(),
             vm,
@@ -181,21 +197,26 @@ impl Mmu {
         self.pair.map([first?, second?])
     }
 
-    /// Forgets every translation of data addresses and every branch target.
+    /// Forgets every translation of data addresses and every branch target, since what the tables mean
+    /// may have changed.
     pub(crate) fn flush(&mut self) {
-        self.flush_data();
-        self.jumps.iter().for_each(JumpCache::flush);
-        self.recent.forget_code(false);
-        self.recent.forget_code(true);
-    }
-
-    /// Forgets every translation, but not the branch targets.
-    pub(crate) fn flush_data(&mut self) {
+        self.next_epoch();
+        self.spaces.borrow_mut().forget();
         self.tlbs.iter().for_each(Tlb::flush);
         self.window.flush();
-        self.others.set(NO_OTHERS);
         self.large.borrow_mut().clear();
         self.guarded.borrow_mut().clear();
+        self.jumps.iter().for_each(JumpCache::flush);
+        self.code.iter().for_each(|code| code.borrow_mut().forget());
+    }
+
+    fn epoch(&self) -> u64 {
+        self.epoch.get()
+    }
+
+    /// Translations that no table of translated code holds count no more.
+    fn next_epoch(&self) {
+        self.epoch.set(self.epoch.get() + 1);
     }
 
     /// EFLAGS.AC has been cleared: the supervisor may no longer touch guarded pages.
@@ -225,7 +246,7 @@ impl Mmu {
             }
         }
         self.window.remove_span(span);
-        self.others.set(NO_OTHERS);
+        self.next_epoch();
         self.jumps.iter().for_each(|jumps| jumps.remove_span(span));
         span
     }
@@ -305,11 +326,15 @@ impl Mmu {
         }
         self.note(address, page);
         let key = address & !0xfff;
+        let tlb = tlb_index(user, write);
         if page.guarded && !user {
+            // It is gone before the next load of CR3 looks.
             self.guarded.borrow_mut().push(key);
+        } else {
+            let mut spaces = self.spaces.borrow_mut();
+            spaces.record(tlb, key, host as u64, page.phys, page.origin);
         }
-        self.tlbs[tlb_index(user, write)].fill(key, host as u64);
-        self.recent.filled(key, write, user);
+        self.tlbs[tlb].fill(key, host as u64);
         true
     }
 

@@ -1,8 +1,52 @@
 //! The page walk: SDM 3A chapter 4, with permissions, accessed and dirty bits.
+//!
+//! A walk begins at the table with the last entry, where the way there is known ([`Upper`]); if it
+//! fails there it begins again at the root, as a page fault demands (SDM 3A 4.10.4.1).
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::*;
+use super::{
+    spaces::{Origin, Upper},
+    *,
+};
+
+/// What is looked up.
+#[derive(Clone, Copy)]
+struct Query {
+    address: u64,
+    access: Access,
+    user: bool,
+    /// Accessed and dirty bits may be set.
+    sets: bool,
+}
+
+/// The table that a walk begins at, its level, and whether entries have 8 bytes.
+fn root(cpu: &Cpu) -> (u32, u64, bool) {
+    if cpu.long() {
+        (4, cpu.cr3 & 0x000f_ffff_ffff_f000, true)
+    } else if cpu.cr4 & CR4_PAE != 0 {
+        (3, cpu.cr3 & 0xffff_ffe0, true)
+    } else {
+        (2, cpu.cr3 & 0xffff_f000, false)
+    }
+}
+
+impl Query {
+    fn fault(self, cpu: &Cpu, present: bool, reserved: bool, locked: bool) -> Fault {
+        let nx = cpu.efer & EFER_NXE != 0 && cpu.cr4 & CR4_PAE != 0;
+        let smep = cpu.cr4 & CR4_SMEP != 0;
+        let fetch = self.access == Access::Fetch && (nx || smep);
+        Fault::page(
+            self.address,
+            u32::from(present)
+                | u32::from(self.access == Access::Write) << 1
+                | u32::from(self.user) << 2
+                | u32::from(reserved) << 3
+                | u32::from(fetch) << 4
+                | u32::from(locked) << 5,
+        )
+    }
+}
 
 impl Mmu {
     /// As [`Mmu::walk`], and remembers what no TLB holds until the next invalidation.
@@ -17,15 +61,15 @@ impl Mmu {
         user: bool,
     ) -> Result<Page, Fault> {
         let key = address & !0xfff | (access as u64) << 1 | u64::from(user);
-        let slot = ((address >> 12) as usize ^ access as usize) % OTHERS;
-        let mut others = self.others.get();
-        if others[slot].0 == key {
-            return Ok(others[slot].1);
+        let slot = &self.others[((address >> 12) as usize ^ access as usize) % OTHERS];
+        let epoch = self.epoch();
+        let (known, since, page) = slot.get();
+        if known == key && since == epoch {
+            return Ok(page);
         }
         let page = self.walk(cpu, address, access, user)?;
         if !page.guarded && (access == Access::Fetch || self.region(page.phys, 4096).is_none()) {
-            others[slot] = (key, page);
-            self.others.set(others);
+            slot.set((key, epoch, page));
         }
         Ok(page)
     }
@@ -41,8 +85,17 @@ impl Mmu {
         access: Access,
         user: bool,
     ) -> Result<Page, Fault> {
+        let query = Query {
+            address,
+            access,
+            user,
+            sets: true,
+        };
+        if let Some(page) = self.walk_rest(cpu, query) {
+            return Ok(page);
+        }
         loop {
-            if let Some(page) = self.descend(cpu, address, access, user, true)? {
+            if let Some(page) = self.descend(cpu, query)? {
                 return Ok(page);
             }
         }
@@ -51,154 +104,198 @@ impl Mmu {
     /// As [`Mmu::walk`], of a processor that guesses: changes nothing, and None if it would have to, or
     /// if the access would fault.
     pub(crate) fn peek(&self, cpu: &Cpu, address: u64, access: Access, user: bool) -> Option<Page> {
-        self.descend(cpu, address, access, user, false)
-            .ok()
-            .flatten()
+        let query = Query {
+            address,
+            access,
+            user,
+            sets: false,
+        };
+        self.walk_rest(cpu, query)
+            .or_else(|| self.descend(cpu, query).ok().flatten())
+    }
+
+    /// The end of a walk whose way is known. None if it doesn't end well.
+    fn walk_rest(&self, cpu: &Cpu, query: Query) -> Option<Page> {
+        if cpu.cr0 & CR0_PG == 0 {
+            return None;
+        }
+        let (_, root, wide) = root(cpu);
+        let mut spaces = self.spaces.borrow_mut();
+        let (number, upper) = spaces.upper(root, query.address, self.epoch())?;
+        let at = entry_at(&upper, query.address, wide);
+        let entry = self.entry(at, wide);
+        if entry & PRESENT == 0 || upper.level > 1 && entry & LARGE == 0 {
+            return None;
+        }
+        let (mut page, value) = self.last(cpu, query, &upper, wide, at, entry).ok()??;
+        let host = self.host(at, if wide { 8 } else { 4 })? as u64;
+        page.origin = spaces.origin(number, host, value);
+        Some(page)
     }
 
     /// One walk from the root. None if an entry has changed under it, or it would have to change one
     /// and may not.
-    pub(super) fn descend(
-        &self,
-        cpu: &Cpu,
-        address: u64,
-        access: Access,
-        user: bool,
-        sets: bool,
-    ) -> Result<Option<Page>, Fault> {
+    fn descend(&self, cpu: &Cpu, query: Query) -> Result<Option<Page>, Fault> {
+        let address = query.address;
         if cpu.cr0 & CR0_PG == 0 {
             return Ok(Some(Page {
                 phys: address & 0xffff_f000,
                 bytes: 4096,
                 writable: true,
                 guarded: false,
+                origin: Origin::NONE,
             }));
         }
-        let write = access == Access::Write;
-        let nx = cpu.efer & EFER_NXE != 0;
-        let smep = cpu.cr4 & CR4_SMEP != 0;
-        let fault = |present: bool, reserved: bool, locked: bool| {
-            let nx = nx && cpu.cr4 & CR4_PAE != 0;
-            let fetch = access == Access::Fetch && (nx || smep);
-            Fault::page(
-                address,
-                u32::from(present)
-                    | u32::from(write) << 1
-                    | u32::from(user) << 2
-                    | u32::from(reserved) << 3
-                    | u32::from(fetch) << 4
-                    | u32::from(locked) << 5,
-            )
-        };
-        let (mut level, mut table, wide) = if cpu.long() {
-            if !canonical(address) {
-                return Err(Fault::gp());
-            }
-            (4u32, cpu.cr3 & 0x000f_ffff_ffff_f000, true)
-        } else if cpu.cr4 & CR4_PAE != 0 {
-            (3, cpu.cr3 & 0xffff_ffe0, true)
-        } else {
-            (2, cpu.cr3 & 0xffff_f000, false)
-        };
+        if cpu.long() && !canonical(address) {
+            return Err(Fault::gp());
+        }
+        let (level, root, wide) = root(cpu);
         let pae = wide && !cpu.long();
-        let mut rights = WRITABLE | USER;
-        let mut executable = true;
+        let mut upper = Upper::root(level, root, WRITABLE | USER);
+        // Every table is in RAM.
+        let mut known = true;
         loop {
-            let entry_at = if wide {
-                table + (address >> (12 + 9 * (level - 1)) & 0x1ff) * 8
-            } else {
-                table + (address >> (12 + 10 * (level - 1)) & 0x3ff) * 4
-            };
-            let entry = self.entry(entry_at, wide);
+            let at = entry_at(&upper, address, wide);
+            let entry = self.entry(at, wide);
             if entry & PRESENT == 0 {
-                return Err(fault(false, false, false));
+                return Err(query.fault(cpu, false, false, false));
             }
             // PDPTEs of PAE paging have no rights of their own.
-            let pointer_only = pae && level == 3;
-            if wide {
-                let above = !((1u64 << PHYSICAL_BITS) - 1) & 0x000f_ffff_ffff_ffff;
-                let bad_nx = entry & NO_EXECUTE != 0 && !nx;
-                let bad_size = level == 4 && entry & LARGE != 0;
-                if entry & above != 0 || bad_nx || bad_size {
-                    return Err(fault(true, true, false));
-                }
-            }
-            if !pointer_only {
-                rights &= entry;
-                executable &= entry & NO_EXECUTE == 0;
-            }
-            let large = level > 1
+            let pointer_only = pae && upper.level == 3;
+            let large = upper.level > 1
                 && entry & LARGE != 0
                 && !pointer_only
                 && (wide || cpu.cr4 & CR4_PSE != 0);
-            if level > 1 && !large {
-                if !pointer_only
-                    && entry & ACCESSED == 0
-                    && !(sets && self.set_bits(entry_at, wide, entry, ACCESSED))
-                {
+            if upper.level == 1 || large {
+                let Some((mut page, value)) = self.last(cpu, query, &upper, wide, at, entry)?
+                else {
                     return Ok(None);
+                };
+                if known && let Some(host) = self.host(at, if wide { 8 } else { 4 }) {
+                    let mut spaces = self.spaces.borrow_mut();
+                    let number = spaces.learn(root, wide, address, self.epoch(), upper);
+                    page.origin = spaces.origin(number, host as u64, value);
                 }
-                table = entry
-                    & if wide {
-                        0x000f_ffff_ffff_f000
-                    } else {
-                        0xffff_f000
-                    };
-                level -= 1;
-                continue;
+                return Ok(Some(page));
             }
-            let span = 1u64 << (12 + (level - 1) * if wide { 9 } else { 10 });
-            // Bits 13 up to the page size are reserved in a large entry (bit 12 is PAT); without
-            // PAE, bits 13 to 20 are more of the address.
-            let reserved = if wide { !0x1fff } else { 1 << 21 };
-            if large && entry & (span - 1) & reserved != 0 {
-                return Err(fault(true, true, false));
+            if wide && self.reserved(cpu, entry, upper.level) {
+                return Err(query.fault(cpu, true, true, false));
             }
-            let keyed = cpu.cr4 & CR4_PKE != 0 && cpu.long() && rights & USER != 0;
-            let locked = keyed && self.locked(cpu, entry, access, user);
-            if user && rights & USER == 0 {
-                return Err(fault(true, false, locked));
-            }
-            let can_write = rights & WRITABLE != 0 || (!user && cpu.cr0 & CR0_WP == 0);
-            if write && !can_write {
-                return Err(fault(true, false, locked));
-            }
-            let of_user = rights & USER != 0;
-            if access == Access::Fetch && (!executable || smep && !user && of_user) {
-                return Err(fault(true, false, locked));
-            }
-            let guarded = cpu.cr4 & CR4_SMAP != 0 && of_user;
-            // Accesses that ring 3 causes without making them (to descriptor tables, say) are
-            // guarded whatever AC says (SDM 3A 4.6.1).
-            let open = cpu.flags & FLAG_AC != 0 && cpu.cpl() != 3;
-            if access != Access::Fetch && !user && guarded && !open {
-                return Err(fault(true, false, locked));
-            }
-            if locked {
-                return Err(fault(true, false, locked));
-            }
-            let set = ACCESSED | if write { DIRTY } else { 0 };
-            if entry & set != set && !(sets && self.set_bits(entry_at, wide, entry, set)) {
+            let set = if pointer_only { 0 } else { ACCESSED };
+            if entry & set != set && !(query.sets && self.set_bits(at, wide, entry, set)) {
                 return Ok(None);
             }
-            let base = if wide {
-                entry & 0x000f_ffff_ffff_f000 & !(span - 1)
-            } else if large {
-                // PSE-36: bits 13-20 are address bits 32-39.
-                entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32
-            } else {
-                entry & 0xffff_f000
-            };
-            let phys = (base | address & (span - 1)) & !0xfff;
-            return Ok(Some(Page {
-                phys,
-                bytes: span,
-                writable: can_write
-                    && (write || entry & DIRTY != 0)
-                    && !(keyed && self.locked(cpu, entry, Access::Write, user)),
-                guarded,
-            }));
+            if !pointer_only {
+                upper.rights &= entry;
+                upper.executable &= entry & NO_EXECUTE == 0;
+            }
+            let host = self.host(at, if wide { 8 } else { 4 });
+            known &= host.is_some();
+            upper.above[upper.count] = (host.map_or(0, |host| host as u64), entry | set);
+            upper.count += 1;
+            upper.table = entry
+                & if wide {
+                    0x000f_ffff_ffff_f000
+                } else {
+                    0xffff_f000
+                };
+            upper.level -= 1;
         }
+    }
+
+    /// True if bits are set that may not, at any level.
+    fn reserved(&self, cpu: &Cpu, entry: u64, level: u32) -> bool {
+        let above = !((1u64 << PHYSICAL_BITS) - 1) & 0x000f_ffff_ffff_ffff;
+        let bad_nx = entry & NO_EXECUTE != 0 && cpu.efer & EFER_NXE == 0;
+        let bad_size = level == 4 && entry & LARGE != 0;
+        entry & above != 0 || bad_nx || bad_size
+    }
+
+    /// The last step of a walk, and what the entry is after it. None if the entry, which is `entry` at
+    /// `at`, isn't that any more, or would have to change and may not.
+    fn last(
+        &self,
+        cpu: &Cpu,
+        query: Query,
+        upper: &Upper,
+        wide: bool,
+        at: u64,
+        entry: u64,
+    ) -> Result<Option<(Page, u64)>, Fault> {
+        let Query {
+            address,
+            access,
+            user,
+            sets,
+        } = query;
+        let write = access == Access::Write;
+        let fault = |present, reserved, locked| query.fault(cpu, present, reserved, locked);
+        let level = upper.level;
+        if wide && self.reserved(cpu, entry, level) {
+            return Err(fault(true, true, false));
+        }
+        let rights = upper.rights & entry;
+        let executable = upper.executable && entry & NO_EXECUTE == 0;
+        let large = level > 1;
+        let span = 1u64 << (12 + (level - 1) * if wide { 9 } else { 10 });
+        // Bit 12 is PAT. With PSE-36, bits 13 to 20 are more of the address.
+        let unused = if wide { !0x1fff } else { 1 << 21 };
+        if large && entry & (span - 1) & unused != 0 {
+            return Err(fault(true, true, false));
+        }
+        let keyed = cpu.cr4 & CR4_PKE != 0 && cpu.long() && rights & USER != 0;
+        let locked = keyed && self.locked(cpu, entry, access, user);
+        if user && rights & USER == 0 {
+            return Err(fault(true, false, locked));
+        }
+        let can_write = rights & WRITABLE != 0 || (!user && cpu.cr0 & CR0_WP == 0);
+        if write && !can_write {
+            return Err(fault(true, false, locked));
+        }
+        let of_user = rights & USER != 0;
+        let smep = cpu.cr4 & CR4_SMEP != 0;
+        if access == Access::Fetch && (!executable || smep && !user && of_user) {
+            return Err(fault(true, false, locked));
+        }
+        let guarded = cpu.cr4 & CR4_SMAP != 0 && of_user;
+        // Accesses that ring 3 causes without making them (to descriptor tables, say) are
+        // guarded whatever AC says (SDM 3A 4.6.1).
+        let open = cpu.flags & FLAG_AC != 0 && cpu.cpl() != 3;
+        if access != Access::Fetch && !user && guarded && !open {
+            return Err(fault(true, false, locked));
+        }
+        if locked {
+            return Err(fault(true, false, locked));
+        }
+        let set = ACCESSED | if write { DIRTY } else { 0 };
+        if entry & set != set && !(sets && self.set_bits(at, wide, entry, set)) {
+            return Ok(None);
+        }
+        let base = if wide {
+            entry & 0x000f_ffff_ffff_f000 & !(span - 1)
+        } else if large {
+            // PSE-36: bits 13-20 are address bits 32-39.
+            entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32
+        } else {
+            entry & 0xffff_f000
+        };
+        let phys = (base | address & (span - 1)) & !0xfff;
+        let page = Page {
+            phys,
+            bytes: span,
+            writable: can_write
+                && (write || entry & DIRTY != 0)
+                && !(keyed && self.locked(cpu, entry, Access::Write, user)),
+            guarded,
+            origin: Origin::NONE,
+        };
+        Ok(Some((page, entry | set)))
+    }
+
+    /// The table that walks begin at, and whether its entries have 8 bytes.
+    pub(super) fn root(cpu: &Cpu) -> (u64, bool) {
+        let (_, table, wide) = root(cpu);
+        (table, wide)
     }
 
     /// True if the protection key of a user page forbids the access (SDM 3A 4.6.2).
@@ -280,5 +377,14 @@ impl Mmu {
             let entry = self.entry((cr3 & 0xffff_ffe0) + index * 8, true);
             entry & PRESENT != 0 && entry & RESERVED != 0
         })
+    }
+}
+
+/// Guest-physical address of the entry for `address` in the last table of `upper`.
+fn entry_at(upper: &Upper, address: u64, wide: bool) -> u64 {
+    if wide {
+        upper.table + (address >> (12 + 9 * (upper.level - 1)) & 0x1ff) * 8
+    } else {
+        upper.table + (address >> (12 + 10 * (upper.level - 1)) & 0x3ff) * 4
     }
 }

@@ -46,7 +46,7 @@ impl Core {
             match to {
                 Register::CR0 => self.set_cr0(value)?,
                 Register::CR2 => self.cpu.cr2 = value,
-                Register::CR3 => self.set_cr3(value)?,
+                Register::CR3 => self.set_cr3(value, instr)?,
                 Register::CR4 => self.set_cr4(value)?,
                 Register::CR8 if value < 16 => {
                     let falls = value < self.cpu.cr8;
@@ -133,7 +133,7 @@ impl Core {
         Ok(())
     }
 
-    fn set_cr3(&mut self, value: u64) -> Result<(), Fault> {
+    fn set_cr3(&mut self, value: u64, instr: &Instruction) -> Result<(), Fault> {
         // With PCIDs, bit 63 asks to keep translations, which nobody has to.
         let keep = u64::from(self.cpu.cr4 & CR4_PCIDE != 0) << 63;
         let value = value & !keep;
@@ -143,10 +143,20 @@ impl Core {
         if self.cpu.cr0 & CR0_PG != 0 {
             self.check_pointers(value, self.cpu.cr4)?;
         }
-        let same = self.cpu.cr3 == value;
         self.cpu.cr3 = value;
-        self.reload(same);
+        self.reload(self.linear_after(instr));
         Ok(())
+    }
+
+    /// Linear address of the instruction behind `instr`.
+    fn linear_after(&self, instr: &Instruction) -> u64 {
+        match self.cpu.bits() {
+            Bits::Bits64 => instr.next_ip(),
+            Bits::Bits32 | Bits::Bits16 => {
+                let base = self.cpu.segments[Seg::CS].base;
+                instr.next_ip().wrapping_add(base) & 0xffff_ffff
+            }
+        }
     }
 
     fn set_cr4(&mut self, value: u64) -> Result<(), Fault> {
@@ -167,7 +177,7 @@ impl Core {
         Ok(())
     }
 
-    /// SDM 2A, INVPCID. More than what is named may go: everything does.
+    /// SDM 2A, INVPCID. More than what is named may go: everything does that the tables give no longer.
     pub(super) fn invpcid(&mut self, instr: &Instruction) -> Result<(), Fault> {
         let kind = self.gpr(instr.op0_register().full_register().number());
         let kind = if self.cpu.bits() == Bits::Bits64 {
@@ -187,7 +197,7 @@ impl Core {
         {
             return Err(Fault::gp());
         }
-        self.flush();
+        self.reload(self.linear_after(instr));
         Ok(())
     }
 

@@ -44,8 +44,7 @@ impl BtVcpu {
             .core
             .mmu
             .translate(&self.core.cpu, virt, Access::Fetch, mode.user)?;
-        self.core.mmu.note(virt, page);
-        self.core.mmu.recent.fetched(virt, page.phys, mode.user);
+        self.core.mmu.fetched(virt, page, mode.user);
         let key = Key {
             virt,
             phys: page.phys | virt & 0xfff,

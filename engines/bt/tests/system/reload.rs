@@ -2,6 +2,8 @@
 
 use iced_x86::code_asm::*;
 
+use engine_core::testing::TABLES;
+
 use crate::kernel::{ACCESSED, ALL, DIRTY, Kernel, NO_EXECUTE, PRESENT, Steps, page, pte, window};
 use crate::run::report_as_qemu;
 
@@ -139,4 +141,87 @@ fn looking_up_again_leaves_no_trace_and_gives_no_right() {
             (14, 0x11, window(5))
         ]
     );
+}
+
+/// Two roots; in the second one, the window's directory leads to one of two tables, and changes before
+/// a load of CR3 and before an invalidation of one page, which goes for all paging-structure caches
+/// (SDM 3A 4.10.4.1).
+#[test]
+fn every_root_keeps_its_own_translations_and_sees_its_upper_entries_change() {
+    const ROUNDS: u64 = 300;
+    for bits in [ALL, ALL | ACCESSED] {
+        let (root, upper, directory) = (page(16), page(17), page(18));
+        let tables = [page(19), page(20)];
+        let frame = |number: u64| (page(number) | ALL | USED).to_le_bytes();
+        let kernel = Kernel::new()
+            .map(0, page(9) | ALL | USED)
+            .put(page(5), vec![0x10])
+            .put(page(6), vec![0x20])
+            .put(page(7), vec![0x30])
+            .put(page(8), vec![0x40])
+            .put(page(9), vec![0x50])
+            .put(tables[0], [frame(5), frame(6)].concat())
+            .put(tables[1], [frame(7), frame(8)].concat());
+        let report = report_as_qemu(kernel, |asm| {
+            let add = |asm: &mut CodeAssembler, at: u64| {
+                asm.movzx(eax, byte_ptr(at))?;
+                asm.imul_3(r13, r13, 3)?;
+                asm.add(r13, rax)?;
+                asm.inc(byte_ptr(at))
+            };
+            for (from, to) in [(TABLES, root), (TABLES + 0x1000, upper)] {
+                asm.mov(rsi, from)?;
+                asm.mov(rdi, to)?;
+                asm.mov(ecx, 512)?;
+                asm.rep().movsq()?;
+            }
+            asm.mov(rax, upper | bits)?;
+            asm.mov(qword_ptr(root), rax)?;
+            asm.mov(rax, directory | bits)?;
+            asm.mov(qword_ptr(upper + 8), rax)?;
+            asm.mov(rsi, tables[0] | bits)?;
+            asm.mov(rdi, tables[1] | bits)?;
+            asm.mov(r8, cr3)?;
+            asm.mov(r9, root)?;
+            asm.xor(r12d, r12d)?;
+            asm.xor(r13d, r13d)?;
+            let mut again = asm.create_label();
+            let mut same = asm.create_label();
+            asm.set_label(&mut again)?;
+            asm.mov(cr3, r8)?;
+            add(asm, window(0))?;
+            asm.mov(qword_ptr(directory), rsi)?;
+            asm.mov(cr3, r9)?;
+            add(asm, window(0))?;
+            asm.mov(qword_ptr(directory), rdi)?;
+            asm.mov(rax, window(1))?;
+            asm.invlpg(byte_ptr(rax))?;
+            add(asm, window(1))?;
+            asm.test(r12d, 1)?;
+            asm.jz(same)?;
+            asm.xchg(rsi, rdi)?;
+            asm.set_label(&mut same)?;
+            asm.inc(r12d)?;
+            asm.cmp(r12d, ROUNDS as i32)?;
+            asm.jb(again)?;
+            asm.mov(cr3, r8)?;
+            asm.result(0, r13)
+        });
+        // Of the first root; by table and page of the second.
+        let mut first = 0x50u8;
+        let mut second = [[0x10u8, 0x20], [0x30, 0x40]];
+        let mut sum = 0u64;
+        let mut add = |byte: &mut u8| {
+            sum = sum.wrapping_mul(3).wrapping_add((*byte).into());
+            *byte = byte.wrapping_add(1);
+        };
+        for round in 0..ROUNDS as usize {
+            let table = round / 2 % 2;
+            add(&mut first);
+            add(&mut second[table][0]);
+            add(&mut second[1 - table][1]);
+        }
+        assert_eq!(report.results[0], sum, "entries with {bits:#x}");
+        assert!(report.log.is_empty());
+    }
 }

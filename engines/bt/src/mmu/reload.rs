@@ -1,0 +1,140 @@
+//! What a load of CR3 does to translations: those stay that the tables give still, or again.
+//!
+//! A processor may enter a translation in its TLBs at any time, asked or not, as long as it doesn't
+//! set a bit in a paging structure for it (SDM 3A 4.10.2.3). So a load looks at the entries that
+//! translations came from ([`super::spaces`]): those whose entries are as they were count as made after it.
+//! What is known of code (jump caches, links across pages) is what a TLB for fetches knows: it
+//! stays if all of a privilege's code pages are where they were.
+//!
+//! Invariant: each page that has entries in a jump cache or is the target of a link across pages is in
+//! the privilege's [`Code`], where it was found last, or that is `lost`.
+
+use super::{Access, LARGES, Mmu, Page, Tlb};
+use crate::{
+    cpu::{CR0_PG, Cpu},
+    tlb::Span,
+};
+
+/// Code pages of one privilege: with more, looking at them costs more than it saves.
+const CODE: usize = 96;
+
+/// Pages with code of one privilege.
+pub(super) struct Code {
+    /// As their entries map them, with physical addresses.
+    pages: Vec<(Span, u64)>,
+    /// There are more, or one has been found in two places.
+    lost: bool,
+    /// Changes when the list begins anew.
+    number: u64,
+}
+
+impl Code {
+    pub(super) fn new() -> Code {
+        Code {
+            pages: Vec::new(),
+            lost: false,
+            number: 1,
+        }
+    }
+
+    pub(super) fn forget(&mut self) {
+        self.pages.clear();
+        self.lost = false;
+        self.number += 1;
+    }
+}
+
+/// What the entry of a page maps, and where that begins.
+fn extent(virt: u64, page: Page) -> (Span, u64) {
+    let span = Span::around(virt, page.bytes);
+    let phys = page.phys.wrapping_sub((virt & !0xfff) - span.start);
+    (span, phys)
+}
+
+impl Mmu {
+    /// Notes where a code page was found.
+    pub(crate) fn fetched(&self, virt: u64, page: Page, user: bool) {
+        self.note(virt, page);
+        let Code {
+            pages,
+            lost,
+            number,
+        } = &mut *self.code[usize::from(user)].borrow_mut();
+        if *lost {
+            return;
+        }
+        let found = extent(virt, page);
+        match pages.iter().find(|(span, _)| span.contains(virt)) {
+            Some(&known) => *lost = known != found,
+            None if pages.len() == CODE => *lost = true,
+            None => {
+                let mut spaces = self.spaces.borrow_mut();
+                spaces.note_code(user, *number, pages.len(), page.origin);
+                pages.push(found);
+            }
+        }
+    }
+
+    /// CR3 was loaded, and the instruction at the linear address `next` comes next. Returns which
+    /// privilege's code is still where it was: its jump cache is valid, and so are its links.
+    pub(crate) fn reload(&mut self, cpu: &Cpu, next: u64) -> [bool; 2] {
+        if cpu.cr0 & CR0_PG == 0 || self.large.borrow().len() > LARGES {
+            self.flush();
+            return [false; 2];
+        }
+        self.next_epoch();
+        self.window.flush();
+        self.close_guarded();
+        let (root, wide) = Mmu::root(cpu);
+        self.spaces.get_mut().enter(root, wide);
+        let mut checked = self.spaces.get_mut().check();
+        if !self.spaces.get_mut().complete(&checked) {
+            // What is fetched next sets accessed bits, perhaps those that are missing. Should it
+            // fault, the next boundary says so.
+            let _ = self.walk(cpu, next, Access::Fetch, cpu.cpl() == 3);
+            checked = self.spaces.get_mut().check();
+        }
+        let mut spaces = self.spaces.borrow_mut();
+        let again = std::mem::take(&mut spaces.loose);
+        if again {
+            self.tlbs.iter().for_each(Tlb::flush);
+        }
+        spaces.settle(&checked, |record, holds| {
+            let tlb = &self.tlbs[record.tlb];
+            if !holds {
+                tlb.remove(record.key);
+            } else if again && (record.tlb & 1 == 0 || self.claim(record.phys)) {
+                tlb.fill(record.key, record.host);
+            }
+        });
+        drop(spaces);
+        [false, true].map(|user| {
+            let same = self.same_code(cpu, &checked, user);
+            if !same {
+                self.jumps[usize::from(user)].flush();
+                self.code[usize::from(user)].borrow_mut().forget();
+            }
+            same
+        })
+    }
+
+    /// True if every page of a privilege's code is where it was.
+    fn same_code(&self, cpu: &Cpu, checked: &super::spaces::Checked, user: bool) -> bool {
+        let code = self.code[usize::from(user)].borrow();
+        !code.lost
+            && code.pages.iter().enumerate().all(|(index, &known)| {
+                let number = code.number;
+                if (self.spaces.borrow()).same_code(checked, user, number, index) {
+                    return true;
+                }
+                let virt = known.0.start;
+                let Some(page) = self.peek(cpu, virt, Access::Fetch, user) else {
+                    return false;
+                };
+                self.note(virt, page);
+                let mut spaces = self.spaces.borrow_mut();
+                spaces.note_code(user, number, index, page.origin);
+                extent(virt, page) == known
+            })
+    }
+}
