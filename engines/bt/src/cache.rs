@@ -28,7 +28,7 @@ use crate::{
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
     pages::Set,
-    site::{Kind, Mark, Site},
+    site::{Homes, Kind, Mark, Port, Site},
     tlb::{Pages, Span},
 };
 
@@ -190,6 +190,22 @@ impl Cache {
 
     pub(crate) fn site(&self, index: usize) -> Site {
         self.sites[index]
+    }
+
+    /// Homes and port of a site that is an `in` or `out`, without a copy of the rest.
+    #[inline]
+    pub(crate) fn port(&self, index: usize) -> Option<(Homes, Port)> {
+        let site = self.sites.get(index)?;
+        match &site.kind {
+            Kind::Port(port) => Some((site.homes, *port)),
+            Kind::Memory(_)
+            | Kind::Outside { .. }
+            | Kind::Group(_)
+            | Kind::Direct { .. }
+            | Kind::Indirect { .. }
+            | Kind::System { .. }
+            | Kind::Fault(_) => None,
+        }
     }
 
     pub(crate) fn block(&self, index: u32) -> &Block {

@@ -39,6 +39,10 @@ pub(crate) struct Context {
     pub mxcsr: u32,
     /// Host MXCSR while the guest runs.
     pub host_mxcsr: u32,
+    /// The vCPU whose code runs, while it may call out ([`crate::callout`]); 0 if it may not.
+    pub owner: u64,
+    /// Function that callouts call.
+    pub callee: u64,
     /// Base registers of accesses through the window are below this.
     pub window_limit: u64,
     /// And index registers below this.

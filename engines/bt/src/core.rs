@@ -277,6 +277,7 @@ impl Core {
     }
 
     /// Privilege (1 for ring 3) and number of the mode as it stands, if it is known.
+    #[inline]
     pub(crate) fn known_mode(&self) -> Option<(usize, u64)> {
         let user = usize::from(self.user());
         let (known, _) = self.modes[user].as_ref()?;

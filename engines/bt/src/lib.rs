@@ -23,6 +23,11 @@
 
 mod arena;
 mod cache;
+#[allow(
+    clippy::useless_conversion,
+    reason = "dynasm! converts every register number, whatever its type"
+)]
+mod callout;
 mod checks;
 mod context;
 mod core;

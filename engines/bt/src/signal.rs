@@ -41,13 +41,16 @@ const SIGNALS: [i32; 5] = [
 ];
 static PREVIOUS: OnceLock<[libc::sigaction; 5]> = OnceLock::new();
 
+/// True if this thread runs the vCPU of `context` already.
+#[inline]
+pub(crate) fn is_active(context: *mut Context) -> bool {
+    ACTIVE.get().is_some_and(|known| known.context == context)
+}
+
 /// Says which vCPU this thread runs, until another one runs here or [`release`] says that it is gone.
 /// Between two runs it is of no effect: nothing is executed in its code cache then.
 pub(crate) fn activate(active: Active) -> io::Result<()> {
-    if ACTIVE
-        .get()
-        .is_some_and(|known| known.context == active.context)
-    {
+    if is_active(active.context) {
         return Ok(());
     }
     if !STACK.get() {
@@ -61,7 +64,7 @@ pub(crate) fn activate(active: Active) -> io::Result<()> {
 /// The vCPU of `context` is no more. A thread that ran it earlier may remember it, but executes
 /// nothing of its code cache either.
 pub(crate) fn release(context: *mut Context) {
-    if ACTIVE.get().is_some_and(|known| known.context == context) {
+    if is_active(context) {
         ACTIVE.set(None);
     }
 }

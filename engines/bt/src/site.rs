@@ -58,7 +58,7 @@ pub(crate) enum Kind {
     Indirect { rsp: i32 },
     /// Instruction `index` of the side list is the runtime's to execute.
     System { index: u32 },
-    /// The instruction reads or writes a port.
+    /// The instruction reads or writes a port; phase 1 is one that is over.
     Port(Port),
     /// The instruction raises an exception.
     Fault(Fault),
@@ -73,6 +73,8 @@ pub(crate) struct Port {
     pub write: bool,
     /// Guest instruction pointer behind it.
     pub next: u64,
+    /// Host address behind it, if the block goes on there.
+    pub resume: u64,
 }
 
 /// An access on its slow path.

@@ -29,6 +29,8 @@ pub(crate) struct Stubs {
     pub enter_lazy: [u64; 2],
     /// Target of every site's jump.
     pub exit: u64,
+    /// As `exit`, for who has stored the general registers and has the host's RSP.
+    pub exit_stored: u64,
     /// As `exit`, for a signal handler that has stored the integer state itself.
     pub exit_after_signal: u64,
     /// Brings the vector registers in from code that did without, and goes on at R12. The flags are
@@ -36,7 +38,8 @@ pub(crate) struct Stubs {
     pub load_vectors: u64,
 }
 
-const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
+/// General registers that the C calling convention has a callee preserve, but RSP.
+pub(crate) const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 
 /// Emits the stubs for a context at `ctx`, to be placed at `base`.
 pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
@@ -118,12 +121,9 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
     for register in 0..16u8 {
         dynasm!(ops ; .arch x64 ; mov [gpr + 8 * i32::from(register)], Rq(register));
     }
-    dynasm!(ops
-        ; .arch x64
-        ; mov rsp, [host_rsp]
-        ; pushfq
-        ; pop QWORD [flags]
-    );
+    dynasm!(ops ; .arch x64 ; mov rsp, [host_rsp]);
+    let exit_stored = base + ops.offset().0 as u64;
+    dynasm!(ops ; .arch x64 ; pushfq ; pop QWORD [flags]);
     let exit_after_signal = base + ops.offset().0 as u64;
     dynasm!(ops
         ; .arch x64
@@ -178,6 +178,7 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
             enter,
             enter_lazy,
             exit,
+            exit_stored,
             exit_after_signal,
             load_vectors,
         },

@@ -9,6 +9,7 @@
 //! | `answer` | instructions that the runtime executes, answers to exits |
 //! | `interface` | what engine-core's run loop sees |
 //! | `listing` | translated code as text |
+//! | `ports` | `in` and `out` |
 //! | `share` | the other vCPUs of the VM |
 //! | `user` | ring-3 code without a kernel |
 //! | `window` | accesses that the window wasn't ready or isn't for |
@@ -19,13 +20,14 @@ mod code;
 mod create;
 mod interface;
 mod listing;
+mod ports;
 mod share;
 mod user;
 mod window;
 
-use std::sync::Arc;
+use std::{ptr::NonNull, sync::Arc};
 
-use engine_core::{Error, ExitCounts, ExitReason, Stepping, Vcpu};
+use engine_core::{DeviceBus, Error, ExitCounts, ExitReason, Stepping, Vcpu};
 
 use crate::{
     arena::Arena,
@@ -51,6 +53,7 @@ use crate::{
 use access::{Direct, Transfer};
 use answer::Pending;
 pub use create::Options;
+use ports::PortAccess;
 use share::Told;
 pub use user::{Extended, UserStop};
 
@@ -67,15 +70,10 @@ enum Resume {
 
 /// An exit before it borrows anything.
 enum Stop {
-    In {
-        port: u16,
-        size: u8,
-    },
-    Out {
-        port: u16,
-        size: u8,
-        value: u32,
-    },
+    /// `in` or `out`, as `port_access` says.
+    Port,
+    /// An access is over that the bus has answered, and there is something to do.
+    Answered,
     /// Of as many bytes as `strings` holds, as `OutString`.
     InString {
         port: u16,
@@ -154,6 +152,10 @@ pub struct BtVcpu {
     /// The step under way has begun.
     stepped: bool,
     pending: Pending,
+    /// The port that is being accessed.
+    port_access: PortAccess,
+    /// Who answers accesses while `run` is under way, if anybody does.
+    bus: Option<NonNull<dyn DeviceBus>>,
     /// The machine's answer to `rdmsr`.
     msr: Option<u64>,
     /// The machine's answer to `wrmsr`.
@@ -197,26 +199,22 @@ impl BtVcpu {
     }
 
     fn go(&mut self) -> Result<Stop, Error> {
+        if self.alone {
+            // Its result is written where it is wanted: to copy it would wait for the store buffer.
+            return self.go_on();
+        }
         self.join();
         let stop = self.go_on();
-        if !self.alone {
-            x87::put_away(&self.arena);
-        }
+        x87::put_away(&self.arena);
         self.part();
         stop
     }
 
+    #[inline(never)]
     fn go_on(&mut self) -> Result<Stop, Error> {
-        let active = Active {
-            context: self.arena.context(),
-            code_start: self.arena.code(),
-            code_end: self.arena.code() + self.arena.code_bytes() as u64,
-            exit_after_signal: self.stubs.exit_after_signal,
-        };
-        signal::activate(active).map_err(|source| Error::Host {
-            operation: "install fault handlers",
-            source,
-        })?;
+        if !signal::is_active(self.arena.context()) {
+            self.activate()?;
+        }
         self.core.mmu.window.activate();
         x87::acquire(&self.arena)?;
         if let Some(stop) = self.answer() {
@@ -260,10 +258,28 @@ impl BtVcpu {
             } else {
                 self.stubs.enter
             };
-            if let Err(stop) = self.enter(stubs[usize::from(vectors)], entry) {
+            self.enter(stubs[usize::from(vectors)], entry);
+            if let Some(stop) = self.left_for_port() {
+                return Ok(stop);
+            }
+            if let Err(stop) = self.left() {
                 return Ok(stop);
             }
         }
+    }
+
+    #[cold]
+    fn activate(&self) -> Result<(), Error> {
+        let active = Active {
+            context: self.arena.context(),
+            code_start: self.arena.code(),
+            code_end: self.arena.code() + self.arena.code_bytes() as u64,
+            exit_after_signal: self.stubs.exit_after_signal,
+        };
+        signal::activate(active).map_err(|source| Error::Host {
+            operation: "install fault handlers",
+            source,
+        })
     }
 
     /// As [`BtVcpu::boundary`], where nothing has to be looked at and the code is known.
@@ -469,16 +485,29 @@ impl BtVcpu {
         self.core.shortcuts.enabled = enabled;
     }
 
-    fn enter(&mut self, stub: u64, entry: u64) -> Result<(), Stop> {
+    /// Executes translated code until it leaves.
+    #[inline]
+    fn enter(&mut self, stub: u64, entry: u64) {
         self.entries += 1;
-        self.core.context().resume = entry;
+        let owner = match self.bus {
+            Some(_) => std::ptr::from_mut(self) as u64,
+            None => 0,
+        };
+        let context = self.core.context();
+        context.owner = owner;
+        context.resume = entry;
         // SAFETY: the stub follows the C calling convention, and translated code reaches nothing
-        // but the arena and guest RAM.
+        // but the arena and guest RAM. If it calls out, it is with this vCPU, and nobody else uses it
+        // meanwhile.
         unsafe {
             let enter: extern "C" fn() = std::mem::transmute(stub as usize);
             enter();
         }
         self.resume = Resume::Boundary;
+    }
+
+    /// Acts on what translated code has left for.
+    fn left(&mut self) -> Result<(), Stop> {
         let number = self.core.context().site;
         if number == HOST_FAULT {
             return self.host_fault();
@@ -546,7 +575,13 @@ impl BtVcpu {
             }
             Kind::Port(port) => {
                 self.settle(site.homes, site.ip);
-                self.port(port)
+                match self.port(port) {
+                    Ok(()) => Err(Stop::Port),
+                    Err(fault) => {
+                        self.counts.add(ExitReason::Helper);
+                        self.raise(fault)
+                    }
+                }
             }
             Kind::Fault(fault) => {
                 self.settle(site.homes, site.ip);

@@ -90,10 +90,16 @@ unsafe fn load(area: *mut Area) {
 ///
 /// # Errors
 /// [`Error::Engine`] if it is in the registers of another thread still.
+#[inline]
 pub(crate) fn acquire(arena: &Arc<Arena>) -> Result<(), Error> {
     if OWNER.get() == arena.context() {
         return Ok(());
     }
+    take_over(arena)
+}
+
+#[cold]
+fn take_over(arena: &Arc<Arena>) -> Result<(), Error> {
     STATE.take();
     if !arena.x87_away.swap(false, Ordering::Acquire) {
         return Err(Error::Engine(

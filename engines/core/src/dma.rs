@@ -81,11 +81,17 @@ impl WriteLog {
         }
     }
 
+    /// True if [`take`](WriteLog::take) would find something.
+    #[inline]
+    pub fn has_any(&self) -> bool {
+        self.any.load(Ordering::Acquire)
+    }
+
     /// Moves the page numbers that were written into `into`, which is cleared first. Returns false
     /// if there are none; costs one load then.
     #[inline]
     pub fn take(&self, into: &mut Vec<u64>) -> bool {
-        if !self.any.load(Ordering::Acquire) {
+        if !self.has_any() {
             return false;
         }
         into.clear();

@@ -42,7 +42,7 @@ pub use kick::Kick;
 pub use machine::{Machine, MachineOptions};
 pub use run::{Crew, Limit, Limits, Outcome, drive};
 pub use state::{CpuState, DescriptorTable, Segment};
-pub use vcpu::{Error, Irqchip, Stepping, Supply, Unavailable, Vcpu};
+pub use vcpu::{After, DeviceBus, Error, Irqchip, Stepping, Supply, Unavailable, Vcpu};
 
 /// Guest RAM: what vm-memory maps, used by every engine.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

@@ -388,7 +388,7 @@ impl Machine {
     #[inline]
     pub(crate) fn port_in(&mut self, port: u16, size: u8, data: &mut [u8]) -> Action {
         self.tally.port(port, false);
-        data.fill(0xff);
+        upkeep::undriven(data);
         let Some((slot, offset)) = self.map.port(port) else {
             return Action::None;
         };
@@ -419,7 +419,7 @@ impl Machine {
     /// Answers a read of an address that is not RAM.
     #[inline]
     pub(crate) fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8]) -> Action {
-        data.fill(0xff);
+        upkeep::undriven(data);
         let found = self.at(addr);
         self.tally.memory(found.map(|found| found.0), false);
         found.map_or(Action::None, |(slot, offset)| {

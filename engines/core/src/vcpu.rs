@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use crate::{
-    CpuState, Doorbells, Exit, ExitCounts, ExitReason, Interrupts, kick::KickHandle,
+    CpuState, Doorbells, Exit, ExitCounts, ExitReason, GuestPhys, Interrupts, kick::KickHandle,
     tally::HostStat,
 };
 
@@ -53,6 +53,31 @@ pub enum Supply<'a> {
     Accepted(bool),
 }
 
+/// The machine's devices, for an engine whose guest reaches the VMM by a call: it may have an access
+/// answered before its run ends. Each is an exit all the same, and counted as one.
+pub trait DeviceBus {
+    /// Answers [`Exit::PioIn`] of one item.
+    fn port_in(&mut self, port: u16, data: &mut [u8]) -> After;
+
+    /// Answers [`Exit::PioOut`] of one item.
+    fn port_out(&mut self, port: u16, data: &[u8]) -> After;
+
+    /// Answers [`Exit::MmioRead`].
+    fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8]) -> After;
+
+    /// Answers [`Exit::MmioWrite`].
+    fn memory_write(&mut self, addr: GuestPhys, data: &[u8]) -> After;
+}
+
+/// What comes after an access that a [`DeviceBus`] has answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// The guest may go on at once: nobody wants anything between this exit and the next entry.
+    Enter,
+    /// There is something for the run loop to do first.
+    Return,
+}
+
 /// One virtual CPU of one engine. Used by the run loop alone; `dyn` at this crate boundary.
 ///
 /// A machine has one or several. Each is used by one thread, which need not be the one that made
@@ -63,6 +88,15 @@ pub trait Vcpu: Send {
     /// Runs the guest until something needs the VMM. State that an [`Exit`] borrows belongs to
     /// the vCPU; a read's data is consumed by the next call.
     fn run(&mut self) -> Result<Exit<'_>, Error>;
+
+    /// As [`run`](Vcpu::run), with the devices at hand. `None` after an access that `bus` has answered
+    /// with [`After::Return`]: that exit is over, and counted.
+    ///
+    /// # Errors
+    /// As there.
+    fn run_on(&mut self, _bus: &mut dyn DeviceBus) -> Result<Option<Exit<'_>>, Error> {
+        self.run().map(Some)
+    }
 
     /// Architectural state, exact between two instructions.
     fn state(&self) -> Result<CpuState, Error>;

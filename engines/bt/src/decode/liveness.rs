@@ -29,8 +29,10 @@ impl Decoded {
     /// end, unless saving them would cost something: then the successors' first instructions decide.
     pub(super) fn liveness(&mut self, bytes: &[u8], ip: u64, width: u32) {
         self.backward(ALL_FLAGS, |_| ALL_FLAGS);
-        let costs =
-            |insn: &Insn| insn.live_in != 0 && (insn.memory.is_some() || insn.class.ends_block());
+        let costs = |insn: &Insn| {
+            let saves = insn.class.ends_block() || insn.class == Class::Privileged;
+            insn.live_in != 0 && (insn.memory.is_some() || saves)
+        };
         if !self.insns.iter().any(costs) {
             return;
         }

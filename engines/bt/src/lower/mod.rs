@@ -75,6 +75,7 @@ pub(crate) struct Layout {
     jump: [i32; 2],
     targets: i32,
     exit: u64,
+    callout: u64,
     miss: u64,
     privileged: i32,
     transitions: Transitions,
@@ -83,12 +84,14 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// `miss` is where indirect branches of code that uses the window go without a target.
+    /// `miss` is where indirect branches of code that uses the window go without a target, `callout`
+    /// where code goes that calls Rust.
     pub(crate) fn new(
         arena: &Arena,
         stubs: &Stubs,
         transitions: Transitions,
         miss: u64,
+        callout: u64,
         counting: bool,
     ) -> Layout {
         Layout {
@@ -99,6 +102,7 @@ impl Layout {
             jump: std::array::from_fn(|index| arena.jump(index) as i32),
             targets: arena.targets() as i32,
             exit: stubs.exit,
+            callout,
             miss,
             counting,
             privileged: arena.privileged() as usize as i32,

@@ -30,6 +30,8 @@ pub(crate) fn inline(instr: &Instruction, mode: Mode) -> bool {
     }
     match instr.code() {
         Code::Cpuid | Code::Pushfq => true,
+        // Whether it is allowed is asked each time.
+        _ if matches!(instr.mnemonic(), Mnemonic::In | Mnemonic::Out) => true,
         Code::Popfq => mode.ring_0 || mode.user && !mode.interrupts,
         Code::Swapgs => mode.ring_0,
         Code::Mov_r64_cr => {
@@ -88,7 +90,7 @@ impl Lower<'_> {
                 self.write_control(insn);
                 Ok(())
             }
-            _ => Err("nothing of its own".into()),
+            _ => self.call_for_port(insn),
         }
     }
 
@@ -337,20 +339,27 @@ impl Lower<'_> {
 
     /// Leaves for a port, if that is what `insn` is about.
     pub(super) fn port(&mut self, insn: &Insn) -> bool {
-        let instr = &insn.instr;
-        let (write, value, port) = match instr.mnemonic() {
-            Mnemonic::In => (false, instr.op0_register(), 1),
-            Mnemonic::Out => (true, instr.op1_register(), 0),
-            _ => return false,
-        };
-        let port = Port {
-            number: (instr.op_kind(port) == OpKind::Immediate8).then(|| instr.immediate8()),
-            size: value.size() as u8,
-            write,
-            next: instr.next_ip(),
-        };
-        self.exit(instr.ip(), Kind::Port(port));
-        true
+        match port(&insn.instr) {
+            Some(port) => {
+                self.exit(insn.instr.ip(), Kind::Port(port));
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Has a port accessed, and goes on.
+    fn call_for_port(&mut self, insn: &Insn) -> Result<(), String> {
+        let port = port(&insn.instr).ok_or("nothing of its own")?;
+        self.free_flags(insn, 0);
+        // What is read there is written to the register's own slot.
+        self.need(insn.reads | insn.writes);
+        let site = self.add_site(insn.instr.ip(), Kind::Port(port));
+        self.store_site(site, 0);
+        self.jump_to(0xe9, self.layout.callout);
+        let resume = self.address(self.position());
+        self.sites[site].kind = Kind::Port(Port { resume, ..port });
+        Ok(())
     }
 
     /// Raises `fault` at `ip`, in a stub where that may be.
@@ -408,4 +417,20 @@ impl Lower<'_> {
         self.mark(Ip::At(next_ip));
         dynasm!(self.asm ; .arch x64 ; mov [self.layout.window], eax);
     }
+}
+
+/// The port that `instr` accesses, if that is what it does.
+fn port(instr: &Instruction) -> Option<Port> {
+    let (write, value, port) = match instr.mnemonic() {
+        Mnemonic::In => (false, instr.op0_register(), 1),
+        Mnemonic::Out => (true, instr.op1_register(), 0),
+        _ => return None,
+    };
+    Some(Port {
+        number: (instr.op_kind(port) == OpKind::Immediate8).then(|| instr.immediate8()),
+        size: value.size() as u8,
+        write,
+        next: instr.next_ip(),
+        resume: 0,
+    })
 }

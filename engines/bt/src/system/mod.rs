@@ -496,11 +496,17 @@ impl Core {
         }
     }
 
+    /// No map has to be asked for any port. Virtual-8086 mode always asks it.
+    #[inline]
+    pub(crate) fn may_access_ports(&self) -> bool {
+        self.cpu.cpl() <= self.cpu.iopl() && !self.cpu.virtual_8086()
+    }
+
     /// IOPL, then the TSS's I/O permission bitmap (SDM 1 19.5).
+    #[inline]
     pub(crate) fn check_port(&self, port: u16, size: u8) -> Result<(), Fault> {
         self.watch_port(port, size);
-        // Virtual-8086 mode always asks the map.
-        if self.cpu.cpl() <= self.cpu.iopl() && !self.cpu.virtual_8086() {
+        if self.may_access_ports() {
             return Ok(());
         }
         let tr = &self.cpu.tr;

@@ -10,7 +10,7 @@
 //!
 //! Invariant: every page of an access was checked before any of its bytes is moved.
 
-use engine_core::{ExitReason, Kick};
+use engine_core::{After, ExitReason, GuestPhys, Kick};
 
 use super::{BtVcpu, Pending, Resume, Stop};
 use crate::{
@@ -284,8 +284,15 @@ impl BtVcpu {
                 self.data[..step].copy_from_slice(&self.core.context().bounce.0[from..from + step]);
             }
             transfer.step = step;
+            let answered = self.ask_device(phys, step, write);
+            if answered == Some(After::Enter) {
+                self.take_device(&mut transfer);
+                continue;
+            }
             self.pending = Pending::Device(transfer);
-            return Err(if write {
+            return Err(if answered.is_some() {
+                Stop::Answered
+            } else if write {
                 Stop::Write { phys, len: step }
             } else {
                 Stop::Read { phys, len: step }
@@ -306,6 +313,32 @@ impl BtVcpu {
             self.after_write(slow, killed);
         }
         Ok(())
+    }
+
+    /// Asks the device at `phys` at once, for what `data` holds or is to hold, if it is at hand.
+    fn ask_device(&mut self, phys: u64, len: usize, write: bool) -> Option<After> {
+        let mut bus = self.bus?;
+        // SAFETY: whoever runs this vCPU has lent it for as long as the run lasts.
+        let bus = unsafe { bus.as_mut() };
+        // As at the end of every run.
+        self.core.shortcuts.priority_matters = 0;
+        let data = &mut self.data[..len];
+        Some(if write {
+            bus.memory_write(GuestPhys(phys), data)
+        } else {
+            bus.memory_read(GuestPhys(phys), data)
+        })
+    }
+
+    /// The device part of an access that is under way is over.
+    pub(super) fn take_device(&mut self, transfer: &mut Transfer) {
+        if !transfer.write {
+            let context = self.core.context();
+            let from = (context.ea & 63) as usize + transfer.done;
+            context.bounce.0[from..from + transfer.step]
+                .copy_from_slice(&self.data[..transfer.step]);
+        }
+        transfer.done += transfer.step;
     }
 
     /// True for a fault on a page that was taken away: somebody wants to be heard between two

@@ -1,11 +1,10 @@
 //! Instructions that the runtime executes, and the answers to exits that they wait for.
 
-use engine_core::{ExitReason, devices::lapic};
+use engine_core::devices::lapic;
 use iced_x86::Instruction;
 
 use super::{BtVcpu, Stop, access::Transfer};
 use crate::fault::Fault;
-use crate::site::Port;
 use crate::system::{self, Step, Trap};
 
 /// An exit that waits for its answer.
@@ -49,30 +48,6 @@ pub(super) enum Pending {
 }
 
 impl BtVcpu {
-    /// Leaves to read or write a port.
-    pub(super) fn port(&mut self, port: Port) -> Result<(), Stop> {
-        self.counts.add(ExitReason::Helper);
-        let size = port.size;
-        let number = match port.number {
-            Some(number) => number.into(),
-            None => self.core.gpr(2) as u16,
-        };
-        if let Err(fault) = self.core.check_port(number, size) {
-            return self.raise(fault);
-        }
-        self.core.rip = port.next;
-        if port.write {
-            let value = self.core.gpr(0) as u32;
-            return Err(Stop::Out {
-                port: number,
-                size,
-                value,
-            });
-        }
-        self.pending = Pending::In { size };
-        Err(Stop::In { port: number, size })
-    }
-
     pub(super) fn system(&mut self, instr: &Instruction) -> Result<(), Stop> {
         self.counts.add(system::reason(instr));
         if self.intercept
@@ -153,12 +128,13 @@ impl BtVcpu {
             }
             Step::In { port, size } => {
                 self.core.rip = next;
-                self.pending = Pending::In { size };
-                return Err(Stop::In { port, size });
+                self.read_port(port, size);
+                return Err(Stop::Port);
             }
             Step::Out { port, size, value } => {
                 self.core.rip = next;
-                return Err(Stop::Out { port, size, value });
+                self.write_port(port, size, value);
+                return Err(Stop::Port);
             }
             Step::InString {
                 port,
@@ -221,7 +197,21 @@ impl BtVcpu {
     }
 
     /// Takes in the answer to the exit that `run` returned last.
+    #[inline]
     pub(super) fn answer(&mut self) -> Option<Stop> {
+        // What waits may be large: it is moved only when there is something.
+        if let Pending::Nothing = self.pending {
+            return None;
+        }
+        if let Pending::In { size } = self.pending {
+            self.pending = Pending::Nothing;
+            self.take_port(size);
+            return None;
+        }
+        self.take_answer()
+    }
+
+    fn take_answer(&mut self) -> Option<Stop> {
         match std::mem::replace(&mut self.pending, Pending::Nothing) {
             Pending::Nothing => None,
             Pending::Shutdown => Some(Stop::Shutdown),
@@ -232,8 +222,7 @@ impl BtVcpu {
             }
             Pending::SystemWrites { writes } => self.send(writes),
             Pending::In { size } => {
-                let value = u64::from_le_bytes(self.data);
-                self.core.set_gpr_sized(0, value, size.into());
+                self.take_port(size);
                 None
             }
             Pending::ReadMsr { next } => {
@@ -304,14 +293,7 @@ impl BtVcpu {
                 }
             }
             Pending::Device(mut transfer) => {
-                let ea = self.core.context().ea;
-                if !transfer.write {
-                    let from = (ea & 63) as usize + transfer.done;
-                    let data = self.data;
-                    self.core.context().bounce.0[from..from + transfer.step]
-                        .copy_from_slice(&data[..transfer.step]);
-                }
-                transfer.done += transfer.step;
+                self.take_device(&mut transfer);
                 self.transfer(transfer).err()
             }
         }

@@ -5,10 +5,14 @@ use std::sync::Arc;
 
 use engine_core::{Error, ExitCounts, GuestRam, cpuid::Place};
 
-use super::{BtVcpu, Pending, Resume, Told};
+use super::{
+    BtVcpu, Pending, Resume, Told,
+    ports::{self, PortAccess},
+};
 use crate::{
     arena::Arena,
     cache::Cache,
+    callout,
     core::Core,
     dispatch::{self, Targets},
     kick::Doorbell,
@@ -127,13 +131,18 @@ impl BtVcpu {
         let jump = arena.jump(1) as i32;
         let code = dispatch::emit(arena.context_disp(), jump, stubs.exit, miss);
         arena.write_code(miss, &code);
-        let layout = Layout::new(&arena, &stubs, transitions, miss, options.count_paths);
-        let cache = Cache::new(&arena, layout, miss + code.len() as u64);
+        let callout = (miss + code.len() as u64).next_multiple_of(64);
+        let code = callout::emit(arena.context_disp(), &stubs, callout);
+        arena.write_code(callout, &code);
+        let counting = options.count_paths;
+        let layout = Layout::new(&arena, &stubs, transitions, miss, callout, counting);
+        let cache = Cache::new(&arena, layout, callout + code.len() as u64);
         // SAFETY: the arena is dropped last and serves this core alone.
         let mut core = unsafe { Core::new(ram, &arena, Arc::clone(vm), place) };
         // SAFETY: that part of the arena is for this table.
         let targets = unsafe { Targets::new(arena.targets(), miss) };
         core.mmu.jumps[1].set_targets(targets);
+        core.context().callee = ports::answer as *const () as u64;
         core.context().mxcsr = 0x1f80;
         core.context().window_limit = crate::window::SIZE;
         core.context().index_limit = crate::window::INDEX_LIMIT;
@@ -146,7 +155,7 @@ impl BtVcpu {
             stubs,
             transitions,
             counts: ExitCounts::default(),
-            counting: options.count_paths,
+            counting,
             doorbell,
             window: false,
             intercept: false,
@@ -157,6 +166,8 @@ impl BtVcpu {
             stepping: None,
             stepped: false,
             pending: Pending::Nothing,
+            port_access: PortAccess::default(),
+            bus: None,
             msr: None,
             accepted: false,
             data: [0; 8],

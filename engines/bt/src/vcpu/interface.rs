@@ -1,8 +1,10 @@
 //! The vCPU as the run loop of engine-core sees it.
 
+use std::ptr::NonNull;
+
 use engine_core::exit::ExitKind;
 use engine_core::{
-    CpuState, Error, Exit, ExitCounts, ExitReason, GuestPhys, Vcpu, kick::KickHandle,
+    CpuState, DeviceBus, Error, Exit, ExitCounts, ExitReason, GuestPhys, Vcpu, kick::KickHandle,
     tally::HostStat,
 };
 use engine_core::{Stepping, Supply};
@@ -13,14 +15,28 @@ use crate::{core::Cause, lower::Path, privileged::count, site::Homes};
 /// Source of what translated code counts by itself.
 const TRANSLATED_CODE: &str = "translated-code";
 
-impl Vcpu for BtVcpu {
-    fn run(&mut self) -> Result<Exit<'_>, Error> {
-        let stop = self.go()?;
+impl BtVcpu {
+    /// Runs the guest, and says what the run has ended with.
+    #[inline]
+    fn go_out(&mut self, bus: Option<NonNull<dyn DeviceBus>>) -> Result<Option<Exit<'_>>, Error> {
+        self.bus = bus;
+        let stop = self.go();
+        self.bus = None;
         self.core.shortcuts.priority_matters = 0;
         match stop {
-            Stop::Out { value, .. } => self.data = u64::from(value).to_le_bytes(),
-            Stop::In { .. } | Stop::Read { .. } => self.data = [0; 8],
-            Stop::InString { .. }
+            Ok(Stop::Port) => Ok(Some(self.port_exit())),
+            Ok(Stop::Answered) => Ok(None),
+            Ok(stop) => Ok(Some(self.exit(stop))),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn exit(&mut self, stop: Stop) -> Exit<'_> {
+        match stop {
+            Stop::Read { .. } => self.data = [0; 8],
+            Stop::Port
+            | Stop::Answered
+            | Stop::InString { .. }
             | Stop::OutString { .. }
             | Stop::Write { .. }
             | Stop::ReadMsr { .. }
@@ -33,17 +49,10 @@ impl Vcpu for BtVcpu {
             | Stop::Exception(_)
             | Stop::Internal(_) => {}
         }
-        Ok(match stop {
-            Stop::In { port, size } => Exit::PioIn {
-                port,
-                size,
-                data: &mut self.data[..usize::from(size)],
-            },
-            Stop::Out { port, size, .. } => Exit::PioOut {
-                port,
-                size,
-                data: &self.data[..usize::from(size)],
-            },
+        match stop {
+            Stop::Port => self.port_exit(),
+            // There is no exit to speak of.
+            Stop::Answered => Exit::Interrupted,
             Stop::InString { port, size } => Exit::PioIn {
                 port,
                 size,
@@ -82,7 +91,27 @@ impl Vcpu for BtVcpu {
                 message: format!("an exception that nobody intercepts: {fault:?}"),
             },
             Stop::Internal(message) => Exit::Internal { message },
-        })
+        }
+    }
+}
+
+impl Vcpu for BtVcpu {
+    fn run(&mut self) -> Result<Exit<'_>, Error> {
+        match self.go_out(None)? {
+            Some(exit) => Ok(exit),
+            None => Err(Error::Engine("an access that nobody has answered".into())),
+        }
+    }
+
+    fn run_on(&mut self, bus: &mut dyn DeviceBus) -> Result<Option<Exit<'_>>, Error> {
+        // SAFETY: only the lifetime changes, and it is forgotten before this returns.
+        let bus = unsafe {
+            std::mem::transmute::<NonNull<dyn DeviceBus + '_>, NonNull<dyn DeviceBus>>(
+                NonNull::from(bus),
+            )
+        };
+        // With others, the machine is anybody's while this one runs.
+        self.go_out(Some(bus).filter(|_| self.alone))
     }
 
     fn state(&self) -> Result<CpuState, Error> {

@@ -87,8 +87,8 @@ impl BtVcpu {
             }),
             Stop::Interrupted | Stop::Stepped => Ok(UserStop::Interrupted),
             Stop::Internal(message) => Err(Error::Engine(message)),
-            Stop::In { .. }
-            | Stop::Out { .. }
+            Stop::Port
+            | Stop::Answered
             | Stop::InString { .. }
             | Stop::OutString { .. }
             | Stop::Read { .. }

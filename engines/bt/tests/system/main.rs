@@ -11,6 +11,7 @@
 //! | `exceptions` | frames, stacks, error codes, double and triple faults |
 //! | `debug` | single steps, breakpoints, alignment checks |
 //! | `access` | access rights of pages, case by case against a model |
+//! | `ports` | devices that are at hand while translated code runs |
 //! | `paging` | accessed and dirty bits, permissions, invalidation |
 //! | `privilege` | rings, system registers, segments |
 //! | `transitions` | privilege changes and system registers that never leave translated code |
@@ -42,6 +43,7 @@ mod modified;
 mod narrow;
 mod nmi;
 mod paging;
+mod ports;
 mod privilege;
 mod protected;
 mod real;

@@ -15,7 +15,9 @@ use std::sync::Arc;
 
 use bt::{BtVcpu, Options};
 use engine_core::testing::assemble;
-use engine_core::{CpuState, DescriptorTable, Exit, GuestRam, Segment, Vcpu};
+use engine_core::{
+    After, CpuState, DescriptorTable, DeviceBus, Exit, GuestPhys, GuestRam, Segment, Vcpu,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::kernel::{Asm, Built};
@@ -67,6 +69,14 @@ pub(crate) struct Rig {
     ram: Arc<GuestRam>,
     /// State that each run starts from.
     pub(crate) state: CpuState,
+    pub(crate) devices: Devices,
+    /// The devices are at hand while the code runs, and say this after each access.
+    pub(crate) at_hand: Option<After>,
+}
+
+/// What is not RAM.
+#[derive(Default)]
+pub(crate) struct Devices {
     /// Ports written and what to, in the last run.
     pub(crate) written: Vec<(u16, u32)>,
     /// What every read of a device answers.
@@ -75,6 +85,60 @@ pub(crate) struct Rig {
     pub(crate) device_memory: Vec<u8>,
     /// Device accesses of the last run: write, address, bytes.
     pub(crate) accesses: Vec<(bool, u64, usize)>,
+    after: Option<After>,
+}
+
+impl Devices {
+    fn after(&self) -> After {
+        self.after.expect("asked only while at hand")
+    }
+}
+
+impl DeviceBus for Devices {
+    fn port_in(&mut self, _port: u16, data: &mut [u8]) -> After {
+        data.fill(self.device);
+        self.after()
+    }
+
+    fn port_out(&mut self, port: u16, data: &[u8]) -> After {
+        let mut value = [0; 4];
+        value[..data.len()].copy_from_slice(data);
+        self.written.push((port, u32::from_le_bytes(value)));
+        self.after()
+    }
+
+    fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8]) -> After {
+        self.accesses.push((false, addr.0, data.len()));
+        let at = addr.0.wrapping_sub(DEVICE) as usize;
+        match self.device_memory.get(at..at + data.len()) {
+            Some(memory) => data.copy_from_slice(memory),
+            None => data.fill(self.device),
+        }
+        self.after()
+    }
+
+    fn memory_write(&mut self, addr: GuestPhys, data: &[u8]) -> After {
+        self.accesses.push((true, addr.0, data.len()));
+        let at = addr.0.wrapping_sub(DEVICE) as usize;
+        if let Some(memory) = self.device_memory.get_mut(at..at + data.len()) {
+            memory.copy_from_slice(data);
+        }
+        self.after()
+    }
+}
+
+impl std::ops::Deref for Rig {
+    type Target = Devices;
+
+    fn deref(&self) -> &Devices {
+        &self.devices
+    }
+}
+
+impl std::ops::DerefMut for Rig {
+    fn deref_mut(&mut self) -> &mut Devices {
+        &mut self.devices
+    }
 }
 
 pub(crate) fn segment(selector: u16, base: u64, limit: u32, attributes: u16) -> Segment {
@@ -108,10 +172,8 @@ impl Rig {
             vcpu,
             ram,
             state: CpuState::default(),
-            written: Vec::new(),
-            device: 0,
-            device_memory: Vec::new(),
-            accesses: Vec::new(),
+            devices: Devices::default(),
+            at_hand: None,
         };
         for (index, entry) in [
             0,
@@ -298,10 +360,25 @@ impl Rig {
     pub(crate) fn go_on(&mut self) -> End {
         self.written.clear();
         self.accesses.clear();
+        let Rig {
+            vcpu,
+            devices,
+            at_hand,
+            ..
+        } = self;
         for _ in 0..100_000 {
-            match self.vcpu.run().expect("it runs") {
-                Exit::Hlt => {
-                    let state = self.vcpu.state().expect("a state");
+            devices.after = *at_hand;
+            let exit = match at_hand {
+                None => vcpu.run().map(Some),
+                Some(_) => vcpu.run_on(devices),
+            };
+            // What comes after an exit that has ended the run is of no concern.
+            devices.after = Some(After::Return);
+            match exit.expect("it runs") {
+                // A device has answered.
+                None => assert_eq!(*at_hand, Some(After::Return)),
+                Some(Exit::Hlt) => {
+                    let state = vcpu.state().expect("a state");
                     let at = if state.cr0 & 1 == 0 {
                         state.rip + state.segments[CpuState::CS].base
                     } else {
@@ -314,29 +391,18 @@ impl Rig {
                         _ => End::Halt,
                     };
                 }
-                Exit::Shutdown => return End::Shutdown,
-                Exit::PioOut { port, data, .. } => {
-                    let mut value = [0; 4];
-                    value[..data.len()].copy_from_slice(data);
-                    self.written.push((port, u32::from_le_bytes(value)));
+                Some(Exit::Shutdown) => return End::Shutdown,
+                Some(Exit::PioOut { port, data, .. }) => {
+                    let _ = devices.port_out(port, data);
                 }
-                Exit::PioIn { data, .. } => data.fill(self.device),
-                Exit::MmioRead { addr, data } => {
-                    self.accesses.push((false, addr.0, data.len()));
-                    let at = addr.0.wrapping_sub(DEVICE) as usize;
-                    match self.device_memory.get(at..at + data.len()) {
-                        Some(memory) => data.copy_from_slice(memory),
-                        None => data.fill(self.device),
-                    }
+                Some(Exit::PioIn { data, .. }) => data.fill(devices.device),
+                Some(Exit::MmioRead { addr, data }) => {
+                    let _ = devices.memory_read(addr, data);
                 }
-                Exit::MmioWrite { addr, data } => {
-                    self.accesses.push((true, addr.0, data.len()));
-                    let at = addr.0.wrapping_sub(DEVICE) as usize;
-                    if let Some(memory) = self.device_memory.get_mut(at..at + data.len()) {
-                        memory.copy_from_slice(data);
-                    }
+                Some(Exit::MmioWrite { addr, data }) => {
+                    let _ = devices.memory_write(addr, data);
                 }
-                Exit::Interrupted => {}
+                Some(Exit::Interrupted) => {}
                 other => panic!("{other:?}"),
             }
         }

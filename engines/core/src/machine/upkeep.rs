@@ -30,6 +30,12 @@ impl Machine {
             .filter(|found| found.0 != super::LAPIC)
     }
 
+    /// True if [`written`](Machine::written) would find something.
+    #[inline]
+    pub(crate) fn has_written(&self) -> bool {
+        self.write_log.as_ref().is_some_and(|log| log.has_any())
+    }
+
     /// Lets every device whose deadline has come go on, and the interrupt controllers take over
     /// what the lines say.
     pub(crate) fn advance(&mut self) {
@@ -119,5 +125,15 @@ impl Machine {
             self.held &= !bit;
             self.pump.rewatch(slot.into());
         }
+    }
+}
+
+/// Has `data` be what bytes that no device drives read as.
+#[inline]
+pub(super) fn undriven(data: &mut [u8]) {
+    match data {
+        // Most reads are this, and a call to fill a byte costs as much as the device.
+        [byte] => *byte = 0xff,
+        _ => data.fill(0xff),
     }
 }

@@ -7,6 +7,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | `inline` | exits that are answered before the engine's run ends |
 //! | `reach` | the machine is the thread's own, or behind a lock |
 //! | `rest` | what a thread does while its guest does nothing |
 //! | `crew` | several vCPUs |
@@ -26,6 +27,7 @@
 //! What this does not do: read a clock to measure anything, or know which engine runs the guest.
 
 mod crew;
+mod inline;
 mod reach;
 mod rest;
 #[cfg(test)]
@@ -39,6 +41,7 @@ use crate::devices::irqchip::VcpuThread;
 use crate::host::events::{Events, flag};
 use crate::{CpuState, Error, Exit, Machine, Vcpu};
 pub use crew::{Crew, Ended};
+use inline::Inline;
 use reach::{Reach, Sole};
 
 /// How long an interrupt can go unnoticed after its task priority was lowered without an exit.
@@ -230,14 +233,29 @@ impl<'a, const SHARED: bool> Run<'a, SHARED> {
                 machine = reach.hold();
                 continue;
             }
-            drop(machine);
-            let exit = self.vcpu.run()?;
-            machine = reach.hold();
-            machine.tally.exit(exit.reason());
-            let next = answer(&mut machine, exit);
-            if SHARED {
+            let next = if SHARED {
+                drop(machine);
+                // Answered where it lies: to read it whole just after it was written in parts would
+                // wait for the store buffer.
+                let mut exit = self.vcpu.run()?;
+                machine = reach.hold();
+                let next = answer(&mut machine, &mut exit);
                 machine.tally.publish(self.cpu, self.vcpu.counts());
-            }
+                next
+            } else {
+                let mut bus = Inline::new(&mut machine, &self.events, self.most_exits, self.look);
+                let mut left = self.vcpu.run_on(&mut bus);
+                if bus.answered() {
+                    self.polls = 0;
+                    self.naps = 0;
+                }
+                let next = bus.next();
+                match left {
+                    Err(error) => return Err(error),
+                    Ok(None) => next,
+                    Ok(Some(ref mut exit)) => answer(&mut machine, exit),
+                }
+            };
             match next {
                 Next::Continue => {
                     self.polls = 0;
@@ -415,16 +433,17 @@ impl<'a, const SHARED: bool> Run<'a, SHARED> {
     }
 }
 
-/// Answers one exit.
+/// Counts and answers one exit.
 #[inline]
-fn answer(machine: &mut Machine, exit: Exit<'_>) -> Next {
+fn answer(machine: &mut Machine, exit: &mut Exit<'_>) -> Next {
+    machine.tally.exit(exit.reason());
     let action = match exit {
-        Exit::PioIn { port, size, data } => machine.port_in(port, size, data),
-        Exit::PioOut { port, size, data } => machine.port_out(port, size, data),
-        Exit::MmioRead { addr, data } => machine.memory_read(addr, data),
-        Exit::MmioWrite { addr, data } => machine.memory_write(addr, data),
+        Exit::PioIn { port, size, data } => machine.port_in(*port, *size, data),
+        Exit::PioOut { port, size, data } => machine.port_out(*port, *size, data),
+        Exit::MmioRead { addr, data } => machine.memory_read(*addr, data),
+        Exit::MmioWrite { addr, data } => machine.memory_write(*addr, data),
         Exit::MsrRead { index, answer } => {
-            *answer = machine.read_msr(index);
+            **answer = machine.read_msr(*index);
             Action::None
         }
         Exit::MsrWrite {
@@ -433,13 +452,13 @@ fn answer(machine: &mut Machine, exit: Exit<'_>) -> Next {
             tsc,
             accepted,
         } => {
-            *accepted = machine.write_msr(index, value, tsc);
+            **accepted = machine.write_msr(*index, *value, *tsc);
             Action::None
         }
         Exit::Hlt => return Next::Halt,
         Exit::InterruptWindow | Exit::Interrupted | Exit::Stepped => Action::None,
         Exit::Shutdown => return crashed("triple fault".into()),
-        Exit::Internal { message } => return crashed(message),
+        Exit::Internal { message } => return crashed(std::mem::take(message)),
     };
     next(action)
 }
