@@ -23,7 +23,7 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 
 use crate::{
     arena::Arena,
-    checks::Outside,
+    checks::{Levels, Outside},
     decode::{self, Insn, Mode},
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
@@ -57,6 +57,9 @@ pub(crate) struct Block {
     pub code: u64,
     /// Host address to enter it at.
     pub entry: u64,
+    /// Host address to enter it at with registers at these levels.
+    pub inner_entry: u64,
+    pub needs: Levels,
     /// Host address for indirect branches of code that uses the window.
     pub checked_entry: Option<u64>,
     /// Host address for who comes with the flags in `Context::lazy_flags`.
@@ -317,6 +320,8 @@ impl Cache {
         let Lowered {
             code,
             entry,
+            inner_entry,
+            needs,
             lazy_entry,
             sites,
             marks,
@@ -332,6 +337,8 @@ impl Cache {
             second,
             code: self.next,
             entry: self.next + u64::from(*entry),
+            inner_entry: self.next + u64::from(*inner_entry),
+            needs: *needs,
             checked_entry: (*entry != 0).then_some(self.next),
             lazy_entry: self.next + u64::from(*lazy_entry),
             code_len: code.len() as u32,
@@ -380,12 +387,14 @@ impl Cache {
         found.misses = found.misses.saturating_add(1);
         found.missed.sum |= missed.sum;
         found.missed.tlb |= missed.tlb;
+        found.missed.head |= missed.head;
         if found.misses != MISSES || !found.alive {
             return;
         }
-        let outside = self.outside.entry(found.key).or_default();
-        outside.tlb |= found.missed.tlb | outside.sum & found.missed.sum;
-        outside.sum |= found.missed.sum;
+        self.outside
+            .entry(found.key)
+            .or_default()
+            .fail(found.missed);
         self.discard(block, arena, mmu);
     }
 
@@ -405,7 +414,7 @@ impl Cache {
     pub(crate) fn link(&mut self, site: usize, target: u32, arena: &Arena) -> bool {
         let Site {
             block: source,
-            kind: Kind::Direct { patch, .. },
+            kind: Kind::Direct { patch, known, .. },
             ..
         } = self.sites[site]
         else {
@@ -421,7 +430,12 @@ impl Cache {
         let same_page = from.second.is_none()
             && from.key.virt >> 12 == to.key.virt >> 12
             && from.key.phys >> 12 == to.key.phys >> 12;
-        let rel = to.entry.wrapping_sub(patch + 4) as i32;
+        let entry = if known.cover(to.needs) {
+            to.inner_entry
+        } else {
+            to.entry
+        };
+        let rel = entry.wrapping_sub(patch + 4) as i32;
         arena.write_code(patch, &rel.to_le_bytes());
         self.blocks[target as usize].incoming.push(site as u32);
         if !same_page {

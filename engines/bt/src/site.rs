@@ -6,6 +6,7 @@
 //! is, where to go on.
 
 use crate::{
+    checks::{Levels, Outside},
     context::{Context, flags_from_lazy},
     fault::Fault,
 };
@@ -45,14 +46,19 @@ impl Homes {
 pub(crate) enum Kind {
     /// An access missed the software TLB; phase 1 is a bounced access that has to be written back.
     Memory(Slow),
-    /// A register is too large for the window: `steps` instructions are executed one by one, of
-    /// which those in `users` relied on it.
-    Outside { steps: u16, users: u64 },
+    /// A register is too large for the window: `steps` instructions are executed one by one.
+    /// `missed` says who relied on it.
+    Outside { steps: u16, missed: Outside },
     /// A lookup for several accesses missed.
     Group(Shared),
     /// A direct branch that isn't linked yet: `patch` is the address of its rel32.
-    /// `stub` is what the rel32 leads to until then.
-    Direct { target: u64, patch: u64, stub: u64 },
+    /// `stub` is what the rel32 leads to until then, `known` what holds of the registers here.
+    Direct {
+        target: u64,
+        patch: u64,
+        stub: u64,
+        known: Levels,
+    },
     /// An indirect branch whose target (`Context::target`) isn't in the jump cache. RSP has moved
     /// by `rsp`, which is taken back should the target not be canonical.
     Indirect { rsp: i32 },

@@ -541,8 +541,8 @@ impl BtVcpu {
                 done: 0,
                 step: 0,
             }),
-            Kind::Outside { steps, users } => {
-                self.outside(site, steps, users);
+            Kind::Outside { steps, missed } => {
+                self.outside(site, steps, missed);
                 Ok(())
             }
             Kind::Group(shared) => {

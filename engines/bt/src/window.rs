@@ -10,18 +10,21 @@
 //! ```text
 //! base - GUARD   nothing
 //! base           SIZE: address a of the guest is at base + a
-//! base + SIZE    nothing, as far as an index may reach (INDEX_LIMIT * 8), and GUARD
+//! base + SIZE    nothing, for another GUARD
 //! ```
 //!
 //! # Why nothing else is in reach
 //!
 //! A memory operand is `base + index * scale + displacement`. Translated code compares a register
-//! before it serves as base (below [`SIZE`]) or as index (below [`INDEX_LIMIT`]), and may use it
-//! again while it has changed by less than [`SLACK`] since. The displacement is a signed 32-bit
-//! number and no access is longer than 64 bytes. So the sum lies between `-(2^31 + SLACK)` and
-//! `SIZE + 8 * (INDEX_LIMIT + SLACK) + SLACK + 2^31 + 64`: in the reservation, where there is guest
-//! RAM that ring 3 may reach, or a fault. Operands with 32-bit address size need no comparison: the
-//! processor cuts their sum. See [`crate::checks`], which decides what is compared where.
+//! before it serves as base (below [`SIZE`]) or as index (below [`INDEX_LIMIT`]); or it knows where the
+//! register is from what it did: an access that has not faulted was at an address below [`SIZE`], so
+//! its base and its index are not far from that, and close to it while they move by constants. Known
+//! that way, a base lies between `-`[`REACH`] and [`SIZE`]` + `[`REACH`], an index between `-`[`REACH`]
+//! and [`REACH`] unless its scale is 1, either [`MARGIN`] more at an access. The displacement is a signed 32-bit number and no
+//! access is longer than 64 bytes. So the sum lies between `-(9 * (REACH + MARGIN) + 2^31)` and `SIZE +
+//! 9 * (REACH + MARGIN) + 2^31 + 64`: in the reservation, where there is guest RAM that ring 3 may
+//! reach, or a fault. Operands with 32-bit address size need no comparison: the processor cuts their
+//! sum. See [`crate::checks`], which decides what is compared where.
 //!
 //! # Coherence
 //!
@@ -45,18 +48,26 @@ use std::{cell::Cell, collections::BTreeMap, io, ptr};
 use crate::tlb::Span;
 
 /// Guest addresses from 0 that the window shows.
-pub(crate) const SIZE: u64 = 1 << 40;
+pub(crate) const SIZE: u64 = 1 << 39;
 /// An index register has to be below this.
-pub(crate) const INDEX_LIMIT: u64 = 1 << 37;
-/// How far a register may move after its comparison.
+pub(crate) const INDEX_LIMIT: u64 = 1 << 36;
+/// How far outside a register may be that is known from what was accessed through it.
+pub(crate) const REACH: i64 = 12 << 34;
+/// How much farther, at an access.
+pub(crate) const MARGIN: i64 = 1 << 30;
+/// How far a register may move in one step, and RSP where blocks meet.
 pub(crate) const SLACK: u64 = 1 << 24;
 /// Longest access that goes through the window.
 pub(crate) const LONGEST: u32 = 64;
-const GUARD: u64 = 4 << 30;
-const RESERVED: u64 = GUARD + SIZE + 8 * INDEX_LIMIT + GUARD;
+const GUARD: u64 = 9 * (REACH + MARGIN) as u64 + (1 << 31) + 4096;
+const RESERVED: u64 = SIZE + 2 * GUARD;
 
-const _: () = assert!(GUARD > (1 << 31) + SLACK);
-const _: () = assert!(GUARD > (1 << 31) + 9 * SLACK + LONGEST as u64);
+const _: () = assert!(GUARD.is_multiple_of(4096));
+// An access with an index that is scaled by 4 shows that the index is within reach, with room to move on.
+const _: () = assert!((SIZE as i64 + REACH + MARGIN + (1 << 31)) / 4 + MARGIN < REACH);
+// So does one at scale 1 for any register as index.
+const _: () = assert!(2 * (SIZE as i64 + REACH + MARGIN) <= SIZE as i64 + 9 * REACH);
+const _: () = assert!(INDEX_LIMIT < REACH as u64 && SLACK < MARGIN as u64);
 
 /// Extents beyond which all are dropped: each may be a mapping of the host's, of which a process
 /// has 65,530 by default.

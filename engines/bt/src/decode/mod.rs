@@ -201,6 +201,8 @@ pub(crate) struct Memory {
     pub size: u32,
     pub read: bool,
     pub write: bool,
+    /// The instruction has done its access when it has not faulted, whatever its other operands are.
+    pub certain: bool,
     /// #GP unless the address is a multiple of this (1, 16 or 32); this comes before any page
     /// fault.
     pub alignment: u8,
@@ -362,6 +364,10 @@ fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactor
             size: used.memory_size().size() as u32,
             read,
             write,
+            certain: matches!(
+                used.access(),
+                OpAccess::Read | OpAccess::Write | OpAccess::ReadWrite
+            ),
             alignment: alignment(&instr),
         });
     }

@@ -19,6 +19,7 @@ use std::mem::offset_of;
 
 use super::{Cold, Lower, Path, contract};
 use crate::{
+    checks::Levels,
     context::Context,
     cpu::Bits,
     decode::{Class, Insn},
@@ -47,7 +48,8 @@ impl Lower<'_> {
         // Either way: exactly one of two ways is taken.
         self.count(Path::Direct);
         let condition = condition(&insn.instr).ok_or("no condition")?;
-        self.linked(&[0x0f, 0x80 | condition], insn.instr.ip(), target);
+        let known = self.checks.taken[self.at];
+        self.linked(&[0x0f, 0x80 | condition], insn.instr.ip(), target, known);
         Ok(())
     }
 
@@ -92,7 +94,8 @@ impl Lower<'_> {
         }
         // Taken: over the short jump that skips the linked one.
         self.asm.extend([opcode, 2, 0xeb, 5]);
-        self.linked(&[0xe9], insn.instr.ip(), target);
+        let known = self.checks.end;
+        self.linked(&[0xe9], insn.instr.ip(), target, known);
         self.direct(insn.instr.ip(), insn.instr.next_ip());
         Ok(())
     }
@@ -220,10 +223,11 @@ impl Lower<'_> {
     /// Jumps to `target`, linked when it is known.
     pub(super) fn direct(&mut self, ip: u64, target: u64) {
         let target = self.wrap(target);
-        self.linked(&[0xe9], ip, target);
+        let known = self.checks.end;
+        self.linked(&[0xe9], ip, target, known);
     }
 
-    fn linked(&mut self, opcode: &[u8], ip: u64, target: u64) {
+    fn linked(&mut self, opcode: &[u8], ip: u64, target: u64, known: Levels) {
         self.asm.extend(opcode);
         let patch = self.position();
         self.asm.push_i32(0);
@@ -231,6 +235,7 @@ impl Lower<'_> {
             target,
             patch: self.address(patch),
             stub: 0,
+            known,
         };
         let site = self.add_site(ip, kind);
         self.cold.push(Cold::Direct { site, patch });

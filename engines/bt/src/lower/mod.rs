@@ -45,7 +45,7 @@ use std::mem::offset_of;
 
 use crate::{
     arena::Arena,
-    checks::{self, Checks, Outside},
+    checks::{self, Checks, Levels, Outside},
     context::Context,
     cpu::Bits,
     decode::{Class, Decoded, Insn, Mode},
@@ -138,6 +138,9 @@ pub(crate) struct Lowered {
     pub code: Vec<u8>,
     /// Offset of the entry for who has everything in place; before it, if not at 0, is the checked one.
     pub entry: u32,
+    /// Offset of the entry for who has everything in place and its registers at least at these levels.
+    pub inner_entry: u32,
+    pub needs: Levels,
     /// Offset of the entry for who has the flags in `Context::lazy_flags`.
     pub lazy_entry: u32,
     pub sites: Vec<Site>,
@@ -278,6 +281,11 @@ pub(crate) fn lower(
     };
     lower.checked_entry(ip);
     let entry = lower.position() as u32;
+    if let Some(first) = decoded.insns.first() {
+        lower.compare_head(first);
+    }
+    let inner_entry = lower.position() as u32;
+    let needs = lower.checks.needs;
     let mut seen = 0;
     lower.upcoming.resize(decoded.insns.len(), 0);
     for (slot, insn) in lower.upcoming.iter_mut().zip(&decoded.insns).rev() {
@@ -307,7 +315,10 @@ pub(crate) fn lower(
             lower.count(Path::Direct);
         }
         if lower.checks.lost {
-            let kind = Kind::Outside { steps: 0, users: 0 };
+            let kind = Kind::Outside {
+                steps: 0,
+                missed: Outside::default(),
+            };
             lower.exit(last.instr.next_ip(), kind);
         } else {
             lower.direct(last.instr.ip(), last.instr.next_ip());
@@ -321,6 +332,8 @@ pub(crate) fn lower(
     let lazy_entry = if live { lower.lazy_entry(entry) } else { entry };
     *lowered = Lowered {
         entry,
+        inner_entry,
+        needs,
         lazy_entry,
         code: lower.asm.finalize(),
         sites: lower.sites,

@@ -18,7 +18,7 @@ use std::mem::offset_of;
 
 use super::{Cold, Lower, Path, gpr64, memory::Address, memory::whole_operand, memory_operand};
 use crate::{
-    checks::{Route, constant},
+    checks::{Outside, Route, constant},
     context::Context,
     cpu::Bits,
     decode::{Class, Insn},
@@ -42,9 +42,63 @@ impl Lower<'_> {
             self.need(1 << check.register);
             let kind = Kind::Outside {
                 steps: check.steps,
-                users: check.users,
+                missed: Outside {
+                    sum: check.users,
+                    ..Outside::default()
+                },
             };
             self.limit(insn, check.register, check.index, kind);
+        }
+    }
+
+    /// Emits the comparisons at the block's head, and room up to where a loop starts.
+    pub(super) fn compare_head(&mut self, first: &Insn) {
+        let checks = std::mem::take(&mut self.checks.head);
+        let keep_flags = first.live_in != 0 && !checks.is_empty();
+        if keep_flags {
+            self.save_flags(0);
+        }
+        for check in checks {
+            self.need(1 << check.register);
+            let kind = Kind::Outside {
+                steps: check.steps,
+                missed: Outside {
+                    head: check.users,
+                    ..Outside::default()
+                },
+            };
+            self.limit(first, check.register, check.index, kind);
+        }
+        if keep_flags {
+            self.restore_flags(0);
+            self.settle_registers();
+        }
+        if self.checks.repeats {
+            self.align();
+        }
+    }
+
+    /// Fills up to an address at which the host's processor likes to start: it fetches and keeps decoded
+    /// instructions by lines.
+    fn align(&mut self) {
+        const LINE: u64 = 32;
+        const NOPS: [&[u8]; 9] = [
+            b"\x90",
+            b"\x66\x90",
+            b"\x0f\x1f\x00",
+            b"\x0f\x1f\x40\x00",
+            b"\x0f\x1f\x44\x00\x00",
+            b"\x66\x0f\x1f\x44\x00\x00",
+            b"\x0f\x1f\x80\x00\x00\x00\x00",
+            b"\x0f\x1f\x84\x00\x00\x00\x00\x00",
+            b"\x66\x0f\x1f\x84\x00\x00\x00\x00\x00",
+        ];
+        let here = self.address(self.position());
+        let mut missing = (here.next_multiple_of(LINE) - here) as usize;
+        while missing != 0 {
+            let nop = NOPS[missing.min(NOPS.len()) - 1];
+            self.asm.extend(nop);
+            missing -= nop.len();
         }
     }
 
@@ -80,7 +134,10 @@ impl Lower<'_> {
             self.address_into(Address::Operand(&insn.instr, 0), register, register, 0)?;
             let kind = Kind::Outside {
                 steps: 1,
-                users: 1 << self.at,
+                missed: Outside {
+                    sum: 1 << self.at,
+                    ..Outside::default()
+                },
             };
             self.limit(insn, register, false, kind);
             instr.set_memory_base(gpr64(register));

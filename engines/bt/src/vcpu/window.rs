@@ -49,19 +49,14 @@ impl BtVcpu {
     }
 
     /// A register was too large for the window.
-    pub(super) fn outside(&mut self, site: Site, steps: u16, users: u64) {
+    pub(super) fn outside(&mut self, site: Site, steps: u16, missed: Outside) {
         self.settle(site.homes, site.ip);
         self.steps = steps;
         self.counts.add(ExitReason::WindowMiss);
-        if users == 0 {
-            return;
+        if missed != Outside::default() {
+            self.cache
+                .miss(site.block, missed, &self.arena, &self.core.mmu);
         }
-        let missed = Outside {
-            sum: users,
-            ..Outside::default()
-        };
-        self.cache
-            .miss(site.block, missed, &self.arena, &self.core.mmu);
     }
 
     /// The software TLB missed: a sign of life of code that may be waiting for the window.

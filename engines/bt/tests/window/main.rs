@@ -4,22 +4,27 @@
 //! its guards, and at those where this process has its own memory, as they are and as the window would
 //! have to be given them. Ring 0 and code without the window are tried in `system/limits.rs`.
 
+mod canaries;
+mod loops;
+
 use std::time::Duration;
 
 use bt::UserStop;
 use bt::insn::{Bench, Case, End};
+use canaries::{CANARY, Canaries};
 use engine_core::{ExitReason, Vcpu};
 
-const SIZE: u64 = 1 << 40;
-const INDEX_LIMIT: u64 = 1 << 37;
-const GUARD: u64 = 4 << 30;
+const SIZE: u64 = 1 << 39;
+const INDEX_LIMIT: u64 = 1 << 36;
+const REACH: u64 = 12 << 34;
+/// Of what is reserved on either side.
+const GUARD: u64 = 9 * (REACH + (1 << 30)) + (1 << 31) + 4096;
 /// Where the code is; nothing else is mapped.
 const LOAD: u64 = 0x1_0000;
 /// A mapped page, for forms that need a good access before the wild one.
 const GOOD: u64 = 0x20_0000;
 /// Where the bench keeps its descriptor tables, present but not for ring 3.
 const KERNEL: u64 = 0xffff_fe00_0000_0000;
-const CANARY: u64 = 0x5aa5_c33c_9669_f00f;
 
 /// What an access does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,64 +168,6 @@ fn expected(kind: Kind, address: u64) -> Option<(u8, Option<u32>, Option<u64>)> 
     Some((14, Some(4 | u32::from(write) << 1), Some(address)))
 }
 
-struct Canaries {
-    boxed: Box<[u64; 512]>,
-    mapped: *mut u64,
-}
-
-static mut STATIC: u64 = CANARY;
-
-impl Canaries {
-    fn new() -> Canaries {
-        // SAFETY: a fresh anonymous mapping.
-        let mapped = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                4096,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        assert_ne!(mapped, libc::MAP_FAILED);
-        let mapped = mapped.cast::<u64>();
-        // SAFETY: inside the mapping.
-        unsafe { std::slice::from_raw_parts_mut(mapped, 512).fill(CANARY) };
-        Canaries {
-            boxed: Box::new([CANARY; 512]),
-            mapped,
-        }
-    }
-
-    fn addresses(&self) -> [u64; 3] {
-        [
-            &raw const self.boxed[200] as u64,
-            self.mapped as u64 + 800,
-            &raw const STATIC as u64,
-        ]
-    }
-
-    fn intact(&self) -> bool {
-        // SAFETY: inside the mapping, and a static that nobody else uses.
-        let (mapped, fixed) = unsafe {
-            (
-                std::slice::from_raw_parts(self.mapped, 512),
-                (&raw const STATIC).read_volatile(),
-            )
-        };
-        let boxed = std::hint::black_box(&*self.boxed);
-        boxed.iter().chain(mapped).all(|&word| word == CANARY) && fixed == CANARY
-    }
-}
-
-impl Drop for Canaries {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own.
-        unsafe { libc::munmap(self.mapped.cast(), 4096) };
-    }
-}
-
 fn case(address: u64, code: &[u8]) -> Case {
     let mut bytes = vec![0x48, 0xbb];
     bytes.extend(address.to_le_bytes());
@@ -309,7 +256,13 @@ fn wild_addresses_reach_nothing_through_the_window() {
         SIZE,
         INDEX_LIMIT,
         SIZE + 8 * INDEX_LIMIT,
-        SIZE + 8 * INDEX_LIMIT + GUARD,
+        SIZE + GUARD,
+        REACH,
+        REACH.wrapping_neg(),
+        SIZE + REACH,
+        8 * REACH,
+        (8 * REACH).wrapping_neg(),
+        1 << 40,
         GUARD.wrapping_neg(),
         GUARD,
         1 << 31,
