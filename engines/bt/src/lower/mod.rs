@@ -24,7 +24,7 @@
 //! exact registers. Arithmetic flags are exact if anything reads them before they are
 //! overwritten; flags that are dead may be scratch in the frame that an exception pushes.
 //!
-//! One file per family: `memory` (operands), `window` (operands there), `stack`, `branch`,
+//! One file per family: `memory` (operands), `window` (operands there), `stack`, `strings`, `branch`,
 //! `privileged`;
 //! `registers` what is borrowed meanwhile, `count` runs that count.
 
@@ -34,6 +34,7 @@ mod memory;
 mod privileged;
 mod registers;
 mod stack;
+mod strings;
 mod window;
 
 pub(crate) use count::Path;
@@ -194,6 +195,7 @@ pub(crate) struct Lower<'a> {
 /// Code to be placed after the block's straight line.
 enum Cold {
     Memory(memory::Pending),
+    String(strings::More),
     Group {
         site: usize,
         miss: usize,
@@ -561,6 +563,7 @@ impl Lower<'_> {
         for cold in colds.drain(..) {
             match cold {
                 Cold::Memory(pending) => self.cold_memory(pending),
+                Cold::String(more) => self.cold_string(more),
                 Cold::Group {
                     site,
                     miss,

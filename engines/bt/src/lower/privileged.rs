@@ -12,7 +12,7 @@ use std::mem::offset_of;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
-use super::{Cold, Lower, memory::Address, stack::Source};
+use super::{Cold, Lower, memory::Address, stack::Source, strings};
 use crate::{
     context::Context,
     cpu::{Bits, Cpu, FLAG_AC, FLAG_ID, FLAG_IOPL, FLAG_NT, FLAG_TF, Seg},
@@ -29,6 +29,10 @@ pub(crate) fn inline(instr: &Instruction, mode: Mode) -> bool {
         return false;
     }
     match instr.code() {
+        _ if strings::inline(instr) => true,
+        Code::Rdtscp => mode.tsc,
+        Code::Rdpid_r64 => true,
+        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg => instr.op0_kind() == OpKind::Register,
         Code::Cpuid | Code::Pushfq => true,
         // Whether it is allowed is asked each time.
         _ if matches!(instr.mnemonic(), Mnemonic::In | Mnemonic::Out) => true,
@@ -85,6 +89,15 @@ impl Lower<'_> {
                 self.swap_bases(insn);
                 Ok(())
             }
+            Code::Rdtscp | Code::Rdpid_r64 => {
+                self.read_processor(insn);
+                Ok(())
+            }
+            Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg => {
+                self.read_selector(insn);
+                Ok(())
+            }
+            _ if strings::inline(&insn.instr) => self.string(insn),
             Code::Mov_r64_cr => self.read_control(insn),
             Code::Mov_cr_r64 => {
                 self.write_control(insn);
@@ -95,7 +108,7 @@ impl Lower<'_> {
     }
 
     /// Leaves for the runtime, which executes `insn`, if `condition` (as jcc encodes it) holds.
-    fn unless(&mut self, insn: &Insn, condition: u8) {
+    pub(super) fn unless(&mut self, insn: &Insn, condition: u8) {
         let index = (self.first_system + self.system.len()) as u32;
         self.system.push(insn.instr);
         self.asm.extend([0x0f, 0x80 | condition]);
@@ -106,7 +119,7 @@ impl Lower<'_> {
     }
 
     /// Makes the host's flags free for use.
-    fn free_flags(&mut self, insn: &Insn, busy: u16) {
+    pub(super) fn free_flags(&mut self, insn: &Insn, busy: u16) {
         if insn.live_in != 0 && !self.homes.lazy {
             self.save_flags(busy);
             self.need(insn.reads);
@@ -230,6 +243,29 @@ impl Lower<'_> {
             );
         }
         Ok(())
+    }
+
+    /// rdtscp and rdpid: what tells a thread which processor it runs on.
+    fn read_processor(&mut self, insn: &Insn) {
+        let aux = self.cpu(offset_of!(Cpu, tsc_aux));
+        if insn.instr.code() == Code::Rdtscp {
+            // rdtscp waits for what is before it (SDM 2B); its register is the host's.
+            dynasm!(self.asm ; .arch x64 ; lfence ; rdtsc ; mov ecx, [aux]);
+        } else {
+            let number = insn.instr.op0_register().number() as u8;
+            dynasm!(self.asm ; .arch x64 ; mov Rd(number), [aux]);
+        }
+        self.homes.spilled &= !insn.writes;
+    }
+
+    fn read_selector(&mut self, insn: &Insn) {
+        let segment = insn.instr.op1_register().number();
+        let at = size_of::<engine_core::Segment>() * segment
+            + offset_of!(engine_core::Segment, selector);
+        let slot = self.cpu(offset_of!(Cpu, segments) + at);
+        let number = insn.instr.op0_register().number() as u8;
+        dynasm!(self.asm ; .arch x64 ; movzx Rd(number), WORD [slot]);
+        self.homes.spilled &= !insn.writes;
     }
 
     fn swap_bases(&mut self, insn: &Insn) {

@@ -361,6 +361,7 @@ impl Core {
                 self.watch(low, bytes as u64, false);
                 let page = self.mmu.walk(&self.cpu, from, Access::Read, self.user())?;
                 let source = self.mmu.host(page.phys | low & 0xfff, bytes as u64);
+                self.mmu.fill(from, page, Access::Read, self.user());
                 let (low, bytes) = Self::span(form, to, run);
                 self.watch(low, bytes as u64, true);
                 let target = self.writable(to, low, bytes)?;
@@ -567,7 +568,8 @@ impl Core {
         let user = self.user();
         let page = self.mmu.walk(&self.cpu, first, Access::Write, user)?;
         let phys = page.phys | low & 0xfff;
-        if !self.mmu.claim(phys) {
+        // The next string there is translated code's affair alone, unless this can't be.
+        if !self.mmu.fill(first, page, Access::Write, user) && !self.mmu.claim(phys) {
             self.code_writes.push((phys, bytes as u64));
         }
         Ok(self.mmu.host(phys, bytes as u64))

@@ -18,6 +18,7 @@
 //! | `code` | self-modifying and remapped code, instructions across pages |
 //! | `stores` | every kind of store into code |
 //! | `modified` | code written by strings, frames, page walks and devices, and data that becomes code |
+//! | `strings` | movs and stos that translated code does by itself |
 //! | `memory` | strings, device memory, ports, locked operations, SSE state |
 //! | `interrupts` | timer, windows and shadows, task priority, kicks |
 //! | `state` | what the engine shows of itself, and takes back |
@@ -53,5 +54,6 @@ mod rig;
 mod run;
 mod state;
 mod stores;
+mod strings;
 mod tasks;
 mod transitions;
