@@ -6,8 +6,8 @@
 //! +WINDOW         interrupt window page           rw, or nothing while one is waited for
 //! +PRIVILEGED     system registers                rw
 //! +TLB            4 software TLBs (see tlb.rs)    rw
-//! +JUMP           2 jump caches (see tlb.rs)      rw
-//! +TARGETS        table of indirect branches (see dispatch.rs)   rw
+//! +JUMP           4 jump caches (see tlb.rs)      rw
+//! +TARGETS        2 tables of indirect branches (see dispatch.rs)   rw
 //! +CODE           code cache                      rx   (the same pages are rw at `writable`)
 //! ```
 //!
@@ -20,7 +20,7 @@ use crate::{
     context::Context,
     dispatch::TARGET_BYTES,
     privileged::Privileged,
-    tlb::{JUMP_BYTES, TLB_BYTES},
+    tlb::{BANKS, JUMP_BYTES, TLB_BYTES},
 };
 
 const PAGE: usize = 4096;
@@ -31,8 +31,8 @@ pub(crate) const WINDOW: usize = 2 * PAGE;
 const PRIVILEGED: usize = 3 * PAGE;
 const TLB: usize = 5 * PAGE;
 const JUMP: usize = TLB + 4 * TLB_BYTES;
-const TARGETS: usize = JUMP + 2 * JUMP_BYTES;
-const CODE: usize = TARGETS + TARGET_BYTES;
+const TARGETS: usize = JUMP + 2 * BANKS * JUMP_BYTES;
+const CODE: usize = TARGETS + BANKS * TARGET_BYTES;
 
 const _: () = assert!(size_of::<Context>() <= PAGE);
 const _: () = assert!(size_of::<Privileged>() <= TLB - PRIVILEGED);
@@ -142,14 +142,14 @@ impl Arena {
         self.base + TLB + index * TLB_BYTES
     }
 
-    /// Address of jump cache `index`.
+    /// Address of jump cache `index` (see [`jump_index`](crate::tlb::jump_index)).
     pub(crate) fn jump(&self, index: usize) -> usize {
         self.base + JUMP + index * JUMP_BYTES
     }
 
-    /// Address of the table of indirect branches.
-    pub(crate) fn targets(&self) -> usize {
-        self.base + TARGETS
+    /// Address of a bank's table of indirect branches.
+    pub(crate) fn targets(&self, bank: usize) -> usize {
+        self.base + TARGETS + bank * TARGET_BYTES
     }
 
     /// Where the code cache executes.

@@ -29,7 +29,7 @@ use crate::{
     mmu::Mmu,
     pages::Set,
     site::{Homes, Kind, Mark, Port, Site},
-    tlb::{Pages, Span},
+    tlb::Span,
 };
 
 /// What a block is known by.
@@ -44,7 +44,10 @@ impl Hash for Key {
     /// Few modes are in use at once: the common difference between them is enough.
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.virt ^ self.phys.rotate_left(24));
-        state.write_u8(u8::from(self.mode.user) | u8::from(self.mode.single) << 1);
+        let Mode {
+            user, single, bank, ..
+        } = self.mode;
+        state.write_u8(u8::from(user) | u8::from(single) << 1 | bank << 2);
     }
 }
 
@@ -108,8 +111,10 @@ type Map<K, V> = HashMap<K, V, BuildHasherDefault<Mix>>;
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Dropped {
     Span(Span),
-    /// Ring 3's code.
-    User,
+    /// Ring 3's code in a bank.
+    User(usize),
+    /// A bank's code.
+    Bank(usize),
     All,
 }
 
@@ -146,10 +151,8 @@ pub(crate) struct Cache {
     apart: HashSet<Key, BuildHasherDefault<Mix>>,
     /// Accesses of blocks that go around the window, because it wasn't for them.
     outside: Map<Key, Outside>,
-    /// Linked sites whose target lies in another page.
-    across: Vec<u32>,
-    /// The pages of those targets.
-    across_pages: Pages,
+    /// Linked sites whose target lies in another page, by the number of that page.
+    across: Map<u64, Vec<u32>>,
     encoder: Encoder,
     /// Buffers of the block before, empty or overwritten.
     lowered: Lowered,
@@ -178,8 +181,7 @@ impl Cache {
             by_page: Map::default(),
             apart: HashSet::default(),
             outside: Map::default(),
-            across: Vec::new(),
-            across_pages: Pages::default(),
+            across: Map::default(),
             encoder: Encoder::new(64),
             lowered: Lowered::default(),
             insns: Vec::new(),
@@ -439,8 +441,8 @@ impl Cache {
         arena.write_code(patch, &rel.to_le_bytes());
         self.blocks[target as usize].incoming.push(site as u32);
         if !same_page {
-            self.across.push(site as u32);
-            self.across_pages.add(self.blocks[target as usize].key.virt);
+            let page = self.blocks[target as usize].key.virt >> 12;
+            self.across.entry(page).or_default().push(site as u32);
         }
         true
     }
@@ -468,34 +470,35 @@ impl Cache {
 
     /// Undoes links between pages, to targets that may map elsewhere.
     pub(crate) fn unlink_across(&mut self, dropped: Dropped, arena: &Arena) {
-        let spared = match dropped {
-            Dropped::Span(span) => span.bytes == 4096 && !self.across_pages.may_hold(span.start),
-            Dropped::User | Dropped::All => false,
-        };
-        if self.across.is_empty() || spared {
-            return;
-        }
-        if matches!(dropped, Dropped::All) {
-            self.across_pages.clear();
-        }
         let mut across = std::mem::take(&mut self.across);
-        across.retain(|&site| {
-            let Site { block, kind, .. } = self.sites[site as usize];
-            let Kind::Direct { target, .. } = kind else {
-                return false;
-            };
-            // A target is an offset in CS, and an address only if that is flat.
-            let mode = self.blocks[block as usize].key.mode;
-            let stays = match dropped {
-                Dropped::Span(span) => mode.flat && !span.contains(target),
-                Dropped::User => !mode.user,
-                Dropped::All => false,
-            };
-            if !stays {
-                self.unlink(site, arena);
+        match dropped {
+            // The usual case: one bucket at most.
+            Dropped::Span(span) if span.bytes == 4096 => {
+                let gone = across.remove(&(span.start >> 12)).unwrap_or_default();
+                gone.iter().for_each(|&site| self.unlink(site, arena));
             }
-            stays
-        });
+            Dropped::Span(_) | Dropped::User(_) | Dropped::Bank(_) | Dropped::All => {
+                across.retain(|&page, sites| {
+                    sites.retain(|&site| {
+                        let mode = self.blocks[self.sites[site as usize].block as usize]
+                            .key
+                            .mode;
+                        let bank = usize::from(mode.bank);
+                        let stays = match dropped {
+                            Dropped::Span(span) => !span.contains(page << 12),
+                            Dropped::User(dropped) => !mode.user || bank != dropped,
+                            Dropped::Bank(dropped) => bank != dropped,
+                            Dropped::All => false,
+                        };
+                        if !stays {
+                            self.unlink(site, arena);
+                        }
+                        stays
+                    });
+                    !sites.is_empty()
+                });
+            }
+        }
         self.across = across;
     }
 

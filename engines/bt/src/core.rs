@@ -21,7 +21,7 @@ use crate::{
     privileged::{Leaf, Placed, Shortcuts},
     site::Homes,
     system::{self, Debugging, Nmi},
-    tlb::Span,
+    tlb::{BANKS, Span, jump_index},
     vm::Vm,
 };
 
@@ -36,9 +36,11 @@ pub(crate) struct Core {
     pub flushed: Flushed,
     /// What [`Core::mode`] said last of privileged and of user code, and for which
     /// [`Core::mode_key`], until something else that it depends on changes.
-    modes: [Option<(u64, Mode)>; 2],
+    modes: [Option<(u64, Mode)>; 2 * BANKS],
     /// Numbers of those: no two modes that may differ have the same.
-    serials: [u64; 2],
+    serials: [u64; 2 * BANKS],
+    /// [`Shortcuts::enabled`] and the limit of RSP as the other bank left them.
+    parked: [Option<(u32, u64)>; BANKS],
     /// The window was closed when modes were last thought of.
     window_waits: bool,
     /// Code of ring 0 and of ring 3 has used vector registers: see [`Mode::vectors`].
@@ -63,8 +65,10 @@ pub(crate) enum Flushed {
     #[default]
     Nothing,
     Page(Span),
-    /// All of ring 3's code.
-    User,
+    /// All of ring 3's code in a bank.
+    User(usize),
+    /// A bank's code.
+    Bank(usize),
     Everything,
 }
 
@@ -103,8 +107,9 @@ impl Core {
             mmu: unsafe { Mmu::new(ram, arena, vm, place.id.into()) },
             rip: 0,
             flushed: Flushed::Nothing,
-            modes: [None; 2],
-            serials: [0; 2],
+            modes: [None; 2 * BANKS],
+            serials: [0; 2 * BANKS],
+            parked: [None; BANKS],
             settled: false,
             vectors: [false; 2],
             window_waits: false,
@@ -254,16 +259,19 @@ impl Core {
     /// What translation depends on, now.
     pub(crate) fn mode(&mut self) -> Mode {
         let key = self.mode_key();
-        let user = usize::from(self.user());
-        if let Some((known, mode)) = self.modes[user]
+        let index = self.jumps();
+        if let Some((known, mode)) = self.modes[index]
             && known == key
         {
             return mode;
         }
-        let window = user == 1 && self.mmu.window.ready();
+        let window = self.user() && self.mmu.window.ready();
         let mode = self.mode_of(&self.cpu, window);
-        self.modes[user] = Some((key, mode));
-        self.serials[user] = 1 + self.serials[0].max(self.serials[1]);
+        self.modes[index] = Some((key, mode));
+        self.serials[index] = 1 + self
+            .serials
+            .iter()
+            .fold(0, |most, &serial| most.max(serial));
         mode
     }
 
@@ -276,12 +284,17 @@ impl Core {
         }
     }
 
-    /// Privilege (1 for ring 3) and number of the mode as it stands, if it is known.
+    /// Index of the jump cache for code as it stands.
+    fn jumps(&self) -> usize {
+        jump_index(self.cpu.bank(), self.user())
+    }
+
+    /// Jump cache and number of the mode as it stands, if it is known.
     #[inline]
     pub(crate) fn known_mode(&self) -> Option<(usize, u64)> {
-        let user = usize::from(self.user());
-        let (known, _) = self.modes[user].as_ref()?;
-        (*known == self.mode_key()).then_some((user, self.serials[user]))
+        let index = self.jumps();
+        let (known, _) = self.modes[index].as_ref()?;
+        (*known == self.mode_key()).then_some((index, self.serials[index]))
     }
 
     /// What a mode depends on and translated code changes by itself.
@@ -293,7 +306,8 @@ impl Core {
 
     /// Something that modes depend on has changed.
     pub(crate) fn forget_modes(&mut self) {
-        self.modes = [None; 2];
+        self.modes = [None; 2 * BANKS];
+        self.parked = [None; BANKS];
         self.shortcuts.enabled = 0;
         self.settled = false;
     }
@@ -380,6 +394,7 @@ impl Core {
             tsc: cpu.tsc_offset == 0 && (cpu.cr4 & CR4_TSD == 0 || !user),
             interrupts: cpu.cpl() <= cpu.iopl(),
             single: false,
+            bank: cpu.bank() as u8,
         }
     }
 
@@ -401,14 +416,34 @@ impl Core {
     /// CR3 was loaded, or all translations are to go, and the instruction at the linear address `next`
     /// is the next one: as [`Core::flush`], but what the tables give as before stays.
     pub(crate) fn reload(&mut self, next: u64) {
-        let [privileged, user] = self.mmu.reload(&self.cpu, next);
-        self.flushed = match self.flushed {
-            before if privileged && user => before,
-            Flushed::Nothing | Flushed::User if privileged => Flushed::User,
-            Flushed::Nothing | Flushed::Page(_) | Flushed::User | Flushed::Everything => {
-                Flushed::Everything
-            }
+        let bank = self.cpu.bank();
+        let dropped = match self.mmu.reload(&self.cpu, next) {
+            [true, true] => return,
+            [true, false] => Flushed::User(bank),
+            [false, _] => Flushed::Bank(bank),
         };
+        self.flushed = match (self.flushed, dropped) {
+            (Flushed::Nothing, dropped) => dropped,
+            (Flushed::User(before), Flushed::User(_)) if before == bank => dropped,
+            (Flushed::User(before) | Flushed::Bank(before), _) if before == bank => {
+                Flushed::Bank(bank)
+            }
+            (_, _) => Flushed::Everything,
+        };
+    }
+
+    /// Goes on in the bank that CR3 and CR4 say, coming from `before`.
+    pub(crate) fn change_bank(&mut self, before: usize) {
+        let bank = self.cpu.bank();
+        if bank == before {
+            return;
+        }
+        let known = (self.shortcuts.enabled, self.context().stack_limit);
+        self.parked[before] = self.settled.then_some(known);
+        let (enabled, limit) = self.parked[bank].unwrap_or_default();
+        self.settled = self.parked[bank].is_some();
+        self.shortcuts.enabled = enabled;
+        self.context().stack_limit = limit;
     }
 
     /// Writes guest-virtual memory, all of it or none.

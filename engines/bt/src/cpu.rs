@@ -118,6 +118,12 @@ pub(crate) struct Cpu {
 }
 
 impl Cpu {
+    /// Which bank of [`crate::tlb`] code belongs to.
+    pub(crate) fn bank(&self) -> usize {
+        const OTHER_HALF: u64 = 1 << 11;
+        usize::from(self.cr4 & CR4_PCIDE != 0 && self.cr3 & OTHER_HALF != 0)
+    }
+
     /// A CPU in the given architectural state, MSRs as after reset (SDM 3A table 10-1).
     pub(crate) fn new(state: &CpuState) -> Cpu {
         Cpu {

@@ -23,6 +23,19 @@ pub(crate) const JUMP_ENTRIES: usize = 4096;
 /// Bytes of one jump cache.
 pub(crate) const JUMP_BYTES: usize = JUMP_ENTRIES * 16;
 
+/// Sets of jump caches and links: translated code belongs to one of them and leads to no other.
+///
+/// Page-table isolation loads CR3 at every change of privilege, and what is mapped at either value lacks
+/// most of the other's code. Systems tell the two apart by bit 11 of the PCID (Linux
+/// arch/x86/mm/tlb.c, FreeBSD sys/amd64/include/pmap.h), and so do the banks: what is known of one
+/// half's code waits while the other's runs, and is compared with the tables when it comes back.
+pub(crate) const BANKS: usize = 2;
+
+/// Index of a jump cache in the arena.
+pub(crate) fn jump_index(bank: usize, user: bool) -> usize {
+    bank * 2 + usize::from(user)
+}
+
 /// Index of a software TLB in the arena.
 pub(crate) fn tlb_index(user: bool, write: bool) -> usize {
     usize::from(user) * 2 + usize::from(write)

@@ -25,7 +25,7 @@ use crate::{
     },
     privileged::{GATES, Gate, KERNEL, Privileged, Return, SYSCALLS, Shortcuts, USER, count},
     stubs::Stubs,
-    tlb::{JUMP_ENTRIES, TLB_ENTRIES, tlb_index},
+    tlb::{JUMP_ENTRIES, TLB_ENTRIES, jump_index, tlb_index},
 };
 
 /// Value of `Context::site` after a stub whose target isn't in the jump cache.
@@ -80,8 +80,8 @@ struct Emit {
     load: u64,
 }
 
-/// Emits the stubs, to be placed at `base`, behind `stubs`.
-pub(crate) fn emit(arena: &Arena, stubs: &Stubs, base: u64) -> (Transitions, Vec<u8>) {
+/// Emits the stubs of a bank, to be placed at `base`, behind `stubs`.
+pub(crate) fn emit(arena: &Arena, stubs: &Stubs, bank: usize, base: u64) -> (Transitions, Vec<u8>) {
     let mut emit = Emit {
         ops: VecAssembler::new(base as usize),
         context: arena.context_disp(),
@@ -89,7 +89,7 @@ pub(crate) fn emit(arena: &Arena, stubs: &Stubs, base: u64) -> (Transitions, Vec
         doorbell: arena.doorbell() as i32,
         window: arena.window() as i32,
         tlb: [false, true].map(|write| arena.tlb(tlb_index(false, write)) as i32),
-        jump: [0, 1].map(|index| arena.jump(index) as i32),
+        jump: [false, true].map(|user| arena.jump(jump_index(bank, user)) as i32),
         exit: stubs.exit,
         load: stubs.load_vectors,
     };

@@ -47,6 +47,7 @@ use crate::{
     site::{Homes, Kind, Site},
     stubs::Stubs,
     system::Trap,
+    tlb::{BANKS, jump_index},
     transitions::{BOUNDARY, FROM_USER, HAS_ERROR, RAISING, Transitions},
     x87,
 };
@@ -132,7 +133,8 @@ pub struct BtVcpu {
     core: Core,
     cache: Cache,
     stubs: Stubs,
-    transitions: Transitions,
+    /// Of each bank.
+    transitions: [Transitions; BANKS],
     counts: ExitCounts,
     /// Translated code counts its own branches and accesses.
     counting: bool,
@@ -167,9 +169,9 @@ pub struct BtVcpu {
     /// A device has overwritten code, and the block under way may be a part of it.
     stale: bool,
     /// Mode that each jump cache's entries were made in.
-    jump_modes: [Option<Mode>; 2],
+    jump_modes: [Option<Mode>; 2 * BANKS],
     /// The number that it had when it was last compared ([`Core::known_mode`]).
-    jump_serials: [u64; 2],
+    jump_serials: [u64; 2 * BANKS],
     /// Entries into translated code.
     entries: u64,
     /// There is no other vCPU.
@@ -297,13 +299,13 @@ impl BtVcpu {
         if !quiet {
             return None;
         }
-        let (user, serial) = self.core.known_mode()?;
+        let (index, serial) = self.core.known_mode()?;
         // With a window, where RSP points belongs to the mode.
-        let window = self.jump_modes[user].is_none_or(|mode| mode.window);
-        if self.jump_serials[user] != serial || window {
+        let window = self.jump_modes[index].is_none_or(|mode| mode.window);
+        if self.jump_serials[index] != serial || window {
             return None;
         }
-        let entry = self.core.mmu.jumps[user].get(self.core.linear_ip(), false)?;
+        let entry = self.core.mmu.jumps[index].get(self.core.linear_ip(), false)?;
         self.stale = false;
         Some(entry)
     }
@@ -367,7 +369,8 @@ impl BtVcpu {
         match self.core.flushed {
             Flushed::Nothing => {}
             Flushed::Page(span) => self.cache.unlink_across(Dropped::Span(span), &self.arena),
-            Flushed::User => self.cache.unlink_across(Dropped::User, &self.arena),
+            Flushed::User(bank) => self.cache.unlink_across(Dropped::User(bank), &self.arena),
+            Flushed::Bank(bank) => self.cache.unlink_across(Dropped::Bank(bank), &self.arena),
             Flushed::Everything => self.cache.unlink_across(Dropped::All, &self.arena),
         }
         self.core.flushed = Flushed::Nothing;
@@ -436,7 +439,7 @@ impl BtVcpu {
         context.gpr[13] = delivery as u64;
         context.site = RAISING;
         self.raising = Some(fault);
-        self.resume = Resume::Stub(self.transitions.deliver);
+        self.resume = Resume::Stub(self.transitions[self.core.cpu.bank()].deliver);
         true
     }
 
@@ -463,7 +466,9 @@ impl BtVcpu {
         self.core.settled = true;
         let enabled = match self.core.usual_modes() {
             Some([kernel, user]) if !self.intercept => {
-                let [privileged, unprivileged] = self.jump_modes;
+                let bank = self.core.cpu.bank();
+                let [privileged, unprivileged] =
+                    [false, true].map(|user| self.jump_modes[jump_index(bank, user)]);
                 let syscalls = self.core.cpu.efer & EFER_SCE != 0;
                 // Where RSP has to be inside the window, the stubs look.
                 let stack = unprivileged.is_some_and(|mode| mode.stack);

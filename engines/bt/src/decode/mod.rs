@@ -17,6 +17,7 @@ use crate::{
     fault::Fault,
     features::{alignment, announced, fpu_fault, uses_vectors},
     lower::inline,
+    tlb::jump_index,
 };
 
 /// The six arithmetic flags, in iced's numbering.
@@ -89,6 +90,8 @@ pub(crate) struct Mode {
     pub exact: bool,
     /// One instruction only, for what an interrupt shadow or a store into this code demands.
     pub single: bool,
+    /// What it may be linked with: see [`BANKS`](crate::tlb::BANKS).
+    pub bank: u8,
     /// Base of CS where it isn't flat: the same bytes are other instructions' neighbours then.
     pub code_base: u32,
     /// Limit of CS, where it has one: no block reaches beyond.
@@ -101,6 +104,11 @@ pub(crate) struct Mode {
 }
 
 impl Mode {
+    /// Index of the jump cache that leads to its blocks.
+    pub(crate) fn jumps(&self) -> usize {
+        jump_index(self.bank.into(), self.user)
+    }
+
     /// What holds for flat code without an oddity.
     #[cfg(test)]
     pub(crate) const LONG: Mode = Mode {
@@ -116,6 +124,7 @@ impl Mode {
         interrupts: true,
         exact: false,
         single: false,
+        bank: 0,
         code_base: 0,
         code_limit: u32::MAX,
         narrow_stack: false,

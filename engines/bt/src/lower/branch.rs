@@ -165,7 +165,7 @@ impl Lower<'_> {
             key
         });
         let entry = self.take(1 << key, insn);
-        let table = self.layout.jump[usize::from(self.mode.user)];
+        let table = self.layout.jump[self.mode.jumps()];
         let resume = self.layout.slot(offset_of!(Context, resume));
         dynasm!(self.asm
             ; .arch x64

@@ -54,7 +54,7 @@ use crate::{
     groups::{self, Plan},
     site::{Homes, Ip, Kind, Mark, Site, number},
     stubs::Stubs,
-    tlb::tlb_index,
+    tlb::{BANKS, tlb_index},
     transitions::Transitions,
 };
 
@@ -73,13 +73,13 @@ pub(crate) struct Layout {
     doorbell: i32,
     window: i32,
     tlb: [i32; 4],
-    jump: [i32; 2],
-    targets: i32,
+    jump: [i32; 2 * BANKS],
+    targets: [i32; BANKS],
     exit: u64,
     callout: u64,
-    miss: u64,
+    miss: [u64; BANKS],
     privileged: i32,
-    transitions: Transitions,
+    transitions: [Transitions; BANKS],
     /// Code counts what it does.
     counting: bool,
 }
@@ -90,8 +90,8 @@ impl Layout {
     pub(crate) fn new(
         arena: &Arena,
         stubs: &Stubs,
-        transitions: Transitions,
-        miss: u64,
+        transitions: [Transitions; BANKS],
+        miss: [u64; BANKS],
         callout: u64,
         counting: bool,
     ) -> Layout {
@@ -101,7 +101,7 @@ impl Layout {
             window: arena.window() as i32,
             tlb: std::array::from_fn(|index| arena.tlb(index) as i32),
             jump: std::array::from_fn(|index| arena.jump(index) as i32),
-            targets: arena.targets() as i32,
+            targets: std::array::from_fn(|bank| arena.targets(bank) as i32),
             exit: stubs.exit,
             callout,
             miss,
@@ -590,6 +590,10 @@ impl Lower<'_> {
             }
         }
         self.cold = colds;
+    }
+
+    fn transitions(&self) -> Transitions {
+        self.layout.transitions[usize::from(self.mode.bank)]
     }
 
     fn tlb(&self, write: bool) -> i32 {

@@ -346,7 +346,7 @@ impl Lower<'_> {
         }
         let index = (self.first_system + self.system.len()) as u32;
         self.system.push(insn.instr);
-        let stubs = self.layout.transitions;
+        let stubs = self.transitions();
         let (next, ip) = (insn.instr.next_ip(), insn.instr.ip());
         self.meet();
         let site = self.add_site(ip, Kind::System { index });
@@ -416,7 +416,7 @@ impl Lower<'_> {
             delivery |= HAS_ERROR;
         }
         self.load_delivery(delivery);
-        let stub = self.layout.transitions.deliver;
+        let stub = self.transitions().deliver;
         self.jump_to(0xe9, stub);
     }
 

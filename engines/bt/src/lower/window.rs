@@ -305,10 +305,11 @@ impl Lower<'_> {
         self.homes.lazy = true;
         let site = self.add_site(insn.instr.ip(), Kind::Indirect { rsp });
         let number = number(self.first_site + site, 0);
+        let targets = self.layout.targets[usize::from(self.mode.bank)];
         dynasm!(self.asm
             ; .arch x64
             ; mov QWORD [self.layout.site()], number
-            ; jmp QWORD [rcx * 8 + self.layout.targets]
+            ; jmp QWORD [rcx * 8 + targets]
         );
     }
 
@@ -328,7 +329,7 @@ impl Lower<'_> {
         );
         // Over the jump.
         self.asm.extend([0xe3, 5]);
-        let miss = self.layout.miss;
+        let miss = self.layout.miss[usize::from(self.mode.bank)];
         self.jump_to(0xe9, miss);
         dynasm!(self.asm ; .arch x64 ; mov rcx, [self.layout.spill(RCX)]);
     }

@@ -29,7 +29,7 @@ use crate::{
     pages::Set,
     pair::Pair,
     system::DeviceLog,
-    tlb::{JumpCache, Span, Tlb, tlb_index},
+    tlb::{BANKS, JumpCache, Span, Tlb, tlb_index},
     vm::{Guarantee, Vm},
     window::{Piece, SIZE, Window},
 };
@@ -104,8 +104,8 @@ pub(crate) struct Mmu {
     tlbs: [Tlb; 4],
     /// User accesses at host addresses of their own.
     pub window: Window,
-    /// Jump caches for supervisor and user code.
-    pub jumps: [JumpCache; 2],
+    /// Jump caches for supervisor and user code, at [`jump_index`](crate::tlb::jump_index).
+    pub jumps: [JumpCache; 2 * BANKS],
     /// Translations of pages without RAM, and of code pages: what the TLBs don't hold. Each with its
     /// key and the epoch that it is from.
     others: [Cell<(u64, u64, Page)>; OTHERS],
@@ -113,8 +113,8 @@ pub(crate) struct Mmu {
     epoch: Cell<u64>,
     /// The entries that translations come from.
     spaces: RefCell<Spaces>,
-    /// Where the code of each privilege was found.
-    code: [RefCell<Code>; 2],
+    /// Where the code behind each jump cache was found.
+    code: [RefCell<Code>; 2 * BANKS],
     /// Large pages with translations in the tables above or in links between blocks.
     large: RefCell<Vec<Span>>,
     /// Guarded pages in the supervisor's TLBs, which go when EFLAGS.AC does.
@@ -161,7 +161,7 @@ impl Mmu {
             others: [const { Cell::new(NO_OTHER) }; OTHERS],
             epoch: Cell::new(1),
             spaces: RefCell::new(Spaces::new()),
-            code: [RefCell::new(Code::new()), RefCell::new(Code::new())],
+            code: std::array::from_fn(|_| RefCell::new(Code::new())),
             large: RefCell::default(),
             guarded: RefCell::default(),
             marked: RefCell::default(),

@@ -4,7 +4,8 @@
 //! set a bit in a paging structure for it (SDM 3A 4.10.2.3). So a load looks at the entries that
 //! translations came from ([`super::spaces`]): those whose entries are as they were count as made after it.
 //! What is known of code (jump caches, links across pages) is what a TLB for fetches knows: it
-//! stays if all of a privilege's code pages are where they were.
+//! stays if all of a privilege's code pages are where they were. A load that changes the
+//! [bank](crate::tlb::BANKS) looks at the code of the one that it enters.
 //!
 //! Invariant: each page that has entries in a jump cache or is the target of a link across pages is in
 //! the privilege's [`Code`], where it was found last, or that is `lost`.
@@ -12,7 +13,7 @@
 use super::{Access, LARGES, Mmu, Page, Tlb};
 use crate::{
     cpu::{CR0_PG, Cpu},
-    tlb::Span,
+    tlb::{Span, jump_index},
 };
 
 /// Code pages of one privilege: with more, looking at them costs more than it saves.
@@ -53,13 +54,13 @@ fn extent(virt: u64, page: Page) -> (Span, u64) {
 
 impl Mmu {
     /// Notes where a code page was found.
-    pub(crate) fn fetched(&self, virt: u64, page: Page, user: bool) {
+    pub(crate) fn fetched(&self, virt: u64, page: Page, index: usize) {
         self.note(virt, page);
         let Code {
             pages,
             lost,
             number,
-        } = &mut *self.code[usize::from(user)].borrow_mut();
+        } = &mut *self.code[index].borrow_mut();
         if *lost {
             return;
         }
@@ -69,7 +70,7 @@ impl Mmu {
             None if pages.len() == CODE => *lost = true,
             None => {
                 let mut spaces = self.spaces.borrow_mut();
-                spaces.note_code(user, *number, pages.len(), page.origin);
+                spaces.note_code(index, *number, pages.len(), page.origin);
                 pages.push(found);
             }
         }
@@ -111,8 +112,9 @@ impl Mmu {
         [false, true].map(|user| {
             let same = self.same_code(cpu, &checked, user);
             if !same {
-                self.jumps[usize::from(user)].flush();
-                self.code[usize::from(user)].borrow_mut().forget();
+                let index = jump_index(cpu.bank(), user);
+                self.jumps[index].flush();
+                self.code[index].borrow_mut().forget();
             }
             same
         })
@@ -120,11 +122,12 @@ impl Mmu {
 
     /// True if every page of a privilege's code is where it was.
     fn same_code(&self, cpu: &Cpu, checked: &super::spaces::Checked, user: bool) -> bool {
-        let code = self.code[usize::from(user)].borrow();
+        let list = jump_index(cpu.bank(), user);
+        let code = self.code[list].borrow();
         !code.lost
             && code.pages.iter().enumerate().all(|(index, &known)| {
                 let number = code.number;
-                if (self.spaces.borrow()).same_code(checked, user, number, index) {
+                if (self.spaces.borrow()).same_code(checked, list, number, index) {
                     return true;
                 }
                 let virt = known.0.start;
@@ -133,7 +136,7 @@ impl Mmu {
                 };
                 self.note(virt, page);
                 let mut spaces = self.spaces.borrow_mut();
-                spaces.note_code(user, number, index, page.origin);
+                spaces.note_code(list, number, index, page.origin);
                 extent(virt, page) == known
             })
     }

@@ -19,6 +19,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::DIRTY;
+use crate::tlb::BANKS;
 
 /// Spaces that are remembered.
 const SPACES: usize = 16;
@@ -126,7 +127,7 @@ struct Space {
     records: Box<[Record; RECORDS]>,
     recorded: [u64; RECORDS / 64],
     /// For supervisor and for user code, and which list each belongs to.
-    code: [(u64, Vec<Origin>); 2],
+    code: [(u64, Vec<Origin>); 2 * BANKS],
 }
 
 /// The spaces of one vCPU.
@@ -399,20 +400,26 @@ impl Spaces {
     }
 
     /// True if page `index` of the list of code numbered `list` is known to be as it was.
-    pub(super) fn same_code(&self, checked: &Checked, user: bool, list: u64, index: usize) -> bool {
+    pub(super) fn same_code(
+        &self,
+        checked: &Checked,
+        code: usize,
+        list: u64,
+        index: usize,
+    ) -> bool {
         let space = &self.spaces[self.current];
-        let (known, code) = &space.code[usize::from(user)];
+        let (known, code) = &space.code[code];
         *known == list
             && (code.get(index))
                 .is_some_and(|origin| origin.tag == space.tag && checked.holds(origin, false))
     }
 
     /// Notes where page `index` of a list of code was found.
-    pub(super) fn note_code(&mut self, user: bool, list: u64, index: usize, origin: Origin) {
+    pub(super) fn note_code(&mut self, code: usize, list: u64, index: usize, origin: Origin) {
         let Some(space) = self.spaces.get_mut(self.current) else {
             return;
         };
-        let (known, code) = &mut space.code[usize::from(user)];
+        let (known, code) = &mut space.code[code];
         if *known != list {
             *known = list;
             code.clear();

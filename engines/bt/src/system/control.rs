@@ -143,7 +143,9 @@ impl Core {
         if self.cpu.cr0 & CR0_PG != 0 {
             self.check_pointers(value, self.cpu.cr4)?;
         }
+        let bank = self.cpu.bank();
         self.cpu.cr3 = value;
+        self.change_bank(bank);
         self.reload(self.linear_after(instr));
         Ok(())
     }

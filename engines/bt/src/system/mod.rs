@@ -361,7 +361,7 @@ impl Core {
                 let span = self.mmu.invalidate(address);
                 self.flushed = match self.flushed {
                     Flushed::Nothing => Flushed::Page(span),
-                    Flushed::Page(_) | Flushed::User | Flushed::Everything => Flushed::Everything,
+                    _ => Flushed::Everything,
                 };
             }
             Invd | Wbinvd => {}

@@ -20,6 +20,7 @@ use crate::{
     guest,
     mmu::{Access, Page},
     site::{Homes, Ip, Shared, Site, Slow},
+    transitions::Transitions,
     vm::Guarantee,
 };
 
@@ -364,7 +365,8 @@ impl BtVcpu {
                 fault.signal, fault.code, fault.vector, fault.rip, fault.address
             ))
         };
-        if (self.transitions.syscall..self.transitions.end).contains(&fault.rip) {
+        let in_stub = |stubs: &Transitions| (stubs.syscall..stubs.end).contains(&fault.rip);
+        if self.transitions.iter().any(in_stub) {
             // Their work is done before they touch a page that may be taken away.
             let target = self.core.context().target;
             self.settle(Homes::MEETING, target);

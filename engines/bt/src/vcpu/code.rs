@@ -9,18 +9,18 @@ impl BtVcpu {
             single,
             ..self.core.mode_here()
         };
-        let user = usize::from(mode.user);
+        let index = mode.jumps();
         let virt = self.core.linear_ip();
         if !single {
-            if self.jump_modes[user] != Some(mode) {
-                self.core.mmu.jumps[user].flush();
-                self.jump_modes[user] = Some(mode);
+            if self.jump_modes[index] != Some(mode) {
+                self.core.mmu.jumps[index].flush();
+                self.jump_modes[index] = Some(mode);
                 self.core.settled = false;
             }
             if let Some((_, serial)) = self.core.known_mode() {
-                self.jump_serials[user] = serial;
+                self.jump_serials[index] = serial;
             }
-            if let Some(entry) = self.core.mmu.jumps[user].get(virt, mode.window) {
+            if let Some(entry) = self.core.mmu.jumps[index].get(virt, mode.window) {
                 return Ok((entry, None));
             }
         }
@@ -30,7 +30,7 @@ impl BtVcpu {
         // Translated code looks a branch's offset up, which is the address only in a flat segment.
         if !single && block.second.is_none() && mode.flat && self.stepping.is_none() {
             let checked = block.checked_entry;
-            self.core.mmu.jumps[user].fill(virt, entry, checked);
+            self.core.mmu.jumps[index].fill(virt, entry, checked);
         }
         Ok((entry, Some(number)))
     }
@@ -44,7 +44,7 @@ impl BtVcpu {
             .core
             .mmu
             .translate(&self.core.cpu, virt, Access::Fetch, mode.user)?;
-        self.core.mmu.fetched(virt, page, mode.user);
+        self.core.mmu.fetched(virt, page, mode.jumps());
         let key = Key {
             virt,
             phys: page.phys | virt & 0xfff,

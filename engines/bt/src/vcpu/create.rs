@@ -17,7 +17,9 @@ use crate::{
     dispatch::{self, Targets},
     kick::Doorbell,
     lower::Layout,
-    stubs, transitions,
+    stubs,
+    tlb::{BANKS, jump_index},
+    transitions,
     vm::{Guarantee, MOST, Vm},
     x87,
 };
@@ -124,24 +126,36 @@ impl BtVcpu {
         let arena = Arc::new(arena);
         let (stubs, code) = stubs::emit(arena.context_disp(), arena.code());
         arena.write_code(arena.code(), &code);
-        let next = (arena.code() + code.len() as u64).next_multiple_of(64);
-        let (transitions, code) = transitions::emit(&arena, &stubs, next);
-        arena.write_code(next, &code);
-        let miss = transitions.end.next_multiple_of(64);
-        let jump = arena.jump(1) as i32;
-        let code = dispatch::emit(arena.context_disp(), jump, stubs.exit, miss);
-        arena.write_code(miss, &code);
-        let callout = (miss + code.len() as u64).next_multiple_of(64);
-        let code = callout::emit(arena.context_disp(), &stubs, callout);
-        arena.write_code(callout, &code);
+        let mut next = (arena.code() + code.len() as u64).next_multiple_of(64);
+        let mut place_code = |code: Vec<u8>| {
+            arena.write_code(next, &code);
+            next = (next + code.len() as u64).next_multiple_of(64);
+            next
+        };
+        let mut at = place_code(Vec::new());
+        let transitions = std::array::from_fn(|bank| {
+            let (transitions, code) = transitions::emit(&arena, &stubs, bank, at);
+            at = place_code(code);
+            transitions
+        });
+        let miss = std::array::from_fn(|bank| {
+            let jump = arena.jump(jump_index(bank, true)) as i32;
+            let miss = at;
+            at = place_code(dispatch::emit(arena.context_disp(), jump, stubs.exit, miss));
+            miss
+        });
+        let callout = at;
+        at = place_code(callout::emit(arena.context_disp(), &stubs, callout));
         let counting = options.count_paths;
         let layout = Layout::new(&arena, &stubs, transitions, miss, callout, counting);
-        let cache = Cache::new(&arena, layout, callout + code.len() as u64);
+        let cache = Cache::new(&arena, layout, at);
         // SAFETY: the arena is dropped last and serves this core alone.
         let mut core = unsafe { Core::new(ram, &arena, Arc::clone(vm), place) };
-        // SAFETY: that part of the arena is for this table.
-        let targets = unsafe { Targets::new(arena.targets(), miss) };
-        core.mmu.jumps[1].set_targets(targets);
+        for (bank, miss) in miss.into_iter().enumerate() {
+            // SAFETY: that part of the arena is for this table.
+            let targets = unsafe { Targets::new(arena.targets(bank), miss) };
+            core.mmu.jumps[jump_index(bank, true)].set_targets(targets);
+        }
         core.context().callee = ports::answer as *const () as u64;
         core.context().mxcsr = 0x1f80;
         core.context().window_limit = crate::window::SIZE;
@@ -173,8 +187,8 @@ impl BtVcpu {
             data: [0; 8],
             strings: Vec::new(),
             stale: false,
-            jump_modes: [None; 2],
-            jump_serials: [0; 2],
+            jump_modes: [None; 2 * BANKS],
+            jump_serials: [0; 2 * BANKS],
             entries: 0,
             alone: vm.alone(),
             told: Told::default(),

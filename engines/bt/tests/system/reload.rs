@@ -4,8 +4,10 @@ use iced_x86::code_asm::*;
 
 use engine_core::testing::TABLES;
 
-use crate::kernel::{ACCESSED, ALL, DIRTY, Kernel, NO_EXECUTE, PRESENT, Steps, page, pte, window};
-use crate::run::report_as_qemu;
+use crate::kernel::{
+    ACCESSED, ALL, Asm, Built, DIRTY, Kernel, NO_EXECUTE, PD, PRESENT, PT, Steps, page, pte, window,
+};
+use crate::run::{report_as_qemu, run};
 
 const USED: u64 = ACCESSED | DIRTY;
 
@@ -224,4 +226,101 @@ fn every_root_keeps_its_own_translations_and_sees_its_upper_entries_change() {
         assert_eq!(report.results[0], sum, "entries with {bits:#x}");
         assert!(report.log.is_empty());
     }
+}
+
+/// Root of the other half, with tables of its own down to the window's.
+const OTHER: u64 = 100;
+
+/// Enables PCIDs and builds the other half: R14 and R15 become what to load for one and the other,
+/// keeping translations.
+fn two_halves(asm: &mut Asm) -> Built {
+    const PCIDE: i32 = 1 << 17;
+    for (number, table) in [TABLES, TABLES + 0x1000, PD, PT].into_iter().enumerate() {
+        asm.mov(rsi, table)?;
+        asm.mov(rdi, page(OTHER + number as u64))?;
+        asm.mov(ecx, 512)?;
+        asm.rep().movsq()?;
+    }
+    for (number, entry) in [(0u64, 0u64), (1, 1), (2, 0)] {
+        asm.mov(rax, page(OTHER + number + 1) | ALL)?;
+        asm.mov(qword_ptr(page(OTHER + number) + 8 * entry), rax)?;
+    }
+    asm.mov(rax, cr4)?;
+    asm.or(eax, PCIDE)?;
+    asm.mov(cr4, rax)?;
+    let keep = 1u64 << 63;
+    asm.mov(r14, TABLES | 1 | keep)?;
+    asm.mov(r15, page(OTHER) | 0x801 | keep)
+}
+
+/// Code at the same address in both halves, which says where it is: the other half's changes now and
+/// then.
+fn halves(rounds: i32) -> crate::run::Ended {
+    let code = |number: u8| vec![0x04, number, 0xc3]; // add al, number; ret
+    let kernel = Kernel::new()
+        .map(0, page(0) | ALL)
+        .put(page(0), code(1))
+        .put(page(1), code(2))
+        .put(page(2), code(4));
+    run(&kernel.guest(|asm| {
+        two_halves(asm)?;
+        let changing = page(OTHER + 3);
+        asm.mov(rsi, page(1) | ALL | USED)?;
+        asm.mov(rdi, page(2) | ALL | USED)?;
+        asm.mov(r10, window(0))?;
+        asm.xor(r13d, r13d)?;
+        asm.mov(ebx, rounds)?;
+        let mut again = asm.create_label();
+        let mut kept = asm.create_label();
+        asm.set_label(&mut again)?;
+        asm.mov(cr3, r15)?;
+        asm.test(ebx, 7)?;
+        asm.jnz(kept)?;
+        // A new entry, and a load that drops what was there.
+        asm.mov(qword_ptr(changing), rsi)?;
+        asm.xchg(rsi, rdi)?;
+        asm.mov(rax, r15)?;
+        asm.btr(rax, 63)?;
+        asm.mov(cr3, rax)?;
+        asm.set_label(&mut kept)?;
+        asm.xor(eax, eax)?;
+        asm.call(window(0))?;
+        asm.call(r10)?;
+        asm.mov(cr3, r14)?;
+        asm.shl(eax, 4)?;
+        asm.call(r10)?;
+        asm.call(window(0))?;
+        asm.imul_3(r13, r13, 31)?;
+        asm.add(r13, rax)?;
+        asm.dec(ebx)?;
+        asm.jne(again)?;
+        asm.result(0, r13)
+    }))
+}
+
+#[test]
+fn two_halves_of_a_space_have_code_of_their_own() {
+    const ROUNDS: i32 = 400;
+    let mut codes = [2u64, 4];
+    // Before the first change the other half has a copy of the first one's tables.
+    let mut there = 1;
+    let expected = (1..=ROUNDS).rev().fold(0u64, |sum, round| {
+        if round % 8 == 0 {
+            there = codes[0];
+            codes.swap(0, 1);
+        }
+        sum.wrapping_mul(31).wrapping_add((there * 2) << 4 | 2)
+    });
+    let ended = halves(ROUNDS);
+    let report = ended.report();
+    assert_eq!(report.results[0], expected);
+    assert!(report.log.is_empty());
+}
+
+#[test]
+fn going_between_the_halves_keeps_what_was_translated() {
+    let [few, many] = [80, 880].map(|rounds| halves(rounds).vcpu.entries());
+    let each = (many - few) / 800;
+    // Two loads a round, and what the changes cost.
+    assert!(each <= 4, "{each} entries a round");
 }
