@@ -29,7 +29,7 @@ pub(crate) const DOORBELL: usize = PAGE;
 /// Offset of the interrupt window page.
 pub(crate) const WINDOW: usize = 2 * PAGE;
 const PRIVILEGED: usize = 3 * PAGE;
-const TLB: usize = 5 * PAGE;
+const TLB: usize = 7 * PAGE;
 const JUMP: usize = TLB + 4 * TLB_BYTES;
 const TARGETS: usize = JUMP + 2 * BANKS * JUMP_BYTES;
 const CODE: usize = TARGETS + BANKS * TARGET_BYTES;

@@ -11,7 +11,7 @@
 //!
 //! Reads are never grouped with writes: they look into different tables.
 
-use iced_x86::{Code, OpKind, Register};
+use iced_x86::{Code, Mnemonic, OpKind, Register};
 
 use crate::{
     cpu::Bits,
@@ -174,6 +174,10 @@ fn accesses(insns: &[Insn]) -> Vec<Option<Access>> {
                 size,
                 moved,
             });
+            if insn.instr.mnemonic() == Mnemonic::Invlpg {
+                // What was looked up before counts no more.
+                versions.iter_mut().for_each(|version| *version += 1);
+            }
             let step = rsp_step(insn);
             moved = step.map_or(0, |step| moved + step);
             for (register, version) in versions.iter_mut().enumerate() {

@@ -11,7 +11,7 @@
 //! | `lower` | a block to host code |
 //! | `dispatch` | indirect branches of code that uses the window |
 //! | `cache` | blocks, links between them, self-modifying code |
-//! | `mmu`, `tlb` | the guest's page tables, and the tables translated code looks into |
+//! | `mmu`, `tlb`, `invalidation` | the guest's page tables, and the tables translated code looks into |
 //! | `window`, `checks` | ring 3's memory at host addresses, and what is compared before its use |
 //! | `core`, `system`, `cpu`, `fault` | privileged instructions and exceptions |
 //! | `stubs`, `signal`, `arena`, `context`, `site` | between translated code and Rust |
@@ -43,6 +43,7 @@ mod features;
 mod groups;
 mod guest;
 pub mod insn;
+mod invalidation;
 mod kick;
 #[allow(
     clippy::useless_conversion,

@@ -12,7 +12,7 @@ use std::ops::{Deref, DerefMut};
 
 use engine_core::Segment;
 
-use crate::cpu::Cpu;
+use crate::{cpu::Cpu, invalidation::Invalidation};
 
 /// The jump cache of ring 0 is that of 64-bit code.
 pub(crate) const KERNEL: u32 = 1;
@@ -32,7 +32,8 @@ pub(crate) mod count {
     pub(crate) const CPUID: usize = 1;
     pub(crate) const CONTROL: usize = 2;
     pub(crate) const MSR: usize = 3;
-    pub(crate) const ALL: usize = 4;
+    pub(crate) const INVLPG: usize = 4;
+    pub(crate) const ALL: usize = 5;
 }
 
 /// A return by iret that Rust code has made from ring 0 to 64-bit code: its descriptors, and what
@@ -128,6 +129,7 @@ pub(crate) struct Shortcuts {
 pub(crate) struct Privileged {
     pub cpu: Cpu,
     pub shortcuts: Shortcuts,
+    pub invalidation: Invalidation,
 }
 
 const _: () = assert!(size_of::<Segment>() == 16 && size_of::<Leaf>() == 32);

@@ -30,6 +30,7 @@
 
 mod branch;
 mod count;
+mod invlpg;
 mod memory;
 mod privileged;
 mod registers;

@@ -37,7 +37,7 @@ pub(crate) fn inline(instr: &Instruction, mode: Mode) -> bool {
         // Whether it is allowed is asked each time.
         _ if matches!(instr.mnemonic(), Mnemonic::In | Mnemonic::Out) => true,
         Code::Popfq => mode.ring_0 || mode.user && !mode.interrupts,
-        Code::Swapgs => mode.ring_0,
+        Code::Swapgs | Code::Invlpg_m => mode.ring_0,
         Code::Mov_r64_cr => {
             mode.ring_0
                 && matches!(
@@ -73,7 +73,7 @@ impl Lower<'_> {
         self.layout.privileged + (offset_of!(Privileged, cpu) + offset) as i32
     }
 
-    fn shortcut(&self, offset: usize) -> i32 {
+    pub(super) fn shortcut(&self, offset: usize) -> i32 {
         self.layout.privileged + (offset_of!(Privileged, shortcuts) + offset) as i32
     }
 
@@ -98,6 +98,7 @@ impl Lower<'_> {
                 Ok(())
             }
             _ if strings::inline(&insn.instr) => self.string(insn),
+            Code::Invlpg_m => self.invalidate(insn),
             Code::Mov_r64_cr => self.read_control(insn),
             Code::Mov_cr_r64 => {
                 self.write_control(insn);

@@ -26,8 +26,10 @@ use crate::{
     },
     fault::Fault,
     guest,
+    invalidation::Invalidation,
     pages::Set,
     pair::Pair,
+    privileged::Placed,
     system::DeviceLog,
     tlb::{BANKS, JumpCache, Span, Tlb, tlb_index},
     vm::{Guarantee, Vm},
@@ -49,18 +51,6 @@ const NO_EXECUTE: u64 = 1 << 63;
 
 /// Translations remembered besides the TLBs.
 const OTHERS: usize = 8;
-/// None: there is no epoch 0.
-const NO_OTHER: (u64, u64, Page) = (
-    0,
-    0,
-    Page {
-        phys: 0,
-        bytes: 0,
-        writable: false,
-        guarded: false,
-        origin: Origin::NONE,
-    },
-);
 /// Large pages in use, beyond which all is forgotten at the next load of CR3.
 const LARGES: usize = 256;
 
@@ -88,6 +78,29 @@ pub(crate) struct Page {
     origin: Origin,
 }
 
+/// A translation that no TLB holds.
+struct Other {
+    /// Page and access, and the epoch that it is from.
+    key: Cell<(u64, u64)>,
+    page: Cell<Page>,
+}
+
+impl Other {
+    /// None: there is no epoch 0.
+    fn none() -> Other {
+        Other {
+            key: Cell::new((0, 0)),
+            page: Cell::new(Page {
+                phys: 0,
+                bytes: 0,
+                writable: false,
+                guarded: false,
+                origin: Origin::NONE,
+            }),
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Region {
     start: u64,
@@ -106,11 +119,10 @@ pub(crate) struct Mmu {
     pub window: Window,
     /// Jump caches for supervisor and user code, at [`jump_index`](crate::tlb::jump_index).
     pub jumps: [JumpCache; 2 * BANKS],
-    /// Translations of pages without RAM, and of code pages: what the TLBs don't hold. Each with its
-    /// key and the epoch that it is from.
-    others: [Cell<(u64, u64, Page)>; OTHERS],
-    /// Changes with every invalidation.
-    epoch: Cell<u64>,
+    /// Translations of pages without RAM, and of code pages: what the TLBs don't hold.
+    others: [Other; OTHERS],
+    /// What translated code knows of invalidations.
+    invalidation: Placed<Invalidation>,
     /// The entries that translations come from.
     spaces: RefCell<Spaces>,
     /// Where the code behind each jump cache was found.
@@ -152,14 +164,18 @@ impl Mmu {
         let tlbs = std::array::from_fn(|index| unsafe { Tlb::new(arena.tlb(index)) });
         // SAFETY: as above.
         let jumps = std::array::from_fn(|index| unsafe { JumpCache::new(arena.jump(index)) });
+        // SAFETY: an address inside the arena.
+        let marks = unsafe { &raw mut (*arena.privileged()).invalidation };
+        // SAFETY: a part of the arena that is nobody else's.
+        let invalidation = unsafe { Placed::new(marks, Invalidation::new()) };
         Mmu {
             regions,
             _ram: ram,
             tlbs,
             window: Window::new(),
             jumps,
-            others: [const { Cell::new(NO_OTHER) }; OTHERS],
-            epoch: Cell::new(1),
+            others: std::array::from_fn(|_| Other::none()),
+            invalidation,
             spaces: RefCell::new(Spaces::new()),
             code: std::array::from_fn(|_| RefCell::new(Code::new())),
             large: RefCell::default(),
@@ -200,23 +216,20 @@ impl Mmu {
     /// Forgets every translation of data addresses and every branch target, since what the tables mean
     /// may have changed.
     pub(crate) fn flush(&mut self) {
-        self.next_epoch();
+        self.invalidation.next_epoch();
         self.spaces.borrow_mut().forget();
         self.tlbs.iter().for_each(Tlb::flush);
         self.window.flush();
+        self.invalidation.shown.set(0);
         self.large.borrow_mut().clear();
+        self.invalidation.forget_large();
         self.guarded.borrow_mut().clear();
         self.jumps.iter().for_each(JumpCache::flush);
         self.code.iter().for_each(|code| code.borrow_mut().forget());
     }
 
     fn epoch(&self) -> u64 {
-        self.epoch.get()
-    }
-
-    /// Translations that no table of translated code holds count no more.
-    fn next_epoch(&self) {
-        self.epoch.set(self.epoch.get() + 1);
+        self.invalidation.epoch.get()
     }
 
     /// EFLAGS.AC has been cleared: the supervisor may no longer touch guarded pages.
@@ -246,7 +259,7 @@ impl Mmu {
             }
         }
         self.window.remove_span(span);
-        self.next_epoch();
+        self.invalidation.next_epoch();
         self.jumps.iter().for_each(|jumps| jumps.remove_span(span));
         span
     }
@@ -262,7 +275,9 @@ impl Mmu {
             .iter()
             .any(|span| span.contains(address) && span.bytes >= page.bytes)
         {
-            large.push(Span::around(address, page.bytes));
+            let span = Span::around(address, page.bytes);
+            self.invalidation.mark_large(span.start, span.bytes);
+            large.push(span);
         }
     }
 
@@ -345,6 +360,7 @@ impl Mmu {
         if address >= SIZE {
             return false;
         }
+        self.invalidation.shown.set(SIZE);
         let access = if write { Access::Write } else { Access::Read };
         let Ok(page) = self.walk(cpu, address, access, true) else {
             return false;

@@ -56,6 +56,7 @@ impl Mmu {
     /// Notes where a code page was found.
     pub(crate) fn fetched(&self, virt: u64, page: Page, index: usize) {
         self.note(virt, page);
+        self.invalidation.mark_code(virt, index);
         let Code {
             pages,
             lost,
@@ -76,6 +77,12 @@ impl Mmu {
         }
     }
 
+    /// A jump cache has been emptied, and the links between its code are about to be undone.
+    pub(super) fn forget_code(&self, index: usize) {
+        self.code[index].borrow_mut().forget();
+        self.invalidation.forget_code(index);
+    }
+
     /// CR3 was loaded, and the instruction at the linear address `next` comes next. Returns which
     /// privilege's code is still where it was: its jump cache is valid, and so are its links.
     pub(crate) fn reload(&mut self, cpu: &Cpu, next: u64) -> [bool; 2] {
@@ -83,8 +90,9 @@ impl Mmu {
             self.flush();
             return [false; 2];
         }
-        self.next_epoch();
+        self.invalidation.next_epoch();
         self.window.flush();
+        self.invalidation.shown.set(0);
         self.close_guarded();
         let (root, wide) = Mmu::root(cpu);
         self.spaces.get_mut().enter(root, wide);
@@ -114,7 +122,7 @@ impl Mmu {
             if !same {
                 let index = jump_index(cpu.bank(), user);
                 self.jumps[index].flush();
-                self.code[index].borrow_mut().forget();
+                self.forget_code(index);
             }
             same
         })

@@ -82,7 +82,8 @@ impl Upper {
         }
     }
 
-    fn holds(&self, wide: bool) -> bool {
+    /// True if the entries are what they were.
+    pub(super) fn holds(&self, wide: bool) -> bool {
         let above = &self.above[..self.count];
         above.iter().all(|&(at, value)| load(at, wide) == value)
     }
@@ -264,15 +265,15 @@ impl Spaces {
         space.filter(|space| space.root == root)
     }
 
-    /// The way from `root` to the last entry for `address`, if it is known and as it was.
-    pub(super) fn upper(&mut self, root: u64, address: u64, epoch: u64) -> Option<(u8, Upper)> {
+    /// The way from `root` to the last entry for `address`, if it is known and as it was, and its number.
+    pub(super) fn upper(&mut self, root: u64, address: u64, epoch: u64) -> Option<(u8, &Upper)> {
         let (number, wide) = (self.region(address), self.wide);
         let space = self.at_root(root)?;
         let region = &mut space.regions[slot(number)];
         if region.number != number {
             return None;
         }
-        let upper = space.uppers[usize::from(region.upper)];
+        let upper = &space.uppers[usize::from(region.upper)];
         if region.epoch != epoch {
             if !upper.holds(wide) {
                 *region = NO_REGION;

@@ -61,15 +61,15 @@ impl Mmu {
         user: bool,
     ) -> Result<Page, Fault> {
         let key = address & !0xfff | (access as u64) << 1 | u64::from(user);
-        let slot = &self.others[((address >> 12) as usize ^ access as usize) % OTHERS];
+        let other = &self.others[((address >> 12) as usize ^ access as usize) % OTHERS];
         let epoch = self.epoch();
-        let (known, since, page) = slot.get();
-        if known == key && since == epoch {
-            return Ok(page);
+        if other.key.get() == (key, epoch) {
+            return Ok(other.page.get());
         }
         let page = self.walk(cpu, address, access, user)?;
         if !page.guarded && (access == Access::Fetch || self.region(page.phys, 4096).is_none()) {
-            slot.set((key, epoch, page));
+            other.key.set((key, epoch));
+            other.page.set(page);
         }
         Ok(page)
     }
@@ -91,8 +91,8 @@ impl Mmu {
             user,
             sets: true,
         };
-        if let Some(page) = self.walk_rest(cpu, query) {
-            return Ok(page);
+        if let Some(ended) = self.walk_rest(cpu, query) {
+            return ended;
         }
         loop {
             if let Some(page) = self.descend(cpu, query)? {
@@ -110,27 +110,39 @@ impl Mmu {
             user,
             sets: false,
         };
-        self.walk_rest(cpu, query)
-            .or_else(|| self.descend(cpu, query).ok().flatten())
+        match self.walk_rest(cpu, query) {
+            Some(ended) => ended.ok(),
+            None => self.descend(cpu, query).ok().flatten(),
+        }
     }
 
-    /// The end of a walk whose way is known. None if it doesn't end well.
-    fn walk_rest(&self, cpu: &Cpu, query: Query) -> Option<Page> {
+    /// The end of a walk whose way is known. None if it has to begin at the root.
+    fn walk_rest(&self, cpu: &Cpu, query: Query) -> Option<Result<Page, Fault>> {
         if cpu.cr0 & CR0_PG == 0 {
             return None;
         }
         let (_, root, wide) = root(cpu);
         let mut spaces = self.spaces.borrow_mut();
         let (number, upper) = spaces.upper(root, query.address, self.epoch())?;
-        let at = entry_at(&upper, query.address, wide);
+        let at = entry_at(upper, query.address, wide);
         let entry = self.entry(at, wide);
-        if entry & PRESENT == 0 || upper.level > 1 && entry & LARGE == 0 {
+        let ended = if entry & PRESENT == 0 {
+            Err(query.fault(cpu, false, false, false))
+        } else if upper.level > 1 && entry & LARGE == 0 {
             return None;
+        } else {
+            self.last(cpu, query, upper, wide, at, entry)
+        };
+        match ended {
+            Ok(Some((mut page, value))) => {
+                let host = self.host(at, if wide { 8 } else { 4 })? as u64;
+                page.origin = spaces.origin(number, host, value);
+                Some(Ok(page))
+            }
+            Ok(None) => None,
+            // So would a walk from the root, which sees the same.
+            Err(fault) => upper.holds(wide).then_some(Err(fault)),
         }
-        let (mut page, value) = self.last(cpu, query, &upper, wide, at, entry).ok()??;
-        let host = self.host(at, if wide { 8 } else { 4 })? as u64;
-        page.origin = spaces.origin(number, host, value);
-        Some(page)
     }
 
     /// One walk from the root. None if an entry has changed under it, or it would have to change one
@@ -350,7 +362,8 @@ impl Mmu {
             return true;
         };
         let new = entry | bits;
-        if self.vm.without(Guarantee::EntryBits) {
+        // An only CPU has nobody to compete with. The bits are in the entry's lower half.
+        if self.vm.alone() || self.vm.without(Guarantee::EntryBits) {
             // SAFETY: as in `entry`.
             unsafe { &*host.cast::<AtomicU32>() }.store(new as u32, Ordering::Relaxed);
             return true;

@@ -165,6 +165,7 @@ impl Vcpu for BtVcpu {
         counts.set(ExitReason::WindowDrop, window.drops);
         let done = &self.core.shortcuts.counts;
         counts.add_many(ExitReason::GuestFault, done[count::FAULTS]);
+        counts.add_many(ExitReason::Helper, done[count::INVLPG]);
         counts.add_many(ExitReason::Cpuid, done[count::CPUID]);
         counts.add_many(ExitReason::ControlRegister, done[count::CONTROL]);
         counts.add_many(ExitReason::Msr, done[count::MSR]);
