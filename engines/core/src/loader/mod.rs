@@ -2,9 +2,10 @@
 //!
 //! Images are ELF files with a PVH note (Xen docs/misc/pvh.pandoc), Multiboot images, or flat
 //! binaries. [`image`] reads and places ELF files, [`pvh`] and [`multiboot`] write what the guest is
-//! told about its machine, and `tables` what it may look for without being told. Nothing of the image is trusted: every offset and address is checked
-//! before memory is touched.
+//! told about its machine, `tables` and `bios` what it may look for without being told. Nothing of the
+//! image is trusted: every offset and address is checked before memory is touched.
 
+mod bios;
 mod image;
 mod multiboot;
 mod pvh;
@@ -70,7 +71,8 @@ pub struct Boot<'a> {
     pub initrd: Option<&'a [u8]>,
     /// Physical address of a flat binary, whatever the file looks like.
     pub load_at: Option<u64>,
-    /// Processors to be told of by ACPI and MultiProcessor tables; 0 leaves them out.
+    /// Processors to be told of by ACPI and MultiProcessor tables; 0 leaves them out, and what a BIOS
+    /// leaves in low memory.
     pub cpus: u8,
 }
 
@@ -92,6 +94,7 @@ pub fn load_kernel(ram: &GuestRam, image: &[u8], boot: &Boot<'_>) -> Result<CpuS
     let mut rsdp = 0;
     if boot.cpus > 0 {
         tables::write(ram, boot.cpus)?;
+        bios::write(ram)?;
         rsdp = tables::RSDP;
     }
     if let Some(header) = multiboot::find(image).filter(|_| !flat) {
