@@ -14,7 +14,10 @@
 //! All of it sits below 2 GiB, for absolute displacements. The code cache is W^X by two mappings of
 //! one memfd: no page is ever writable and executable at one address.
 
-use std::{io, ptr, sync::atomic::AtomicBool};
+use std::{
+    io, ptr,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+};
 
 use crate::{
     context::Context,
@@ -42,6 +45,8 @@ pub(crate) struct Arena {
     base: usize,
     writable: usize,
     code_bytes: usize,
+    /// How much of the code cache has pages, at both of its addresses.
+    populated: AtomicUsize,
     /// The x87 state is in the context, not in some thread's registers.
     pub x87_away: AtomicBool,
 }
@@ -69,6 +74,7 @@ impl Arena {
             base: base as usize,
             writable: 0,
             code_bytes,
+            populated: AtomicUsize::new(0),
             x87_away: AtomicBool::new(true),
         };
         // SAFETY: plain system calls; the fixed mapping lies inside the arena just reserved.
@@ -160,6 +166,28 @@ impl Arena {
     /// Size of the code cache in bytes.
     pub(crate) fn code_bytes(&self) -> usize {
         self.code_bytes
+    }
+
+    /// Has the host provide pages for code up to `end`, and for some more: page by page they would cost
+    /// a fault for each of the two mappings.
+    pub(crate) fn populate(&self, end: u64) {
+        const STEP: usize = 64 << 10;
+        let wanted = (end - self.code()) as usize;
+        let done = self.populated.load(Ordering::Relaxed);
+        if wanted <= done {
+            return;
+        }
+        let upto = wanted.next_multiple_of(STEP).min(self.code_bytes);
+        let code = self.base + CODE;
+        for (start, advice) in [
+            (self.writable, libc::MADV_POPULATE_WRITE),
+            (code, libc::MADV_POPULATE_READ),
+        ] {
+            // SAFETY: pages of this arena's own mappings are brought in; nothing in them changes. A host
+            // that can't do it has them fault.
+            unsafe { libc::madvise((start + done) as *mut _, upto - done, advice) };
+        }
+        self.populated.store(upto, Ordering::Relaxed);
     }
 
     /// Copies code to the executable address `at`, through the writable alias.

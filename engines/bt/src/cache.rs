@@ -71,7 +71,9 @@ pub(crate) struct Block {
     pub guest_len: u32,
     /// Guest bytes that a write must not change unseen.
     pub watched: u32,
-    marks: Box<[Mark]>,
+    /// Where its marks are in the cache's list.
+    first_mark: u32,
+    marks: u32,
     /// Sites whose branch is linked to this block.
     incoming: Vec<u32>,
     alive: bool,
@@ -145,6 +147,7 @@ pub(crate) struct Cache {
     blocks: Vec<Block>,
     sites: Vec<Site>,
     system: Vec<Instruction>,
+    marks: Vec<Mark>,
     by_key: Map<Key, u32>,
     by_page: Map<u64, Vec<u32>>,
     /// Blocks whose accesses look up for themselves, because sharing didn't pay.
@@ -177,6 +180,7 @@ impl Cache {
             blocks: Vec::new(),
             sites: Vec::new(),
             system: Vec::new(),
+            marks: Vec::new(),
             by_key: Map::default(),
             by_page: Map::default(),
             apart: HashSet::default(),
@@ -242,11 +246,12 @@ impl Cache {
         if offset >= block.code_len {
             return None;
         }
-        let at = block
-            .marks
+        let first = block.first_mark as usize;
+        let marks = &self.marks[first..first + block.marks as usize];
+        let at = marks
             .partition_point(|mark| mark.offset <= offset)
             .checked_sub(1)?;
-        Some((block.marks[at], index as u32))
+        Some((marks[at], index as u32))
     }
 
     /// True if the next translation would empty the cache.
@@ -263,6 +268,7 @@ impl Cache {
         self.blocks.clear();
         self.sites.clear();
         self.system.clear();
+        self.marks.clear();
         self.by_key.clear();
         self.by_page.clear();
         self.across.clear();
@@ -333,6 +339,7 @@ impl Cache {
         if code.len() as u64 > self.end - self.next {
             return Err(Refusal::Bug(format!("a block of {} bytes", code.len())));
         }
+        arena.populate(self.next + code.len() as u64);
         arena.write_code(self.next, code);
         self.blocks.push(Block {
             key,
@@ -346,7 +353,8 @@ impl Cache {
             code_len: code.len() as u32,
             guest_len: decoded.len,
             watched: decoded.watched,
-            marks: marks.as_slice().into(),
+            first_mark: self.marks.len() as u32,
+            marks: marks.len() as u32,
             incoming: Vec::new(),
             alive: true,
             strikes: 0,
@@ -356,6 +364,7 @@ impl Cache {
         self.next = (self.next + code.len() as u64).next_multiple_of(16);
         self.sites.append(sites);
         self.system.append(system);
+        self.marks.append(marks);
         self.insns = decoded.insns;
         if let Some(old) = self.by_key.insert(key, number) {
             self.unlink_incoming(old, arena);

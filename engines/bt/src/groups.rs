@@ -39,6 +39,8 @@ pub(crate) struct Group {
     pub write: bool,
     /// Registers that the instructions from head to last use.
     pub used: u16,
+    /// Holds the host address once the head has looked it up.
+    pub register: u8,
 }
 
 /// An instruction's place in its group.
@@ -49,25 +51,31 @@ pub(crate) struct Member {
     pub offset: i32,
 }
 
-/// Which instructions of a block share lookups.
-#[derive(Debug)]
+/// Which instructions of a block share lookups. A buffer that serves one block after the other.
+#[derive(Debug, Default)]
 pub(crate) struct Plan {
     pub groups: Vec<Group>,
-    pub members: Vec<Option<Member>>,
+    members: Vec<Option<Member>>,
+    accesses: Vec<Option<Access>>,
+    alive: Vec<u8>,
+    found: Vec<usize>,
 }
 
 impl Plan {
+    /// The group that the instruction at `at` belongs to.
+    pub(crate) fn member(&self, at: usize) -> Option<Member> {
+        self.members.get(at).copied().flatten()
+    }
+
     /// Every access looks up for itself.
-    pub(crate) fn apart(insns: usize) -> Plan {
-        Plan {
-            groups: Vec::new(),
-            members: vec![None; insns],
-        }
+    pub(crate) fn clear(&mut self) {
+        self.groups.clear();
+        self.members.clear();
     }
 }
 
 /// An access relative to registers in one of their versions.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
     base: Register,
     index: Register,
@@ -76,7 +84,7 @@ struct Key {
     write: bool,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Access {
     key: Key,
     /// Displacement as if RSP stood where the block found it.
@@ -87,19 +95,29 @@ struct Access {
 }
 
 /// Finds the groups of a block.
-pub(crate) fn plan(insns: &[Insn], mode: Mode) -> Plan {
-    let mut plan = Plan::apart(insns.len());
+pub(crate) fn plan(insns: &[Insn], mode: Mode, plan: &mut Plan) {
+    plan.clear();
     if mode.bits != Bits::Bits64 || mode.single || mode.limited != 0 {
-        return plan;
+        return;
     }
-    let accesses = accesses(insns);
-    if accesses.iter().flatten().count() < 2 {
-        return plan;
+    let Plan {
+        groups,
+        members,
+        accesses: list,
+        alive,
+        found,
+    } = plan;
+    list.clear();
+    accesses(insns, list);
+    if list.iter().flatten().count() < 2 {
+        return;
     }
-    let mut alive = vec![0u8; insns.len()];
-    let mut found = Vec::with_capacity(insns.len());
+    let accesses = &list[..];
+    members.resize(insns.len(), None);
+    alive.clear();
+    alive.resize(insns.len(), 0);
     for head in 0..insns.len() {
-        let (Some(first), None) = (accesses[head], plan.members[head]) else {
+        let (Some(first), None) = (accesses[head], members[head]) else {
             continue;
         };
         let (mut low, mut high) = (first.at, first.at + first.size);
@@ -111,7 +129,7 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode) -> Plan {
             }
             let Some(access) = access else { continue };
             let (from, to) = (low.min(access.at), high.max(access.at + access.size));
-            if access.key == first.key && plan.members[index].is_none() && to - from <= REACH {
+            if access.key == first.key && members[index].is_none() && to - from <= REACH {
                 (low, high) = (from, to);
                 found.push(index);
             }
@@ -124,11 +142,11 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode) -> Plan {
         if found.len() < 2 || alive[head] >= ALIVE || used.count_ones() > 12 {
             continue;
         }
-        let group = plan.groups.len();
-        for &index in &found {
+        let group = groups.len();
+        for &index in found.iter() {
             if let Some(access) = accesses[index] {
                 let offset = (access.at - low) as i32;
-                plan.members[index] = Some(Member { group, offset });
+                members[index] = Some(Member { group, offset });
             }
         }
         alive[head..=last].iter_mut().for_each(|count| *count += 1);
@@ -137,7 +155,7 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode) -> Plan {
         } else {
             0
         };
-        plan.groups.push(Group {
+        groups.push(Group {
             head,
             last,
             base: first.key.base,
@@ -147,48 +165,45 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode) -> Plan {
             bytes: (high - low) as u32,
             write: first.key.write,
             used,
+            register: 0,
         });
     }
-    plan
 }
 
-fn accesses(insns: &[Insn]) -> Vec<Option<Access>> {
+fn accesses(insns: &[Insn], list: &mut Vec<Option<Access>>) {
     let mut versions = [0u32; 16];
     let mut moved = 0i64;
-    insns
-        .iter()
-        .map(|insn| {
-            let version = |register: Register| match register {
-                Register::None => 0,
-                register => versions[register.number()],
-            };
-            let access = operand(insn, moved).map(|(base, index, scale, at, size, write)| Access {
-                key: Key {
-                    base,
-                    index,
-                    scale,
-                    versions: (version(base), version(index)),
-                    write,
-                },
-                at,
-                size,
-                moved,
-            });
-            if insn.instr.mnemonic() == Mnemonic::Invlpg {
-                // What was looked up before counts no more.
-                versions.iter_mut().for_each(|version| *version += 1);
+    list.extend(insns.iter().map(|insn| {
+        let version = |register: Register| match register {
+            Register::None => 0,
+            register => versions[register.number()],
+        };
+        let access = operand(insn, moved).map(|(base, index, scale, at, size, write)| Access {
+            key: Key {
+                base,
+                index,
+                scale,
+                versions: (version(base), version(index)),
+                write,
+            },
+            at,
+            size,
+            moved,
+        });
+        if insn.instr.mnemonic() == Mnemonic::Invlpg {
+            // What was looked up before counts no more.
+            versions.iter_mut().for_each(|version| *version += 1);
+        }
+        let step = rsp_step(insn);
+        moved = step.map_or(0, |step| moved + step);
+        for (register, version) in versions.iter_mut().enumerate() {
+            let known = register == Register::RSP.number() && step.is_some();
+            if insn.modifies >> register & 1 == 1 && !known {
+                *version += 1;
             }
-            let step = rsp_step(insn);
-            moved = step.map_or(0, |step| moved + step);
-            for (register, version) in versions.iter_mut().enumerate() {
-                let known = register == Register::RSP.number() && step.is_some();
-                if insn.modifies >> register & 1 == 1 && !known {
-                    *version += 1;
-                }
-            }
-            access
-        })
-        .collect()
+        }
+        access
+    }));
 }
 
 type Operand = (Register, Register, u32, i64, i64, bool);
@@ -292,8 +307,10 @@ mod tests {
     fn check(bytes: &[u8], expected: &[(usize, usize, i64, u32)]) {
         let mut info = InstructionInfoFactory::new();
         let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
-        let groups = plan(&decoded.insns, MODE).groups;
+        let mut groups = Plan::default();
+        plan(&decoded.insns, MODE, &mut groups);
         let found: Vec<_> = groups
+            .groups
             .iter()
             .map(|group| (group.head, group.last, group.low, group.bytes))
             .collect();

@@ -100,23 +100,44 @@ impl Outside {
 }
 
 /// What the instructions of a block do.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Checks {
-    pub routes: Vec<Route>,
+    /// Nothing of what is listed for each instruction is there in code without the window.
+    routes: Vec<Route>,
     /// Comparisons at the head.
     pub head: Vec<Check>,
     /// What they show.
     pub needs: Levels,
     /// Comparisons before each instruction.
-    pub before: Vec<Vec<Check>>,
+    before: Vec<Vec<Check>>,
     /// What is known where the branch of each instruction leads, for conditional ones.
-    pub taken: Vec<Levels>,
+    taken: Vec<Levels>,
     /// What is known at the end.
     pub end: Levels,
     /// Some branch leads back to the head.
     pub repeats: bool,
     /// The block ends with RSP anywhere: only the run loop may say where to go on.
     pub lost: bool,
+}
+
+impl Checks {
+    /// How the instruction at `at` reaches memory.
+    pub(crate) fn route(&self, at: usize) -> Route {
+        self.routes.get(at).copied().unwrap_or(Route::Tlb)
+    }
+
+    /// What is compared before it.
+    pub(crate) fn take_before(&mut self, at: usize) -> Vec<Check> {
+        self.before
+            .get_mut(at)
+            .map(std::mem::take)
+            .unwrap_or_default()
+    }
+
+    /// What is known where its branch leads.
+    pub(crate) fn taken(&self, at: usize) -> Levels {
+        self.taken.get(at).copied().unwrap_or_default()
+    }
 }
 
 /// A block being decided for.
@@ -137,19 +158,15 @@ struct Planner<'a> {
 
 /// Decides for a block.
 pub(crate) fn plan(insns: &[Insn], mode: Mode, outside: Outside) -> Checks {
+    if !mode.window || mode.single {
+        return Checks::default();
+    }
     let empty = || Checks {
         routes: vec![Route::Tlb; insns.len()],
-        head: Vec::new(),
-        needs: Levels::default(),
         before: vec![Vec::new(); insns.len()],
         taken: vec![Levels::default(); insns.len()],
-        end: Levels::default(),
-        repeats: false,
-        lost: false,
+        ..Checks::default()
     };
-    if !mode.window || mode.single {
-        return empty();
-    }
     // Where flags live at the head they have to be put away, which only a loop is worth.
     let repeats = || insns.iter().any(|insn| leads_back(insn, insns));
     let comparable = mode.bits == Bits::Bits64

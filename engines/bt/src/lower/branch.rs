@@ -48,7 +48,7 @@ impl Lower<'_> {
         // Either way: exactly one of two ways is taken.
         self.count(Path::Direct);
         let condition = condition(&insn.instr).ok_or("no condition")?;
-        let known = self.checks.taken[self.at];
+        let known = self.checks.taken(self.at);
         self.linked(&[0x0f, 0x80 | condition], insn.instr.ip(), target, known);
         Ok(())
     }

@@ -85,8 +85,9 @@ struct Lookup {
 /// An access whose slow path is still to be emitted.
 pub(super) struct Pending {
     open: Open,
-    body: Vec<u8>,
-    marks: Vec<(u32, Mark)>,
+    /// Of the body, behind its last one.
+    last_mark: usize,
+    /// Where the body ends.
     resume: usize,
     after: Homes,
     next_ip: Option<u64>,
@@ -208,7 +209,7 @@ impl Lower<'_> {
         write: bool,
         avoid: u16,
     ) -> Result<Open, String> {
-        if let Some(member) = self.plan.members[self.at] {
+        if let Some(member) = self.plan.member(self.at) {
             self.count(Path::Shared);
             return self.open_member(insn, member, avoid);
         }
@@ -244,8 +245,8 @@ impl Lower<'_> {
 
     /// A group of writes isn't over.
     fn pins_write(&self) -> bool {
-        let mut groups = self.plan.groups.iter().zip(&self.pins);
-        groups.any(|(group, &register)| group.write && self.pinned >> register & 1 == 1)
+        let mut groups = self.plan.groups[..self.looked_up].iter();
+        groups.any(|group| group.write && self.pinned >> group.register & 1 == 1)
     }
 
     fn open_member(&mut self, insn: &Insn, member: Member, avoid: u16) -> Result<Open, String> {
@@ -255,7 +256,8 @@ impl Lower<'_> {
             let lookup =
                 self.look_up(insn, address, group.bytes, group.write, avoid | group.used)?;
             self.pinned |= 1 << lookup.register;
-            self.pins[member.group] = lookup.register;
+            self.plan.groups[member.group].register = lookup.register;
+            self.looked_up = self.looked_up.max(member.group + 1);
             let kind = Kind::Group(Shared {
                 size: group.bytes as u16,
                 write: group.write,
@@ -280,7 +282,7 @@ impl Lower<'_> {
                 disp,
             });
         }
-        let register = self.pins[member.group];
+        let register = self.plan.groups[member.group].register;
         self.busy = avoid | 1 << register;
         Ok(Open {
             register,
@@ -358,21 +360,17 @@ impl Lower<'_> {
     pub(super) fn close(&mut self, open: Open, next_ip: Option<u64>, rsp: i32) {
         self.busy = 0;
         if open.grouped {
-            let done = self.plan.members[self.at]
+            let done = self
+                .plan
+                .member(self.at)
                 .is_some_and(|member| self.plan.groups[member.group].last == self.at);
             if done {
                 self.pinned &= !(1 << open.register);
             }
             return;
         }
-        let body = self.asm.ops[open.body..].to_vec();
-        let marks = self.marks[open.first_mark..]
-            .iter()
-            .map(|mark| (mark.offset - open.body as u32, *mark))
-            .collect();
         self.cold.push(Cold::Memory(Pending {
-            body,
-            marks,
+            last_mark: self.marks.len(),
             resume: self.position(),
             after: self.homes,
             next_ip,
@@ -397,8 +395,7 @@ impl Lower<'_> {
     pub(super) fn cold_memory(&mut self, pending: Pending) {
         let Pending {
             open,
-            body,
-            marks,
+            last_mark,
             resume,
             after,
             next_ip,
@@ -438,13 +435,15 @@ impl Lower<'_> {
             ..bounce_later
         };
         self.sites[site].kind = Kind::Memory(slow);
-        for (offset, mark) in marks {
+        for at in open.first_mark..last_mark {
+            let mark = self.marks[at];
             self.marks.push(Mark {
-                offset: bounce as u32 + offset,
+                offset: mark.offset - open.body as u32 + bounce as u32,
                 ..mark
             });
         }
-        self.asm.extend(&body);
+        // Nothing in a body depends on where it is.
+        self.asm.ops.extend_from_within(open.body..resume);
         if open.write {
             self.exit_through(site, 1);
         } else {

@@ -29,6 +29,7 @@
 //! `registers` what is borrowed meanwhile, `count` runs that count.
 
 mod branch;
+mod buffer;
 mod count;
 mod invlpg;
 mod memory;
@@ -41,9 +42,11 @@ mod window;
 pub(crate) use count::Path;
 pub(crate) use privileged::inline;
 
-use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
+
+use buffer::Buffer;
 
 use crate::{
     arena::Arena,
@@ -150,6 +153,7 @@ pub(crate) struct Lowered {
     pub system: Vec<Instruction>,
     cold: Vec<Cold>,
     upcoming: Vec<u16>,
+    plan: Plan,
 }
 
 impl Lowered {
@@ -165,7 +169,7 @@ impl Lowered {
 
 /// Lowers one block.
 pub(crate) struct Lower<'a> {
-    asm: SimpleAssembler,
+    asm: Buffer,
     /// Address of the block's first byte.
     base: u64,
     block: u32,
@@ -179,9 +183,9 @@ pub(crate) struct Lower<'a> {
     busy: u16,
     plan: Plan,
     checks: Checks,
-    /// Registers that hold a group's host address, and which group's.
+    /// Registers that hold a group's host address, and how many groups have had one.
     pinned: u16,
-    pins: Vec<u8>,
+    looked_up: usize,
     sites: Vec<Site>,
     marks: Vec<Mark>,
     system: Vec<Instruction>,
@@ -249,13 +253,13 @@ pub(crate) fn lower(
 ) -> Result<(), String> {
     lowered.clear();
     let ip = place.ip;
-    let plan = if place.groups && !mode.window {
-        groups::plan(&decoded.insns, mode)
-    } else {
-        Plan::apart(decoded.insns.len())
-    };
+    let mut plan = std::mem::take(&mut lowered.plan);
+    plan.clear();
+    if place.groups && !mode.window {
+        groups::plan(&decoded.insns, mode, &mut plan);
+    }
     let mut lower = Lower {
-        asm: SimpleAssembler {
+        asm: Buffer {
             ops: std::mem::take(&mut lowered.code),
         },
         base: place.base,
@@ -271,7 +275,7 @@ pub(crate) fn lower(
         },
         busy: 0,
         pinned: 0,
-        pins: vec![0; plan.groups.len()],
+        looked_up: 0,
         plan,
         checks: checks::plan(&decoded.insns, mode, place.outside),
         sites: std::mem::take(&mut lowered.sites),
@@ -338,12 +342,13 @@ pub(crate) fn lower(
         inner_entry,
         needs,
         lazy_entry,
-        code: lower.asm.finalize(),
+        code: lower.asm.ops,
         sites: lower.sites,
         marks: lower.marks,
         system: lower.system,
         cold: lower.cold,
         upcoming: lower.upcoming,
+        plan: lower.plan,
     };
     Ok(())
 }
@@ -368,7 +373,7 @@ impl Lower<'_> {
         if self.windowed() {
             self.count(Path::Window);
         }
-        if let Some(done) = self.in_window(insn) {
+        if let Some(done) = self.in_window(insn, raw) {
             return done;
         }
         match insn.class {

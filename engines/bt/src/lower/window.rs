@@ -30,12 +30,12 @@ const RCX: u8 = 1;
 impl Lower<'_> {
     /// The instruction's accesses go through the window.
     pub(super) fn windowed(&self) -> bool {
-        self.checks.routes[self.at] != Route::Tlb
+        self.checks.route(self.at) != Route::Tlb
     }
 
     /// Emits the comparisons that belong before `insn`.
     pub(super) fn compare(&mut self, insn: &Insn) {
-        for check in std::mem::take(&mut self.checks.before[self.at]) {
+        for check in self.checks.take_before(self.at) {
             if insn.live_in != 0 && !self.homes.lazy {
                 self.save_flags(0);
             }
@@ -124,7 +124,7 @@ impl Lower<'_> {
         mut instr: Instruction,
     ) -> Result<Instruction, String> {
         instr.set_segment_prefix(Register::GS);
-        if self.checks.routes[self.at] == Route::Sum {
+        if self.checks.route(self.at) == Route::Sum {
             if insn.live_in != 0 && !self.homes.lazy {
                 self.save_flags(0);
                 self.need(insn.reads);
@@ -156,8 +156,18 @@ impl Lower<'_> {
     }
 
     /// An instruction with one memory operand and nothing else to it.
-    pub(super) fn memory_in_window(&mut self, insn: &Insn) -> Result<(), String> {
+    pub(super) fn memory_in_window(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
+        const GS: u8 = 0x65;
         self.need(insn.reads);
+        if self.prefixable(insn) {
+            self.flags_for(insn);
+            self.need(insn.reads);
+            self.mark(Ip::At(insn.instr.ip()));
+            self.asm.push(GS);
+            self.asm.extend(raw);
+            self.done(insn);
+            return Ok(());
+        }
         let body = self.operand_in_window(insn, whole_operand(&insn.instr))?;
         self.flags_for(insn);
         self.need(insn.reads);
@@ -166,6 +176,15 @@ impl Lower<'_> {
         self.busy = 0;
         self.done(insn);
         Ok(())
+    }
+
+    /// All that `insn` takes to access the window is a prefix.
+    fn prefixable(&self, insn: &Insn) -> bool {
+        let instr = &insn.instr;
+        self.mode.bits == Bits::Bits64
+            && self.checks.route(self.at) == Route::Direct
+            && constant(instr).is_none()
+            && instr.segment_prefix() == Register::None
     }
 
     fn stack_operand(&self, displacement: i32) -> MemoryOperand {
@@ -362,12 +381,12 @@ impl Lower<'_> {
     }
 
     /// The whole of `insn`, if it is one that needs nothing but its access.
-    pub(super) fn in_window(&mut self, insn: &Insn) -> Option<Result<(), String>> {
+    pub(super) fn in_window(&mut self, insn: &Insn, raw: &[u8]) -> Option<Result<(), String>> {
         if !self.windowed() {
             return None;
         }
         match insn.class {
-            Class::Memory => Some(self.memory_in_window(insn)),
+            Class::Memory => Some(self.memory_in_window(insn, raw)),
             Class::Push => Some(self.push_in_window(insn)),
             Class::Pop => Some(self.pop_in_window(insn)),
             Class::Leave => Some(self.leave_in_window(insn)),
