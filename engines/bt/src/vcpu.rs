@@ -559,10 +559,16 @@ impl BtVcpu {
                 let target = self.core.context().target;
                 self.settle(site.homes, target);
                 self.counts.add(ExitReason::IndirectMiss);
-                if self.core.cpu.bits() == Bits::Bits64 && !canonical(target) {
+                let long = self.core.cpu.bits() == Bits::Bits64;
+                let good = if long {
+                    canonical(target)
+                } else {
+                    self.core.check_target(target).is_ok()
+                };
+                if !good {
                     // The branch faults, not its target (SDM 2, JMP, CALL and RET).
                     let before = self.core.gpr(4).wrapping_sub(rsp as i64 as u64);
-                    self.core.set_gpr(4, before);
+                    self.core.set_gpr_sized(4, before, if long { 8 } else { 4 });
                     self.core.rip = site.ip;
                     return self.raise(Fault::gp());
                 }

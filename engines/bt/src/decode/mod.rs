@@ -6,6 +6,7 @@
 //! either lowered by hand (stack, branches), executed by the runtime (`System`), or undefined.
 
 mod liveness;
+mod undefined;
 
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
@@ -19,6 +20,7 @@ use crate::{
     lower::inline,
     tlb::jump_index,
 };
+use undefined::{hopeless, too_long};
 
 /// The six arithmetic flags, in iced's numbering.
 pub(crate) const ALL_FLAGS: u32 = RflagsBits::OF
@@ -284,12 +286,23 @@ pub(crate) fn decode(
     while insns.len() < limit && decoder.can_decode() {
         let instr = decoder.decode();
         if instr.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
-            if insns.is_empty() {
+            if !insns.is_empty() {
+                break;
+            }
+            if !hopeless(bytes, width) {
                 return None;
             }
+            len += instr.len() as u32;
+            insns.push(analyse(instr, Class::Fault(Fault::ud()), info));
             break;
         }
-        let class = classify(&instr, mode);
+        let rest = &bytes[len as usize..];
+        let class = if instr.is_invalid() && too_long(rest, width) {
+            // More than 15 bytes of prefixes and opcode (SDM 2A 2.3.11).
+            Class::Fault(Fault::gp())
+        } else {
+            classify(&instr, mode)
+        };
         len += instr.len() as u32;
         insns.push(analyse(instr, class, info));
         // Accesses through the window share nothing that a way out in the middle would have to undo.
@@ -402,10 +415,6 @@ fn classify(instr: &Instruction, mode: Mode) -> Class {
     if instr.mnemonic() == Reservednop {
         return Class::Nop;
     }
-    // More than 15 bytes of prefixes and opcode (SDM 2A 2.3.11).
-    if instr.is_invalid() && instr.len() >= 15 {
-        return Class::Fault(Fault::gp());
-    }
     if instr.is_invalid() || !announced(instr) {
         return Class::Fault(Fault::ud());
     }
@@ -415,7 +424,7 @@ fn classify(instr: &Instruction, mode: Mode) -> Class {
     if !mode.vectors && uses_vectors(instr) {
         return Class::System;
     }
-    if odd_stack(instr, mode) {
+    if odd_stack(instr, mode) || leaves_segment(instr, mode) {
         return Class::System;
     }
     let near = |class| {
@@ -474,6 +483,16 @@ fn odd_stack(instr: &Instruction, mode: Mode) -> bool {
         }
         _ => false,
     }
+}
+
+/// True for a branch to what lies beyond the code segment: it faults if it is taken.
+fn leaves_segment(instr: &Instruction, mode: Mode) -> bool {
+    let near = matches!(
+        instr.op0_kind(),
+        OpKind::NearBranch16 | OpKind::NearBranch32
+    );
+    near && mode.bits != Bits::Bits64
+        && instr.near_branch_target() & 0xffff_ffff > mode.code_limit.into()
 }
 
 /// True for loop and jcxz with CX as their count, which 64-bit code has no form of.

@@ -46,7 +46,7 @@ pub(crate) use debug::Debugging;
 pub(crate) use device::DeviceLog;
 use engine_core::ExitReason;
 use engine_core::devices::lapic::owns_msr;
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
 pub(crate) use nmi::Nmi;
 
 use crate::{
@@ -256,7 +256,7 @@ impl Core {
             Mov => return self.mov_system(instr),
             Push | Pop | Pusha | Pushad | Popa | Popad | Enter | Leave => self.stack(instr)?,
             Ret => return self.near_return(instr),
-            Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => return Ok(self.count_down(instr)),
+            Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => return self.count_down(instr),
             Daa | Das | Aaa | Aas | Aam | Aad | Salc => self.decimal(instr)?,
             Bound => self.bound(instr)?,
             Arpl => self.arpl(instr)?,
@@ -443,6 +443,9 @@ impl Core {
                 let selector = self.value(instr, 0)? as u16;
                 let good = self.accessible(selector, mnemonic == Verw)?;
                 self.set_arithmetic(FLAG_ZF, if good { FLAG_ZF } else { 0 });
+            }
+            _ if instr.flow_control() == FlowControl::ConditionalBranch => {
+                return self.conditional_branch(instr);
             }
             _ => return Err(Trap::Unsupported("not implemented".into())),
         }

@@ -275,23 +275,78 @@ impl Core {
         Ok(Step::Jump)
     }
 
-    /// loop and jcxz with CX for a count.
-    pub(super) fn count_down(&mut self, instr: &Instruction) -> Step {
+    /// loop and jcxz outside of 64-bit code.
+    pub(super) fn count_down(&mut self, instr: &Instruction) -> Result<Step, Trap> {
+        use Code::*;
         use Mnemonic::*;
         const ZF: u64 = 1 << 6;
-        let zero = self.rflags() & ZF != 0;
-        let taken = if matches!(instr.mnemonic(), Jcxz | Jecxz | Jrcxz) {
-            self.gpr(1) & 0xffff == 0
+        let narrow = matches!(
+            instr.code(),
+            Loop_rel8_16_CX
+                | Loop_rel8_32_CX
+                | Loope_rel8_16_CX
+                | Loope_rel8_32_CX
+                | Loopne_rel8_16_CX
+                | Loopne_rel8_32_CX
+                | Jcxz_rel8_16
+                | Jcxz_rel8_32
+        );
+        let (size, mask) = if narrow {
+            (2, 0xffff)
         } else {
-            let count = self.gpr(1).wrapping_sub(1) & 0xffff;
-            self.set_gpr_sized(1, count, 2);
-            count != 0
-                && match instr.mnemonic() {
-                    Loope => zero,
-                    Loopne => !zero,
-                    _ => true,
-                }
+            (4, 0xffff_ffff)
         };
+        let zero = self.rflags() & ZF != 0;
+        let counts = !matches!(instr.mnemonic(), Jcxz | Jecxz | Jrcxz);
+        let count = self.gpr(1).wrapping_sub(counts.into()) & mask;
+        let taken = match instr.mnemonic() {
+            Loop => count != 0,
+            Loope => count != 0 && zero,
+            Loopne => count != 0 && !zero,
+            _ => count == 0,
+        };
+        if taken {
+            self.check_target(instr.near_branch_target())?;
+        }
+        if counts {
+            self.set_gpr_sized(1, count, size);
+        }
+        Ok(self.branch_if(taken, instr))
+    }
+
+    /// jcc to what lies beyond the code segment.
+    pub(super) fn conditional_branch(&mut self, instr: &Instruction) -> Result<Step, Trap> {
+        let flags = self.rflags();
+        let flag = |bit: u32| flags >> bit & 1 == 1;
+        let (carry, parity, zero, sign) = (flag(0), flag(2), flag(6), flag(7));
+        let (overflow, less) = (flag(11), flag(7) != flag(11));
+        use iced_x86::ConditionCode as Cc;
+        let taken = match instr.condition_code() {
+            Cc::o => overflow,
+            Cc::no => !overflow,
+            Cc::b => carry,
+            Cc::ae => !carry,
+            Cc::e => zero,
+            Cc::ne => !zero,
+            Cc::be => carry || zero,
+            Cc::a => !carry && !zero,
+            Cc::s => sign,
+            Cc::ns => !sign,
+            Cc::p => parity,
+            Cc::np => !parity,
+            Cc::l => less,
+            Cc::ge => !less,
+            Cc::le => zero || less,
+            Cc::g => !zero && !less,
+            Cc::None => return Err(Trap::Unsupported("no condition".into())),
+        };
+        if taken {
+            self.check_target(instr.near_branch_target())?;
+        }
+        Ok(self.branch_if(taken, instr))
+    }
+
+    fn branch_if(&mut self, taken: bool, instr: &Instruction) -> Step {
         if !taken {
             return Step::Next;
         }
@@ -304,7 +359,11 @@ impl Core {
         if self.cpu.bits() == Bits::Bits64 {
             return usize::MAX;
         }
-        let limit = u64::from(self.cpu.segments[Seg::CS].limit);
+        let limit = self.cpu.segments[Seg::CS].limit;
+        if limit == u32::MAX {
+            return usize::MAX;
+        }
+        let limit = u64::from(limit);
         (limit - self.rip.min(limit)) as usize + 1
     }
 

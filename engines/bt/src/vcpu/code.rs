@@ -37,6 +37,10 @@ impl BtVcpu {
 
     /// The block at `virt`, translated if need be.
     pub(super) fn block(&mut self, mode: Mode, virt: u64) -> Result<u32, Missing> {
+        if mode.bits != Bits::Bits64 {
+            // EIP wraps behind the last byte of a segment of 4 GiB.
+            self.core.rip &= 0xffff_ffff;
+        }
         if mode.limited >> Seg::CS & 1 == 1 {
             self.core.check_target(self.core.rip)?;
         }
@@ -104,7 +108,10 @@ impl BtVcpu {
     }
 
     pub(super) fn next_page(&self, virt: u64, mode: Mode) -> Result<u64, Fault> {
-        let next = (virt & !0xfff).wrapping_add(4096);
+        let next = match (virt & !0xfff).wrapping_add(4096) {
+            next if mode.bits == Bits::Bits64 => next,
+            next => next & 0xffff_ffff,
+        };
         Ok(self
             .core
             .mmu

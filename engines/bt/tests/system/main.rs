@@ -5,6 +5,7 @@
 //! | `kernel`, `run` | the guest around each test, and the ways to run it |
 //! | `registers` | time-stamp counter, protection keys, sysenter, debug registers |
 //! | `rig` | a bare CPU, driven instruction by instruction |
+//! | `branches` | near branches at the edges of a segment, instructions that are none |
 //! | `descriptors` | what loading a descriptor checks and changes |
 //! | `devices` | every form of memory operand on device memory |
 //! | `nmi` | non-maskable interrupts |
@@ -30,6 +31,7 @@
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
 
 mod access;
+mod branches;
 mod code;
 mod debug;
 mod descriptors;
