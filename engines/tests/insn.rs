@@ -103,12 +103,11 @@ fn exceptions_stop_with_what_they_push() {
         ("cc", plain("0x3"), "0x10001"),
         ("f1", plain("0x1"), "0x10001"),
         ("0f0b", plain("0x6"), "0x10000"),
-        // int 0x80; cli; in al, dx; rdmsr; sgdt [rsp]
+        // int 0x80; cli; in al, dx; rdmsr
         ("cd80", coded("0xd", "0x402"), "0x10000"),
         ("fa", coded("0xd", "0x0"), "0x10000"),
         ("ec", coded("0xd", "0x0"), "0x10000"),
         ("0f32", coded("0xd", "0x0"), "0x10000"),
-        ("0f010424", coded("0xd", "0x0"), "0x10000"),
         // syscall; lock nop; 16 bytes
         ("0f05", plain("0x6"), "0x10000"),
         ("f090", plain("0x6"), "0x10000"),
@@ -125,6 +124,29 @@ fn exceptions_stop_with_what_they_push() {
         let answer = tool.case(code, json!({}));
         assert_eq!(answer["stop"], stop, "{code}");
         assert_eq!(answer["gpr"]["rip"], rip, "{code}");
+    }
+}
+
+#[test]
+fn what_umip_hides_is_answered_as_linux_does() {
+    let mut tool = Tool::new();
+    // mov rax, -1; smsw rax; mov rbx, -1; smsw ebx; mov rcx, -1; smsw cx; str edx; sldt esi;
+    // sgdt [0x20000]; sidt [0x20010]; mov rdi, [0x20002]; mov rbp, [0x20012]; hlt
+    let code = "48c7c0ffffffff480f01e048c7c3ffffffff0f01e348c7c1ffffffff660f01e1\
+                0f00ca0f00c60f010425000002000f010c2510000200488b3c2502000200\
+                488b2c2512000200f4";
+    let answer = tool.case(code, json!({"mem": [["0x20000", "ffff"]]}));
+    assert_eq!(answer["stop"], "hlt");
+    for (register, value) in [
+        ("rax", "0x80050033"),
+        ("rbx", "0xffffffff80050033"),
+        ("rcx", "0xffffffffffff0033"),
+        ("rdx", "0x40"),
+        ("rsi", "0x0"),
+        ("rdi", "0xfffffffffffe0000"),
+        ("rbp", "0xffffffffffff0000"),
+    ] {
+        assert_eq!(answer["gpr"][register], value, "{register}");
     }
 }
 

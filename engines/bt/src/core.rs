@@ -53,6 +53,8 @@ pub(crate) struct Core {
     pub device_values: Vec<u64>,
     /// Arithmetic flags are exact at every fault, at some cost.
     pub exact_flags: bool,
+    /// What UMIP forbids ring 3 is answered all the same, as an operating system does.
+    pub answers_hidden: bool,
     /// RAM with translated code that was written since the run loop last looked.
     pub code_writes: Vec<(u64, u64)>,
     /// Which of the VM's processors this is.
@@ -117,6 +119,7 @@ impl Core {
             nmi: Nmi::default(),
             device_values: Vec::new(),
             exact_flags: false,
+            answers_hidden: false,
             code_writes: Vec::new(),
             place,
         }

@@ -5,6 +5,9 @@
 //! processor has them after reset and finit. There is no kernel: exceptions end the run and are the
 //! result. System registers are as a 64-bit operating system sets them for its processes: paging
 //! with NX, AVX state enabled, FSGSBASE and UMIP on, alignment checks possible, IOPL 0, SYSCALL off.
+//! What UMIP hides is answered as Linux answers it.
+//!
+//! Pages of a large range get memory when they are first touched.
 //!
 //! Invariant: nothing of a case is left when the next one starts.
 
@@ -20,7 +23,7 @@ use engine_core::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::{BtVcpu, Extended, Options, UserStop, cpu::canonical};
+use crate::{BtVcpu, Extended, Options, UserStop, cpu::canonical, fault};
 
 const PAGE: u64 = 4096;
 /// Guest-physical address of the top page table; everything else follows.
@@ -29,6 +32,8 @@ const ROOT: u64 = PAGE;
 const KERNEL: u64 = 0xffff_fe00_0000_0000;
 const TSS_OFFSET: u64 = 0x800;
 const CODE_CACHE: usize = 4 << 20;
+/// Bytes of a range from which on pages are mapped when they are touched.
+const SPARSE: u64 = 16 << 20;
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 2;
@@ -109,6 +114,8 @@ pub struct Bench {
     watch: Watch,
     /// Pages of the case: guest-virtual to guest-physical.
     pages: BTreeMap<u64, u64>,
+    /// Ranges of the case whose pages are mapped as they are touched: first and last byte.
+    sparse: Vec<(u64, u64)>,
     /// First guest-physical page that isn't in use.
     next: u64,
 }
@@ -128,6 +135,7 @@ impl Bench {
             mib,
             watch: Watch::new(limit),
             pages: BTreeMap::new(),
+            sparse: Vec::new(),
             next: ROOT,
         })
     }
@@ -143,7 +151,21 @@ impl Bench {
         self.vcpu.reset_extended();
         self.vcpu.set_state(&start(case.load))?;
         self.watch.start(self.vcpu.kick_handle());
-        let stop = self.vcpu.run_user();
+        let stop = loop {
+            match self.vcpu.run_user() {
+                Ok(UserStop::Exception {
+                    vector: fault::PF,
+                    address: Some(address),
+                    ..
+                }) if self.waits(address) => {
+                    if let Err(error) = self.touch(address) {
+                        self.watch.stop();
+                        return Err(error);
+                    }
+                }
+                stop => break stop,
+            }
+        };
         self.watch.stop();
         let outcome = stop.and_then(|stop| {
             let state = self.vcpu.state()?;
@@ -207,6 +229,7 @@ impl Bench {
             }
         }
         self.pages.clear();
+        self.sparse.clear();
         self.next = ROOT;
         Ok(())
     }
@@ -259,21 +282,37 @@ impl Bench {
         if !canonical(first) || !canonical(last) || !same_half || hidden {
             return Err(wrong);
         }
-        if (last - first) / PAGE > self.mib << 8 {
-            return Err(CaseError::Memory { mib: self.mib });
+        if last - first >= SPARSE {
+            self.sparse.push((first, last));
+            return Ok(());
         }
         let mut page = first;
         loop {
             if !self.pages.contains_key(&page) {
-                let phys = self.page()?;
-                self.enter(page, phys, WRITABLE | USER)?;
-                self.pages.insert(page, phys);
+                self.touch(page)?;
             }
             if page == last {
                 return Ok(());
             }
             page += PAGE;
         }
+    }
+
+    /// True if the page around `address` gets its memory when it is touched, and hasn't yet.
+    fn waits(&self, address: u64) -> bool {
+        let page = address & !(PAGE - 1);
+        let mut ranges = self.sparse.iter();
+        !self.pages.contains_key(&page)
+            && ranges.any(|&(first, last)| (first..=last).contains(&page))
+    }
+
+    /// Maps the page around `address`.
+    fn touch(&mut self, address: u64) -> Result<(), CaseError> {
+        let page = address & !(PAGE - 1);
+        let phys = self.page()?;
+        self.enter(page, phys, WRITABLE | USER)?;
+        self.pages.insert(page, phys);
+        Ok(())
     }
 
     /// A zeroed page of guest-physical memory.
@@ -553,13 +592,53 @@ mod tests {
     }
 
     #[test]
+    fn a_large_range_has_memory_where_it_is_touched() {
+        let mut bench = Bench::new(Duration::from_secs(2)).expect("a bench");
+        // mov rdi, 0x500000000; mov ecx, 64; l: inc dword [rdi]; add rdi, 0x4000000; loop l; hlt
+        let code =
+            b"\x48\xbf\0\0\0\0\x05\0\0\0\xb9\x40\0\0\0\xff\x07\x48\x81\xc7\0\0\0\x04\xe2\xf5\xf4";
+        let mut case = Case {
+            code: code.to_vec(),
+            load: 0x1_0000,
+            map: vec![(0x5_0000_0000, 1 << 32)],
+            mem: vec![(0x5_0000_0000, vec![0x41])],
+        };
+        let outcome = bench.run(&case).expect("a case");
+        assert_eq!(outcome.end, End::Stop(UserStop::Halt));
+        let mut byte = [0];
+        bench.read(0x5_0000_0000, &mut byte).expect("mapped");
+        assert_eq!(byte, [0x42]);
+        assert_eq!(bench.read(0x5_0000_1000, &mut byte), None, "never touched");
+        // Behind its end it faults.
+        case.map[0].1 = 1 << 31;
+        let outcome = bench.run(&case).expect("a case");
+        let fault = UserStop::Exception {
+            vector: 14,
+            error: Some(6),
+            address: Some(0x5_8000_0000),
+        };
+        assert_eq!(outcome.end, End::Stop(fault));
+        // More than there is memory for: stosb over all of it.
+        case.code = b"\x48\xbf\0\0\0\0\x05\0\0\0\x48\xc7\xc1\xff\xff\xff\x7f\xf3\xaa\xf4".to_vec();
+        let outcome = bench.run(&case);
+        assert!(matches!(
+            outcome,
+            Err(CaseError::Memory { .. })
+                | Ok(Outcome {
+                    end: End::Limit,
+                    ..
+                })
+        ));
+    }
+
+    #[test]
     fn memory_that_can_not_be_is_refused() {
         let mut bench = Bench::new(Duration::from_secs(2)).expect("a bench");
         for (address, bytes) in [
             (1 << 47, 1),
             (u64::MAX, 2),
             (0, u64::MAX),
-            (0x1000, 1 << 40),
+            (0x7fff_ffff_f000, 1 << 40),
         ] {
             let case = Case {
                 code: vec![0xf4],

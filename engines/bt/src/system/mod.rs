@@ -11,6 +11,7 @@
 //! | `device` | device memory under these instructions |
 //! | `flow` | far transfers, iret, syscall and sysenter |
 //! | `gate` | call gates, task gates, TSSs as branch targets |
+//! | `hidden` | what UMIP forbids, answered as an operating system does |
 //! | `legacy` | decimal arithmetic, bound, arpl |
 //! | `masked` | AVX, element by element |
 //! | `nmi` | non-maskable interrupts |
@@ -29,6 +30,7 @@ mod deliver;
 mod device;
 mod flow;
 mod gate;
+mod hidden;
 mod legacy;
 mod masked;
 mod nmi;
@@ -205,6 +207,10 @@ impl Core {
         }
         let hidden = self.cpu.cr4 & CR4_UMIP != 0 && UNPRIVILEGED_STORES.contains(&mnemonic);
         if (privileged || hidden) && self.cpu.cpl() != 0 {
+            if hidden && self.answers_hidden {
+                self.answer_hidden(instr)?;
+                return Ok(Step::Next);
+            }
             return Err(Fault::gp().into());
         }
         if instr.is_string_instruction() {

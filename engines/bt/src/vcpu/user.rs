@@ -69,10 +69,12 @@ impl BtVcpu {
     pub fn run_user(&mut self) -> Result<UserStop, Error> {
         self.intercept = true;
         self.core.exact_flags = true;
+        self.core.answers_hidden = true;
         self.core.forget_modes();
         let stop = self.go();
         self.intercept = false;
         self.core.exact_flags = false;
+        self.core.answers_hidden = false;
         self.core.forget_modes();
         match stop? {
             Stop::Halt => Ok(UserStop::Halt),

@@ -38,7 +38,7 @@ pub(crate) const HELP: &str = r#"One JSON object a line on stdin, one a line on 
 
 A case is 64-bit code that runs in ring 3 from "load" on, with general registers 0, RFLAGS 0x202,
 x87 as after finit, SSE and AVX as after reset, until `hlt` or an exception. "map" and "mem" may be
-left out. Memory is zeroed for each case, and readable, writable and executable in whole pages:
+left out; of a range of 16 MiB or more, pages have memory from when they are touched. Memory is zeroed for each case, and readable, writable and executable in whole pages:
 those around the code, around each range of "map" (address, length) and around each piece of "mem"
 (address, contents). Integers are hex strings, "0x" or not; JSON numbers are taken too.
 
@@ -55,6 +55,8 @@ offers nothing but breakpoints, whatever prefixes they have:
   int n               any other n: #GP with the missing gate's error code, n * 8 + 2
   syscall, sysenter   #UD, with EFER.SCE clear; #GP(0), with IA32_SYSENTER_CS 0
   in, out, cli, sti   #GP(0), with IOPL 0; so is all that ring 3 may not do, but for hlt
+  sgdt, sidt, smsw    what Linux answers in place of the #GP that CR4.UMIP raises: limit 0 and bases
+                      0xfffffffffffe0000 and 0xffffffffffff0000, 0x80050033; so do sldt and str: 0, 0x40
 
 A line that can't be answered yields {"name": ..., "error": "why"}, and so does one of more than
 16 MiB, its name being null; the next line is taken.
