@@ -15,7 +15,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::{
     core::Core,
-    cpu::{Bits, CR0_TS, CR4_OSXSAVE, XCR0_AVX, XCR0_SSE, XCR0_X87},
+    cpu::{Bits, CR0_TS, CR4_OSXSAVE, Seg, XCR0_AVX, XCR0_SSE, XCR0_X87},
     fault::{self, Fault},
     x87::{self, FCW, FDP, FIP, FOP, FSW, FTW, MXCSR, ST},
 };
@@ -293,6 +293,40 @@ impl Core {
             }
         }
         Ok(())
+    }
+
+    /// The last x87 opcode (SDM 1 8.1.9) of the instruction at `ip` of the running code, as far as its
+    /// bytes can still be read.
+    pub(crate) fn x87_opcode(&self, ip: u64) -> Option<u16> {
+        let long = self.cpu.bits() == Bits::Bits64;
+        let base = self.cpu.segments[Seg::CS].base;
+        let byte = |at: u64| {
+            let address = match ip.wrapping_add(at) {
+                offset if long => offset,
+                offset => offset.wrapping_add(base) & 0xffff_ffff,
+            };
+            // Code of ring 3 can be read whatever SMAP says.
+            let read = |user| self.mmu.read_int::<1>(&self.cpu, address, user);
+            let byte = read(true).or_else(|_| read(false));
+            byte.ok().map(|byte| byte as u8)
+        };
+        let prefix = |byte: u8| {
+            let rex = long && byte >> 4 == 4;
+            rex || matches!(
+                byte,
+                0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3
+            )
+        };
+        for at in 0..14 {
+            match byte(at)? {
+                opcode @ 0xd8..=0xdf => {
+                    return Some(u16::from(opcode & 7) << 8 | u16::from(byte(at + 1)?));
+                }
+                other if prefix(other) => {}
+                _ => return None,
+            }
+        }
+        None
     }
 
     /// fnstenv and fnsave (SDM 1 8.1.10).

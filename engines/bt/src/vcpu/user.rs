@@ -12,7 +12,7 @@ use crate::{
     context::Context,
     fault::{self, Fault},
     system,
-    x87::{self, FDP, FIP, FSW},
+    x87::{self, FDP, FIP, FOP, FSW},
 };
 
 /// Why ring-3 code stopped.
@@ -176,7 +176,8 @@ impl BtVcpu {
     }
 
     /// Turns the address of the last x87 instruction, which the host's CPU knows as one of
-    /// translated code, into the guest's. The data pointer that came with it goes: it is an address
+    /// translated code, into the guest's, and so its opcode, if the host's CPU keeps one: the
+    /// translated one's operand is another. The data pointer that came with it goes: it is an address
     /// of the host's, and most processors keep it for unmasked exceptions alone.
     pub(super) fn settle_x87(&mut self) {
         let context: *mut Context = self.core.context();
@@ -195,6 +196,11 @@ impl BtVcpu {
         };
         area[FIP..FIP + 8].copy_from_slice(&guest.to_le_bytes());
         area[FDP..FDP + 8].fill(0);
+        if area[FOP..FOP + 2] != [0; 2] {
+            let opcode = self.core.x87_opcode(guest).unwrap_or(0);
+            let area = &mut self.core.context().x87.0;
+            area[FOP..FOP + 2].copy_from_slice(&opcode.to_le_bytes());
+        }
         x87::store(context);
     }
 

@@ -340,3 +340,28 @@ fn interrupts_of_real_mode_push_16_bits_and_come_back() {
     );
     assert_eq!(state.segments[CpuState::CS].base, CODE);
 }
+
+#[test]
+fn an_unmasked_x87_exception_shows_the_guests_opcode_and_address() {
+    use crate::rig::{CODE, End, FREE, Rig};
+    let mut rig = Rig::long();
+    // Zero divide unmasked.
+    rig.put(FREE, &0x37bu16.to_le_bytes());
+    let mut ahead = Vec::new();
+    // fninit; fldcw [FREE]; fld1
+    ahead.extend([0xdb, 0xe3, 0xd9, 0x2c, 0x25, 0, 0, 4, 0, 0xd9, 0xe8]);
+    // fdiv dword [FREE + 0x10], with a prefix; fnstenv [FREE + 0x20]
+    let mut code = ahead.clone();
+    code.extend([0x3e, 0xd8, 0x34, 0x25, 0x10, 0, 4, 0]);
+    code.extend([0xd9, 0x34, 0x25, 0x20, 0, 4, 0, 0xf4]);
+    rig.bytes(&code);
+    assert_eq!(rig.run(), End::Halt);
+    assert_eq!(rig.read(FREE + 0x24) & 0xbfff, 0xb884);
+    assert_eq!(
+        u64::from(rig.read_32(FREE + 0x2c)),
+        CODE + ahead.len() as u64
+    );
+    // Some processors keep no opcode.
+    let opcode = rig.read_32(FREE + 0x30) >> 16;
+    assert!(matches!(opcode, 0 | 0x34), "{opcode:x}");
+}
