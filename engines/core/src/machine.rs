@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::bus::{AddressMap, Slot};
 use crate::clock::Clock;
 use crate::devices::irqchip::{Irqchip, Wires};
+use crate::devices::lapic::TSC_DEADLINE;
 use crate::devices::{Action, Device, Pit, Serial, board, pit, serial};
 use crate::dma::WriteLog;
 use crate::host::console::{Output, Sink};
@@ -447,6 +448,10 @@ impl Machine {
         let accepted = self.irqchip.lapics.write_msr(index, value, tsc);
         // What follows is the same as for the register page.
         self.access(LAPIC, |_| Action::None);
+        if index == TSC_DEADLINE && value <= tsc {
+            // One that has passed already interrupts now, not when the host's timer comes round.
+            self.advance();
+        }
         accepted
     }
 

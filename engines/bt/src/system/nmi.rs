@@ -1,4 +1,5 @@
-//! Non-maskable interrupts (SDM 3A 6.7): one may be under way and one may wait.
+//! Non-maskable interrupts (SDM 3A 6.7): one may be under way and one may wait. Before one is under
+//! way two may have come, since a processor would have delivered the first at once.
 //!
 //! Invariant: from the delivery of one to the next `iret`, whatever that returns from, none is
 //! delivered.
@@ -13,19 +14,20 @@ const VECTOR: u8 = 2;
 /// The NMIs of one CPU.
 #[derive(Debug, Default)]
 pub(crate) struct Nmi {
-    pending: bool,
+    pending: u8,
     blocked: bool,
 }
 
 impl Core {
-    /// The CPU's NMI line was asserted. Several that wait are one.
+    /// The CPU's NMI line was asserted. Several that wait for an `iret` are one.
     pub(crate) fn latch_nmi(&mut self) {
-        self.nmi.pending = true;
+        let most = if self.nmi.blocked { 1 } else { 2 };
+        self.nmi.pending = (self.nmi.pending + 1).min(most);
     }
 
     /// One has to be delivered before the next instruction.
     pub(crate) fn nmi_due(&self) -> bool {
-        self.nmi.pending && !self.nmi.blocked && !self.cpu.shadow
+        self.nmi.pending != 0 && !self.nmi.blocked && !self.cpu.shadow
     }
 
     /// Delivers the one that waits.
@@ -34,7 +36,7 @@ impl Core {
     /// The exception met on the way.
     pub(crate) fn deliver_nmi(&mut self) -> Result<(), Fault> {
         self.nmi = Nmi {
-            pending: false,
+            pending: self.nmi.pending.saturating_sub(1),
             blocked: true,
         };
         // The runtime has to see the iret that ends this.

@@ -21,15 +21,16 @@ pub struct Signal {
     pub init: bool,
     /// The page of a start-up IPI.
     pub startup: Option<u8>,
-    /// A non-maskable interrupt.
-    pub nmi: bool,
+    /// Non-maskable interrupts: at most two, one to be delivered at once and one to wait for its
+    /// `iret`.
+    pub nmis: u8,
 }
 
 impl Signal {
     const NONE: Signal = Signal {
         init: false,
         startup: None,
-        nmi: false,
+        nmis: 0,
     };
 }
 
@@ -232,7 +233,8 @@ impl Lapics {
     /// A processor that waits for its start-up IPI takes none.
     fn nmi(&mut self, cpu: usize) {
         if !self.stopped(cpu) {
-            self.signals[cpu].nmi = true;
+            let nmis = &mut self.signals[cpu].nmis;
+            *nmis = (*nmis + 1).min(2);
             self.news |= 1 << cpu;
         }
     }

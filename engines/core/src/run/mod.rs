@@ -426,7 +426,7 @@ impl<'a, const SHARED: bool> Run<'a, SHARED> {
             self.vcpu.set_state(&CpuState::startup(page))?;
             self.stopped = false;
         }
-        if signal.nmi {
+        for _ in 0..signal.nmis {
             self.vcpu.nmi()?;
         }
         Ok(None)

@@ -117,7 +117,7 @@ impl<const SHARED: bool> Run<'_, SHARED> {
     fn wakes(&mut self, machine: &mut Machine, interruptible: bool) -> bool {
         let irqchip = &mut machine.irqchip;
         let signal = irqchip.lapics.signal(self.cpu);
-        if signal.init || signal.nmi && !self.vcpu.nmi_blocked() {
+        if signal.init || signal.nmis != 0 && !self.vcpu.nmi_blocked() {
             return true;
         }
         interruptible && {

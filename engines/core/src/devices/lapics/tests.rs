@@ -222,7 +222,7 @@ fn processors_wait_for_their_start_and_go_back_to_it() {
         let expected = Signal {
             init: true,
             startup: Some(8),
-            nmi: false,
+            nmis: 0,
         };
         assert_eq!(signal, expected);
         assert!(!board.0.lapics.stopped(cpu));
@@ -241,7 +241,7 @@ fn processors_wait_for_their_start_and_go_back_to_it() {
     board.send(0, 2, ASSERT | 0x51);
     assert!(!board.0.waiting(2));
     let signal = board.0.lapics.take_signal(2);
-    assert!(signal.init && !signal.nmi && signal.startup.is_none());
+    assert!(signal.init && signal.nmis == 0 && signal.startup.is_none());
 }
 
 #[test]
@@ -249,7 +249,7 @@ fn nmis_come_from_the_icr_the_ioapic_and_lint0() {
     let mut board = Board::new();
     let nmis = |board: &mut Board| {
         (0..4).fold(0, |seen, cpu| {
-            seen | u32::from(board.0.lapics.take_signal(cpu).nmi) << cpu
+            seen | u32::from(board.0.lapics.take_signal(cpu).nmis) << cpu
         })
     };
     board.send(1, 0, OTHERS | ASSERT | NMI);
