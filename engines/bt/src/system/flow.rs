@@ -270,19 +270,20 @@ impl Core {
         ];
     }
 
-    /// SDM 2B, SYSCALL.
+    /// SDM 2B and APM 3, SYSCALL.
     fn syscall(&mut self, instr: &Instruction) -> Result<(), Trap> {
         if self.cpu.efer & EFER_SCE == 0 || !self.cpu.long() {
             return Err(Fault::ud().into());
         }
-        // The processor that CPUID describes knows it in 64-bit mode alone (SDM 2B).
-        if self.cpu.bits() != Bits::Bits64 {
-            return Err(Fault::ud().into());
-        }
+        // Some processors know it in compatibility mode too, with a target of its own (APM 3, SYSCALL).
+        let target = match self.cpu.bits() {
+            Bits::Bits64 => self.cpu.lstar,
+            Bits::Bits32 | Bits::Bits16 => self.cpu.cstar,
+        };
         let flags = self.rflags();
         self.set_gpr(1, instr.next_ip());
         self.set_gpr(11, flags & !FLAG_RF);
-        self.rip = self.cpu.lstar;
+        self.rip = target;
         self.set_rflags(flags & !self.cpu.fmask & !FLAG_RF);
         if self.cpu.flags & FLAG_TF == 0 {
             self.forget_step();

@@ -510,3 +510,40 @@ fn vector_registers_survive_a_kernel_that_does_without() {
     assert_eq!(report.results[..3], [0x1000 + sum, 0x3f80, WARM as u64 - 1]);
     assert_eq!(report.faults(), [(13, 0, 0)]);
 }
+
+#[test]
+fn syscall_of_compatibility_mode_has_a_target_of_its_own() {
+    use crate::rig::{CS_64, End, FREE, Rig, USER_CS_32, segment};
+    use engine_core::CpuState;
+    let mut rig = Rig::long().in_ring_3();
+    let user = rig.state;
+    let mut kernel = Rig::long();
+    kernel.state.rip = FREE;
+    rig.state = kernel.state;
+    let wrmsr = |asm: &mut Asm, msr: u32, high: u32, low: u32| -> Built {
+        asm.mov(ecx, msr)?;
+        asm.mov(eax, low)?;
+        asm.mov(edx, high)?;
+        asm.wrmsr()
+    };
+    let star = u32::from(USER_CS_32) << 16 | u32::from(CS_64);
+    let end = rig.try_code(|asm| {
+        wrmsr(asm, 0xc000_0081, star, 0)?;
+        wrmsr(asm, 0xc000_0082, 0, 0)?;
+        wrmsr(asm, 0xc000_0083, 0, FREE as u32 + 0x800)?;
+        wrmsr(asm, 0xc000_0084, 0, 0x100)
+    });
+    assert_eq!(end, End::Halt);
+    // 32-bit code in ring 3, with TF set: the mask clears it before it can trap.
+    rig.state = user;
+    rig.state.segments[CpuState::CS] = segment(USER_CS_32, 0, u32::MAX, 0xc0fb);
+    rig.state.rflags |= 0x100;
+    rig.put(FREE + 0x800, &[0xf4]);
+    rig.bytes(&[0x0f, 0x05]);
+    assert_eq!(rig.run(), End::Halt);
+    let state = rig.after();
+    assert_eq!(state.rip, FREE + 0x801);
+    assert_eq!((state.gpr[1], state.gpr[11]), (crate::rig::CODE + 2, 0x102));
+    assert_eq!(state.segments[CpuState::CS].selector, CS_64);
+    assert_eq!(state.segments[CpuState::SS].selector, CS_64 + 8);
+}
