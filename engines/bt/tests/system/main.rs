@@ -27,6 +27,7 @@
 //! | `legacy` | guests of 16 and 32 bits |
 //! | `real` | 16-bit code, decimal arithmetic |
 //! | `narrow` | instructions of 16-bit code, as QEMU has them |
+//! | `switches` | faults of task switches, returns from nested tasks |
 //! | `tasks` | gates, tasks, virtual-8086 mode, limits |
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
 
@@ -57,5 +58,6 @@ mod run;
 mod state;
 mod stores;
 mod strings;
+mod switches;
 mod tasks;
 mod transitions;
