@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use super::{
-    DebugConsole, Device, ExitPort, FwCfg, Ignored, Keyboard, MarkPort, PmTimer, Rtc,
-    debug_console, fw_cfg, i8042, ioapic, lapic, pm_timer, rtc,
+    DebugConsole, Device, ExitPort, FwCfg, Ignored, Keyboard, MarkPort, PmTimer, ResetPorts, Rtc,
+    debug_console, fw_cfg, i8042, ioapic, lapic, pm_timer, reset, rtc,
 };
 use crate::bus::{AddressMap, Slot};
 use crate::{GuestPhys, Machine};
@@ -45,6 +45,7 @@ pub(crate) fn devices(
             RTC,
             Box::new(Rtc::new(clock.clone(), machine.line(rtc::IRQ), memory)),
         ),
+        (reset::PORTS, Box::<ResetPorts>::default()),
         (KEYBOARD, Box::new(Keyboard::new(machine.line(i8042::IRQ)))),
         (
             &[(debug_console::PORT, 1)],

@@ -20,6 +20,7 @@ pub mod ne2000;
 pub mod pic;
 pub mod pit;
 pub(crate) mod pm_timer;
+mod reset;
 pub mod rtc;
 pub mod serial;
 pub mod testdev;
@@ -42,6 +43,7 @@ pub use ne2000::Ne2000;
 pub use pic::Pics;
 pub use pit::Pit;
 pub use pm_timer::PmTimer;
+pub use reset::ResetPorts;
 pub use rtc::Rtc;
 pub use serial::Serial;
 
