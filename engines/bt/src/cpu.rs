@@ -38,10 +38,11 @@ pub(crate) const CR4_PCIDE: u64 = 1 << 17;
 pub(crate) const CR4_SMEP: u64 = 1 << 20;
 pub(crate) const CR4_SMAP: u64 = 1 << 21;
 pub(crate) const CR4_PKE: u64 = 1 << 22;
-/// XCR0: x87, SSE and AVX state (SDM 1 13.3).
+/// XCR0: x87, SSE, AVX and PKRU state (SDM 1 13.3).
 pub(crate) const XCR0_X87: u64 = 1;
 pub(crate) const XCR0_SSE: u64 = 2;
 pub(crate) const XCR0_AVX: u64 = 4;
+pub(crate) const XCR0_PKRU: u64 = 1 << 9;
 pub(crate) const EFER_SCE: u64 = 1;
 pub(crate) const EFER_LME: u64 = 1 << 8;
 pub(crate) const EFER_LMA: u64 = 1 << 10;

@@ -3,7 +3,7 @@
 //! A translator's block counts and a guest's choice of code path depend on what CPUID says, so it
 //! is a constant here. The model is an x86-64 processor with everything of x86-64-v3: SSE to
 //! SSE4.2, AVX, AVX2, FMA, F16C, BMI, LZCNT, MOVBE, XSAVE, and with AES, PCLMULQDQ, SHA, ADX,
-//! RDRAND, FSGSBASE, PCID, SMEP, SMAP, UMIP, PKU (without state of XSAVE's), 1 GiB pages, x2APIC, TSC-deadline and an invariant TSC.
+//! RDRAND, FSGSBASE, PCID, SMEP, SMAP, UMIP, PKU, 1 GiB pages, x2APIC, TSC-deadline and an invariant TSC.
 //! It has no AVX-512, MTRRs or machine checks, and no hypervisor bit: an `unaware`
 //! guest is not told.
 //!
@@ -109,11 +109,17 @@ const EDX_7: u32 = bits(&[
 ]);
 /// XSAVEOPT, XSAVEC, XGETBV with ECX = 1. All of them are executed by the VMM.
 const EAX_D_1: u32 = bits(&[0, 1, 2]);
-/// x87, SSE and AVX state.
-const XCR0: u32 = 7;
-/// Size and place of the AVX state in an XSAVE area, and size of the area with and without it.
+/// x87, SSE, AVX and PKRU state.
+const XCR0: u32 = 7 | XCR0_PKRU;
+const XCR0_AVX: u32 = 1 << 2;
+const XCR0_PKRU: u32 = 1 << 9;
+/// Size and place of the AVX state in an XSAVE area; without it the area ends there.
 const AVX_BYTES: u32 = 256;
 const AVX_AT: u32 = 576;
+/// As much for PKRU. Where the host has it at all, its place is the host's: the instructions run as
+/// themselves under KVM.
+const PKRU_BYTES: u32 = 8;
+const PKRU_AT: u32 = 2688;
 /// The features of leaf 1's ECX whose MSRs the machine keeps: x2APIC and TSC-deadline.
 pub const MACHINE_MSRS: u32 = bits(&[21, 24]);
 const EDX_8000_0001: u32 = bits(&[
@@ -137,9 +143,10 @@ const EDX_8000_0007: u32 = bits(&[
 /// Features of paging and privilege, [eax, ebx, ecx, edx] of leaf and subleaf 0: no instruction of
 /// the host's stands behind them but its virtualization, where an engine uses that. A host that
 /// can't virtualize one of them can't have it announced.
-pub const VIRTUALIZED: [(u32, [u32; 4]); 3] = [
+pub const VIRTUALIZED: [(u32, [u32; 4]); 4] = [
     (1, [0, 0, bits(&[17]), bits(&[11])]),
     (7, [0, bits(&[0, 1, 7, 10, 20]), bits(&[2, 3]), 0]),
+    (0xd, [XCR0_PKRU, 0, 0, 0]),
     (0x8000_0001, [0, 0, 0, bits(&[26])]),
 ];
 
@@ -161,7 +168,7 @@ pub struct Leaf {
 }
 
 /// The leaves that are not all zero, in order: leaf, subleaf, and what is there on every host.
-const LEAVES: [(u32, Option<u32>, [u32; 4]); 13] = [
+const LEAVES: [(u32, Option<u32>, [u32; 4]); 14] = [
     // EBX, EDX, ECX spell the vendor: the one leaf whose text is not in register order.
     (
         0,
@@ -175,6 +182,7 @@ const LEAVES: [(u32, Option<u32>, [u32; 4]); 13] = [
     (0xd, Some(0), [0, AVX_AT, 0, 0]),
     (0xd, Some(1), [0, AVX_AT, 0, 0]),
     (0xd, Some(2), [0; 4]),
+    (0xd, Some(9), [0; 4]),
     (0x8000_0000, None, [MAX_EXTENDED, 0, 0, 0]),
     (0x8000_0001, None, [0, 0, ECX_8000_0001, EDX_8000_0001]),
     (0x8000_0002, None, brand(0)),
@@ -228,6 +236,26 @@ fn host(leaf: u32) -> [u32; 4] {
     [answer.eax, answer.ebx, answer.ecx, answer.edx]
 }
 
+/// Where PKRU lies in an XSAVE area that is not compacted.
+pub fn pkru_at() -> u32 {
+    if host(0xd)[0] & XCR0_PKRU == 0 {
+        PKRU_AT
+    } else {
+        std::arch::x86_64::__cpuid_count(0xd, 9).ebx
+    }
+}
+
+/// Bytes of an XSAVE area for the components in `features`, as bits: as they lie, or compacted.
+pub fn xsave_bytes(features: u64, compacted: bool) -> u32 {
+    let avx = features & u64::from(XCR0_AVX) != 0;
+    let end = AVX_AT + if avx { AVX_BYTES } else { 0 };
+    match (features & u64::from(XCR0_PKRU) != 0, compacted) {
+        (false, _) => end,
+        (true, true) => end + PKRU_BYTES,
+        (true, false) => pkru_at() + PKRU_BYTES,
+    }
+}
+
 fn table() -> &'static [Leaf] {
     static TABLE: OnceLock<Vec<Leaf>> = OnceLock::new();
     TABLE.get_or_init(|| {
@@ -269,8 +297,11 @@ fn table() -> &'static [Leaf] {
                 }
             } else {
                 match (entry.leaf, entry.subleaf) {
-                    (0xd, Some(0)) => entry.registers = [XCR0, AVX_AT, AVX_AT + AVX_BYTES, 0],
+                    (0xd, Some(0)) => {
+                        entry.registers = [XCR0, AVX_AT, pkru_at() + PKRU_BYTES, 0];
+                    }
                     (0xd, Some(1)) => entry.registers = [EAX_D_1, AVX_AT, 0, 0],
+                    (0xd, Some(9)) => entry.registers = [PKRU_BYTES, pkru_at(), 0, 0],
                     (0xd, _) => entry.registers = [AVX_BYTES, AVX_AT, 0, 0],
                     (_, _) => {}
                 }
@@ -300,11 +331,10 @@ pub fn pinned(leaf: u32, subleaf: u32) -> [u32; 4] {
 pub fn with_state(place: Place, leaf: u32, subleaf: u32, osxsave: bool, xcr0: u64) -> [u32; 4] {
     let mut registers = pinned(leaf, subleaf);
     place.adapt(leaf, subleaf, &mut registers);
-    let size = AVX_AT + if xcr0 & 4 != 0 { AVX_BYTES } else { 0 };
     match (leaf, subleaf) {
         (1, _) => registers[2] |= u32::from(osxsave) << 27,
         (0..=0xc | 0x8000_0000..=MAX_EXTENDED, _) => {}
-        (_, 0 | 1) if registers != [0; 4] => registers[1] = size,
+        (_, 0 | 1) if registers != [0; 4] => registers[1] = xsave_bytes(xcr0, subleaf == 1),
         (_, _) => {}
     }
     registers
@@ -391,11 +421,19 @@ mod tests {
         let ecx = pinned(1, 0)[2];
         let (xsave, avx) = (ecx >> 26 & 1, ecx >> 28 & 1);
         assert_eq!(xsave, avx);
-        assert_eq!(pinned(0xd, 0)[0], 7 * avx);
+        assert_eq!(pinned(0xd, 0)[0], 0x207 * avx);
         assert_eq!(with_state(Place::SOLE, 1, 0, true, 7)[2] >> 27 & 1, 1);
         if avx == 1 {
             assert_eq!(with_state(Place::SOLE, 0xd, 0, true, 7)[1], 832);
             assert_eq!(with_state(Place::SOLE, 0xd, 0, true, 3)[1], 576);
+            // What there can be at most is what there is with all of it.
+            let [size, at, _, _] = pinned(0xd, 9);
+            assert_eq!((size, at), (8, pkru_at()));
+            let most = pinned(0xd, 0)[2];
+            assert_eq!(most, at + size);
+            assert_eq!(with_state(Place::SOLE, 0xd, 0, true, 0x207)[1], most);
+            assert_eq!(with_state(Place::SOLE, 0xd, 1, true, 0x207)[1], 840);
+            assert_eq!(with_state(Place::SOLE, 0xd, 1, true, 0x203)[1], 584);
         }
     }
 
@@ -410,6 +448,6 @@ mod tests {
                 .windows(2)
                 .all(|pair| (pair[0].0, pair[0].1) < (pair[1].0, pair[1].1))
         );
-        assert_eq!(leaves(Place::SOLE).count(), 14 + 9 + 2);
+        assert_eq!(leaves(Place::SOLE).count(), 14 + 9 + 3);
     }
 }

@@ -3,6 +3,21 @@
 use engine_core::cpuid::{Leaf, Place, VIRTUALIZED};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
+/// Takes what the other subleaves of leaf 0xd say of PKRU away, if it has been left out of the first.
+fn without_pkru(entries: &mut Vec<kvm_cpuid_entry2>) {
+    const PKRU: u32 = 9;
+    let first = |entry: &&mut kvm_cpuid_entry2| (entry.function, entry.index) == (0xd, 0);
+    let Some(entry) = entries.iter_mut().find(first) else {
+        return;
+    };
+    if entry.eax >> PKRU & 1 == 0 {
+        if entry.ecx != 0 {
+            entry.ecx = engine_core::cpuid::xsave_bytes(entry.eax.into(), false);
+        }
+        entries.retain(|entry| (entry.function, entry.index) != (0xd, PKRU));
+    }
+}
+
 /// Every leaf of [`engine_core::cpuid`] for the vCPU at `place`. What follows from the vCPU's state (OSXSAVE, the sizes of
 /// leaf 0xd) KVM keeps up to date itself; leaves that are not listed it answers as an Intel
 /// processor does, with the last basic leaf.
@@ -54,5 +69,6 @@ pub(crate) fn entries(place: Place, machine_msrs: bool, supported: &CpuId) -> Cp
             *register &= !bits | has;
         }
     }
+    without_pkru(&mut entries);
     CpuId::from_entries(&entries).expect("fewer leaves than KVM_MAX_CPUID_ENTRIES")
 }

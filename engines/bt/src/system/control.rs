@@ -320,15 +320,18 @@ impl Core {
             return Err(Fault::gp());
         }
         if write {
-            let rights = self.gpr(0) as u32;
-            if rights != std::mem::replace(&mut self.cpu.pkru, rights) {
-                self.flush();
-            }
+            self.set_key_rights(self.gpr(0) as u32);
         } else {
             self.set_gpr(0, self.cpu.pkru.into());
             self.set_gpr(2, 0);
         }
         Ok(())
+    }
+
+    pub(super) fn set_key_rights(&mut self, rights: u32) {
+        if rights != std::mem::replace(&mut self.cpu.pkru, rights) {
+            self.flush();
+        }
     }
 
     /// The pinned CPUID, with the bits that follow the CPU's state.

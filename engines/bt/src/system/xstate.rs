@@ -11,11 +11,12 @@
 //!
 //! [`Context`]: crate::context::Context
 
+use engine_core::cpuid::xsave_bytes;
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::{
     core::Core,
-    cpu::{Bits, CR0_TS, CR4_OSXSAVE, Seg, XCR0_AVX, XCR0_SSE, XCR0_X87},
+    cpu::{Bits, CR0_TS, CR4_OSXSAVE, Seg, XCR0_AVX, XCR0_PKRU, XCR0_SSE, XCR0_X87},
     fault::{self, Fault},
     x87::{self, FCW, FDP, FIP, FOP, FSW, FTW, MXCSR, ST},
 };
@@ -24,7 +25,9 @@ use crate::{
 const XMM: usize = 160;
 const HEADER: usize = 512;
 const AVX: usize = 576;
-const END: usize = 832;
+const AVX_END: usize = 832;
+/// PKRU and as much that is reserved.
+const PKRU_BYTES: usize = 8;
 
 const MXCSR_RESET: u32 = 0x1f80;
 const COMPACTED: u64 = 1 << 63;
@@ -71,7 +74,7 @@ impl Core {
             return Err(Fault::ud());
         }
         let value = self.gpr(0) & 0xffff_ffff | self.gpr(2) << 32;
-        let known = XCR0_X87 | XCR0_SSE | XCR0_AVX;
+        let known = u64::from(engine_core::cpuid::pinned(0xd, 0)[0]);
         let alone = value & (XCR0_SSE | XCR0_AVX) == XCR0_AVX;
         if self.gpr(1) as u32 != 0 || value & !known != 0 || value & XCR0_X87 == 0 || alone {
             return Err(Fault::gp());
@@ -89,10 +92,16 @@ impl Core {
         let x87 = control || rest.copied().any(|byte| byte != 0);
         let sse = context.xmm.0.iter().any(|&xmm| xmm != [0; 2]);
         let avx = context.upper != 0 && context.ymm_high.0.iter().any(|&high| high != [0; 2]);
-        [(x87, XCR0_X87), (sse, XCR0_SSE), (avx, XCR0_AVX)]
-            .into_iter()
-            .filter_map(|(used, bit)| used.then_some(bit))
-            .sum()
+        let pkru = self.cpu.pkru != 0;
+        [
+            (x87, XCR0_X87),
+            (sse, XCR0_SSE),
+            (avx, XCR0_AVX),
+            (pkru, XCR0_PKRU),
+        ]
+        .into_iter()
+        .filter_map(|(used, bit)| used.then_some(bit))
+        .sum()
     }
 
     /// The legacy area as fxsave would store it, XMM registers included.
@@ -154,8 +163,8 @@ impl Core {
         let optimizes = compacts || matches!(instr.mnemonic(), Xsaveopt | Xsaveopt64);
         let user = self.user();
         let requested = self.requested();
-        let size = if requested & XCR0_AVX != 0 { END } else { AVX };
-        self.probe_write(at, size as u32, user)
+        let size = xsave_bytes(requested, compacts);
+        self.probe_write(at, size, user)
             .map_err(|fault| self.on_operand(instr, fault))?;
         let area = self.legacy_area(wide);
         let mut in_use = self.in_use();
@@ -195,6 +204,11 @@ impl Core {
                 put(self, place + 8, &high.to_le_bytes())?;
             }
         }
+        if saved & XCR0_PKRU != 0 {
+            let rights = u64::from(self.cpu.pkru);
+            let place = size as usize - PKRU_BYTES;
+            put(self, place, &rights.to_le_bytes())?;
+        }
         let header = at.wrapping_add(HEADER as u64);
         let before = if compacts { 0 } else { self.load(header, 8)? };
         let present = before & !requested | requested & in_use;
@@ -211,7 +225,7 @@ impl Core {
         let requested = self.requested();
         let user = self.user();
         let on_operand = |core: &Core, fault| core.on_operand(instr, fault);
-        let mut area = [0u8; END];
+        let mut area = [0u8; AVX_END];
         // The header decides what else is read.
         self.mmu
             .read(&self.cpu, at, &mut area[..AVX], user)
@@ -240,6 +254,16 @@ impl Core {
             let rest = at.wrapping_add(AVX as u64);
             self.mmu
                 .read(&self.cpu, rest, &mut area[AVX..], user)
+                .map_err(|fault| on_operand(self, fault))?;
+        }
+        let mut rights = [0; PKRU_BYTES];
+        if requested & present & XCR0_PKRU != 0 {
+            // What lies before it in a compacted area is what the area has, wanted or not.
+            let before = if compacted { layout } else { XCR0_PKRU };
+            let end = u64::from(xsave_bytes(before | XCR0_PKRU, compacted));
+            let place = at.wrapping_add(end - PKRU_BYTES as u64);
+            self.mmu
+                .read(&self.cpu, place, &mut rights, user)
                 .map_err(|fault| on_operand(self, fault))?;
         }
         let wide = instr.mnemonic() == Mnemonic::Xrstor64;
@@ -291,6 +315,10 @@ impl Core {
             if high != [c, d] {
                 self.set_ymm(register, [low[0], low[1], high[0], high[1]]);
             }
+        }
+        if requested & XCR0_PKRU != 0 {
+            let [a, b, c, d, ..] = rights;
+            self.set_key_rights(u32::from_le_bytes([a, b, c, d]));
         }
         Ok(())
     }

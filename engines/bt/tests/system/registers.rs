@@ -365,3 +365,82 @@ fn an_unmasked_x87_exception_shows_the_guests_opcode_and_address() {
     let opcode = rig.read_32(FREE + 0x30) >> 16;
     assert!(matches!(opcode, 0 | 0x34), "{opcode:x}");
 }
+
+#[test]
+fn key_rights_are_a_component_of_xsave() {
+    use crate::rig::{FREE, Rig};
+    const PKRU: u64 = 1 << 9;
+    if engine_core::cpuid::pinned(0xd, 0)[0] == 0 {
+        eprintln!("skipped: no XSAVE");
+        return;
+    }
+    let wrpkru = |asm: &mut CodeAssembler, rights: i32| {
+        asm.xor(ecx, ecx)?;
+        asm.xor(edx, edx)?;
+        asm.mov(eax, rights)?;
+        asm.wrpkru()
+    };
+    let rdpkru = |asm: &mut CodeAssembler, to: AsmRegister64| {
+        asm.xor(ecx, ecx)?;
+        asm.rdpkru()?;
+        asm.mov(to, rax)
+    };
+    let all = |asm: &mut CodeAssembler| {
+        asm.mov(eax, -1)?;
+        asm.mov(edx, -1)
+    };
+    let mut rig = Rig::long();
+    // OSXSAVE and PKE.
+    rig.state.cr4 |= 1 << 18 | 1 << 22;
+    let end = rig.try_code(|asm| {
+        asm.xor(ecx, ecx)?;
+        asm.xor(edx, edx)?;
+        asm.mov(eax, 0x207)?;
+        asm.xsetbv()?;
+        asm.mov(edi, FREE as u32)?;
+        wrpkru(asm, 0x55)?;
+        all(asm)?;
+        asm.xsave(ptr(rdi))?;
+        asm.xsavec(ptr(rdi + 0x1000))?;
+        // Without AVX it lies where that would.
+        asm.mov(eax, 0x203)?;
+        asm.xsavec(ptr(rdi + 0x2000))?;
+        asm.mov(ecx, 1)?;
+        asm.xgetbv()?;
+        asm.mov(r8, rax)?;
+        for (area, register) in [(0, r9), (0x1000, r10), (0x2000, r11)] {
+            wrpkru(asm, 0)?;
+            all(asm)?;
+            asm.xrstor(ptr(rdi + area))?;
+            rdpkru(asm, register)?;
+        }
+        // In its initial state, and not asked for.
+        asm.and(qword_ptr(rdi + 512), !PKRU as i32)?;
+        all(asm)?;
+        asm.xrstor(ptr(rdi))?;
+        rdpkru(asm, r12)?;
+        wrpkru(asm, 0x44)?;
+        asm.mov(eax, 7)?;
+        asm.xrstor(ptr(rdi))?;
+        rdpkru(asm, r13)
+    });
+    assert_eq!(end, End::Halt);
+    let state = rig.after();
+    assert_eq!(state.gpr[8] & PKRU, PKRU);
+    assert_eq!(state.gpr[9..14], [0x55, 0x55, 0x55, 0, 0x44]);
+    let at = u64::from(engine_core::cpuid::pkru_at());
+    assert_eq!(rig.read(FREE + at), 0x55);
+    assert_eq!(rig.read(FREE + 0x1000 + 832), 0x55);
+    assert_eq!(rig.read(FREE + 0x2000 + 576), 0x55);
+    assert_eq!(rig.read(FREE + 0x1000 + 520), 1 << 63 | 0x207);
+    // What XCR0 doesn't have is not there to be restored.
+    let mut rig = Rig::long();
+    rig.state.cr4 |= 1 << 18;
+    let end = rig.try_code(|asm| {
+        asm.mov(edi, FREE as u32)?;
+        asm.mov(qword_ptr(rdi + 512), PKRU as i32)?;
+        all(asm)?;
+        asm.xrstor(ptr(rdi))
+    });
+    assert_eq!(end, End::Vector(13));
+}

@@ -96,7 +96,7 @@ mod tests {
             assert_eq!(with_state(Place::SOLE, leaf, 0, false, 1), pinned(leaf, 0));
         }
         let listed: Vec<Leaf> = leaves(Place { id: 5, count: 6 }).collect();
-        assert_eq!(listed.len(), 14 + 9 + 2 + 4 + 2);
+        assert_eq!(listed.len(), 14 + 9 + 3 + 4 + 2);
         for entry in listed.iter().filter(|entry| entry.leaf != 0xd) {
             let subleaf = entry.subleaf.unwrap_or(0);
             assert_eq!(entry.registers, of(5, entry.leaf, subleaf), "{entry:?}");
