@@ -190,7 +190,8 @@ impl Core {
         Ok(Some(if limit {
             segment.limit.into()
         } else {
-            raw >> 32 & 0x00f0_ff00
+            // With the limit's upper bits, which the SDM leaves open and processors show (APM 3, LAR).
+            raw >> 32 & 0x00ff_ff00
         }))
     }
 
