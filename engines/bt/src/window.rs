@@ -38,7 +38,7 @@
 //! A page costs some 10 µs to fill and 2 µs to drop, which only lasting mappings earn back. The
 //! time spent on both is held against the time the window was open; one that closes having cost
 //! more than an eighth of its life stays closed until translations have lived, or usually live, longer
-//! than a limit, which doubles each time.
+//! than a limit: what would have been worth that, and twice the limit before.
 //!
 //! Invariant: no extent maps a page writable that holds translated code, and nothing but guest RAM
 //! is ever mapped here.
@@ -242,7 +242,9 @@ impl Window {
     fn close(&mut self, now: u64) {
         let life = now.wrapping_sub(self.opened);
         self.backoff = if life < 8 * self.spent {
-            (2 * self.backoff).clamp(BACKOFF_LEAST, BACKOFF_MOST)
+            // A life that long would have been worth it.
+            let worth = (2 * self.backoff).max(8 * self.spent);
+            worth.clamp(BACKOFF_LEAST, BACKOFF_MOST)
         } else if self.backoff > BACKOFF_LEAST {
             self.backoff / 4
         } else {
@@ -252,8 +254,8 @@ impl Window {
         self.stale = true;
         self.calm_since = now;
         self.seen = self.flushes;
-        // What closed it ended a calm that was no longer than this.
-        self.gap = life;
+        // What closed it ended a calm that was no longer than this, but for what the window took.
+        self.gap = life.saturating_sub(self.spent);
     }
 
     /// Notes what maintenance cost, and closes a window that costs too much.
