@@ -3,7 +3,6 @@
 //! ```text
 //! base            Context                         rw
 //! +DOORBELL       doorbell page                   rw, or nothing while a kick is pending
-//! +WINDOW         interrupt window page           rw, or nothing while one is waited for
 //! +PRIVILEGED     system registers                rw
 //! +TLB            4 software TLBs (see tlb.rs)    rw
 //! +JUMP           4 jump caches (see tlb.rs)      rw
@@ -29,10 +28,8 @@ use crate::{
 const PAGE: usize = 4096;
 /// Offset of the doorbell page.
 pub(crate) const DOORBELL: usize = PAGE;
-/// Offset of the interrupt window page.
-pub(crate) const WINDOW: usize = 2 * PAGE;
-const PRIVILEGED: usize = 3 * PAGE;
-const TLB: usize = 7 * PAGE;
+const PRIVILEGED: usize = 2 * PAGE;
+const TLB: usize = 6 * PAGE;
 const JUMP: usize = TLB + 4 * TLB_BYTES;
 const TARGETS: usize = JUMP + 2 * BANKS * JUMP_BYTES;
 const CODE: usize = TARGETS + BANKS * TARGET_BYTES;
@@ -136,11 +133,6 @@ impl Arena {
     /// Address of the doorbell page.
     pub(crate) fn doorbell(&self) -> usize {
         self.base + DOORBELL
-    }
-
-    /// Address of the interrupt window page.
-    pub(crate) fn window(&self) -> usize {
-        self.base + WINDOW
     }
 
     /// Address of software TLB `index` (see [`crate::tlb`]).

@@ -209,6 +209,7 @@ impl Cache {
             Kind::Port(port) => Some((site.homes, *port)),
             Kind::Memory(_)
             | Kind::Outside { .. }
+            | Kind::Window
             | Kind::Group(_)
             | Kind::Direct { .. }
             | Kind::Indirect { .. }

@@ -33,6 +33,8 @@ pub(crate) struct Context {
     pub host_rsp: u64,
     /// RFLAGS.IF, 0 or 1: a slot of its own, so that cli and sti are one store.
     pub interrupt_flag: u64,
+    /// 1 if somebody wants to hear when an interrupt can be taken: code that has enabled them leaves.
+    pub window_wanted: u64,
     /// Bases of es, cs, ss, ds, fs, gs.
     pub segment_base: [u64; 6],
     /// Guest MXCSR while Rust runs.

@@ -24,10 +24,7 @@ impl Doorbell {
     }
 
     fn protect(&self, protection: i32) {
-        self.protect_page(self.arena.doorbell(), protection);
-    }
-
-    fn protect_page(&self, page: usize, protection: i32) {
+        let page = self.arena.doorbell();
         // SAFETY: the page belongs to the arena and holds nothing. mprotect is a plain
         // system call, so a signal handler may make it; its errno is put back for whoever was
         // interrupted.
@@ -67,21 +64,6 @@ impl Doorbell {
     /// Opens the page after a fault on it.
     pub(crate) fn open(&self) {
         self.protect(libc::PROT_READ | libc::PROT_WRITE);
-    }
-
-    /// Makes the code that follows an sti fault, or not.
-    pub(crate) fn watch_window(&self, watch: bool) {
-        let protection = if watch {
-            libc::PROT_NONE
-        } else {
-            libc::PROT_READ | libc::PROT_WRITE
-        };
-        self.protect_page(self.arena.window(), protection);
-    }
-
-    /// True if `address` lies in the interrupt window page.
-    pub(crate) fn is_window(&self, address: u64) -> bool {
-        address & !0xfff == self.arena.window() as u64
     }
 
     /// True if `address` lies in the page.

@@ -66,6 +66,8 @@ pub(crate) enum Kind {
     System { index: u32 },
     /// The instruction reads or writes a port; phase 1 is one that is over.
     Port(Port),
+    /// Interrupts were enabled before this place, and one is waiting.
+    Window,
     /// The instruction raises an exception.
     Fault(Fault),
 }

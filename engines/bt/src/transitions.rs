@@ -73,7 +73,6 @@ struct Emit {
     context: i32,
     privileged: i32,
     doorbell: i32,
-    window: i32,
     tlb: [i32; 2],
     jump: [i32; 2],
     exit: u64,
@@ -87,7 +86,6 @@ pub(crate) fn emit(arena: &Arena, stubs: &Stubs, bank: usize, base: u64) -> (Tra
         context: arena.context_disp(),
         privileged: arena.privileged() as usize as i32,
         doorbell: arena.doorbell() as i32,
-        window: arena.window() as i32,
         tlb: [false, true].map(|write| arena.tlb(tlb_index(false, write)) as i32),
         jump: [false, true].map(|user| arena.jump(jump_index(bank, user)) as i32),
         exit: stubs.exit,
@@ -284,6 +282,7 @@ impl Emit {
         let target = self.slot(offset_of!(Context, target));
         let site = self.slot(offset_of!(Context, site));
         let enabled = self.slot(offset_of!(Context, interrupt_flag));
+        let wanted = self.slot(offset_of!(Context, window_wanted));
         let flags = self.cpu(offset_of!(Cpu, flags));
         let table = self.jump[usize::from(user)];
         dynasm!(self.ops
@@ -307,7 +306,8 @@ impl Emit {
             ; .arch x64
             ; cmp DWORD [enabled], 0
             ; je >masked
-            ; mov [self.window], eax
+            ; cmp DWORD [wanted], 0
+            ; jne >miss
             ;masked:
         );
         if returns {

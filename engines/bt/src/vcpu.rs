@@ -594,6 +594,12 @@ impl BtVcpu {
                     }
                 }
             }
+            Kind::Window => {
+                // The boundary that comes next finds the window open.
+                self.settle(site.homes, site.ip);
+                self.counts.add(ExitReason::Helper);
+                Ok(())
+            }
             Kind::Fault(fault) => {
                 self.settle(site.homes, site.ip);
                 self.raise(fault)

@@ -75,7 +75,6 @@ pub(crate) fn contract(mode: Mode) -> u16 {
 pub(crate) struct Layout {
     context: i32,
     doorbell: i32,
-    window: i32,
     tlb: [i32; 4],
     jump: [i32; 2 * BANKS],
     targets: [i32; BANKS],
@@ -102,7 +101,6 @@ impl Layout {
         Layout {
             context: arena.context_disp(),
             doorbell: arena.doorbell() as i32,
-            window: arena.window() as i32,
             tlb: std::array::from_fn(|index| arena.tlb(index) as i32),
             jump: std::array::from_fn(|index| arena.jump(index) as i32),
             targets: std::array::from_fn(|bank| arena.targets(bank) as i32),
@@ -312,7 +310,7 @@ pub(crate) fn lower(
             .map_err(|error| format!("{error} for `{}` at {:#x}", insn.instr, insn.instr.ip()))?;
         let shadow = at > 0 && decoded.insns[at - 1].class == Class::Sti;
         if shadow && !insn.class.ends_block() {
-            lower.interrupt_window(insn.instr.next_ip());
+            lower.interrupt_window(insn);
         }
     }
     let goes_on = |last: &&Insn| last.class == Class::Branch || !last.class.ends_block();

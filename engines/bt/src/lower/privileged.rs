@@ -19,7 +19,7 @@ use crate::{
     decode::{Insn, Mode},
     fault::Fault,
     privileged::{LEAVES, Leaf, Privileged, Shortcuts, count},
-    site::{Homes, Ip, Kind, Port},
+    site::{Homes, Kind, Port},
     transitions::{FROM_USER, HAS_ERROR, SOFTWARE},
 };
 
@@ -234,14 +234,9 @@ impl Lower<'_> {
                 ; mov [interrupts], Rq(other)
             );
             // An interrupt that waits gets in behind it, if it may.
-            self.asm.extend([0x74, 7]);
-            let before = self.position();
-            self.interrupt_window(insn.instr.next_ip());
-            debug_assert_eq!(
-                self.position() - before,
-                7,
-                "the jump leads behind the store"
-            );
+            let wanted = self.layout.slot(offset_of!(Context, window_wanted));
+            dynasm!(self.asm ; .arch x64 ; test [wanted], Rd(other));
+            self.leave_for_window(insn);
         }
         Ok(())
     }
@@ -448,11 +443,37 @@ impl Lower<'_> {
         dynasm!(self.asm ; .arch x64 ; mov QWORD [self.layout.site()], number);
     }
 
-    /// The place after an sti's shadow, or behind a popf, where a waiting interrupt gets in: a store
-    /// to a page that is taken away while one waits.
-    pub(super) fn interrupt_window(&mut self, next_ip: u64) {
-        self.mark(Ip::At(next_ip));
-        dynasm!(self.asm ; .arch x64 ; mov [self.layout.window], eax);
+    /// The place after `insn`, an sti's shadow, where a waiting interrupt gets in.
+    pub(super) fn interrupt_window(&mut self, insn: &Insn) {
+        const RCX: u8 = 1;
+        let wanted = self.layout.slot(offset_of!(Context, window_wanted));
+        let flags_free = insn.live_out == 0 || self.homes.lazy;
+        if flags_free || self.pinned >> RCX & 1 == 1 {
+            if !flags_free {
+                self.save_flags(0);
+            }
+            dynasm!(self.asm ; .arch x64 ; cmp DWORD [wanted], 0);
+            return self.leave_for_window(insn);
+        }
+        self.spill(RCX);
+        dynasm!(self.asm ; .arch x64 ; mov ecx, [wanted]);
+        // jrcxz, over the jump.
+        self.asm.extend([0xe3, 5, 0xe9]);
+        self.patch_window(insn);
+    }
+
+    /// Leaves behind `insn` if the zero flag is clear.
+    fn leave_for_window(&mut self, insn: &Insn) {
+        self.asm.extend([0x0f, 0x85]);
+        self.patch_window(insn);
+    }
+
+    /// The rel32 of a jump that leaves behind `insn`.
+    fn patch_window(&mut self, insn: &Insn) {
+        let patch = self.position();
+        self.asm.push_i32(0);
+        let site = self.add_site(insn.instr.next_ip(), Kind::Window);
+        self.cold.push(Cold::Exit { site, patch });
     }
 }
 

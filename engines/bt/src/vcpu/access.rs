@@ -348,12 +348,11 @@ impl BtVcpu {
         if fault.signal != libc::SIGSEGV {
             return false;
         }
-        if self.doorbell.contains(fault.address) {
+        let rung = self.doorbell.contains(fault.address);
+        if rung {
             self.doorbell.open();
-            return true;
         }
-        // The boundary that comes next finds the window open.
-        self.doorbell.is_window(fault.address)
+        rung
     }
 
     /// The host's CPU faulted in translated code.

@@ -297,7 +297,7 @@ impl Vcpu for BtVcpu {
     fn request_interrupt_window(&mut self, wanted: bool) {
         if self.window != wanted {
             self.window = wanted;
-            self.doorbell.watch_window(wanted);
+            self.core.context().window_wanted = wanted.into();
         }
     }
 
