@@ -41,7 +41,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use engine_core::GuestRam;
+use engine_core::{GuestRam, dma::KeptCode};
 
 use crate::{
     kick::Doorbell,
@@ -120,6 +120,13 @@ pub(crate) struct Vm {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl KeptCode for Vm {
+    /// Becoming a holder comes before the code's bytes are read.
+    fn holds(&self, address: u64) -> bool {
+        self.pages.is_code(address)
+    }
 }
 
 impl Vm {

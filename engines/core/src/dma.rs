@@ -4,13 +4,15 @@
 //! it sees; what a device writes it does not, unless it is told. So devices write through an alias
 //! (a second mapping of the memory file), whose writes are logged by page, and the run loop hands
 //! the log to [`Vcpu::memory_written`](crate::Vcpu::memory_written). Engines that leave coherence
-//! to the processor have no log, and it costs them one test per write.
+//! to the processor have no log, and it costs them one test per write. An engine that can say at any
+//! time which pages it keeps code from ([`KeptCode`]) hears of those alone: a disk that fills pages of
+//! data costs it nothing.
 //!
 //! Invariant: bytes are written before their page is logged, and a page is logged before the guest
 //! is told that the device is done.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -40,14 +42,31 @@ pub enum AliasError {
     Regions(#[from] vm_memory::GuestRegionCollectionError),
 }
 
+/// What an engine that keeps code knows of guest memory.
+pub trait KeptCode: Send + Sync {
+    /// True if anybody keeps code from the page at this guest-physical address, or is about to make
+    /// some from bytes that may have been read already.
+    fn holds(&self, address: u64) -> bool;
+}
+
 /// Pages of guest memory that devices have written and nobody was told of.
-#[derive(Debug)]
 pub struct WriteLog {
     /// One bit per page, by page number.
     bits: Box<[AtomicU64]>,
     /// The pages whose bit is set.
     pages: Mutex<Vec<u64>>,
     any: AtomicBool,
+    /// Who says which pages matter; all do without.
+    kept: OnceLock<Arc<dyn KeptCode>>,
+}
+
+impl std::fmt::Debug for WriteLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WriteLog")
+            .field("pages", &self.pages)
+            .field("limited", &self.kept.get().is_some())
+            .finish_non_exhaustive()
+    }
 }
 
 impl WriteLog {
@@ -56,7 +75,17 @@ impl WriteLog {
             bits: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             pages: Mutex::default(),
             any: AtomicBool::new(false),
+            kept: OnceLock::new(),
         }
+    }
+
+    /// Has pages left out that no code is kept from when they are written: whoever makes some later
+    /// finds the bytes that were written.
+    ///
+    /// # Panics
+    /// If somebody else says so already.
+    pub fn limit(&self, kept: Arc<dyn KeptCode>) {
+        assert!(self.kept.set(kept).is_ok(), "the log is limited already");
     }
 
     #[inline]
@@ -65,7 +94,15 @@ impl WriteLog {
             return;
         }
         let last = (address + length as u64 - 1) >> PAGE_SHIFT;
+        let kept = self.kept.get();
+        if kept.is_some() {
+            // What was written is in memory before anybody is asked who has read it.
+            fence(Ordering::SeqCst);
+        }
         for page in address >> PAGE_SHIFT..=last {
+            if kept.is_some_and(|kept| !kept.holds(page << PAGE_SHIFT)) {
+                continue;
+            }
             let Some(word) = self.bits.get((page / 64) as usize) else {
                 return;
             };
@@ -269,6 +306,30 @@ mod tests {
             .unwrap();
         assert!(log.take(&mut pages));
         assert_eq!(pages, [2]);
+    }
+
+    #[test]
+    fn pages_that_no_code_is_kept_from_are_left_out() {
+        struct Odd;
+        impl KeptCode for Odd {
+            fn holds(&self, address: u64) -> bool {
+                address >> 12 & 1 == 1
+            }
+        }
+        let ram = crate::memory::create(2).unwrap();
+        let memory = DeviceMemory::new(&ram, true).unwrap();
+        let log = memory.log().unwrap();
+        log.limit(Arc::new(Odd));
+        let mut pages = Vec::new();
+        memory.ram().write_obj(9u64, GuestAddress(0x2008)).unwrap();
+        assert!(!log.has_any());
+        assert!(!log.take(&mut pages));
+        memory
+            .ram()
+            .write_slice(&[7; 0x3000], GuestAddress(0x2800))
+            .unwrap();
+        assert!(log.take(&mut pages));
+        assert_eq!(pages, [3, 5]);
     }
 
     #[test]

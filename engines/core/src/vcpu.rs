@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use crate::{
-    CpuState, Doorbells, Exit, ExitCounts, ExitReason, GuestPhys, Interrupts, kick::KickHandle,
-    tally::HostStat,
+    CpuState, Doorbells, Exit, ExitCounts, ExitReason, GuestPhys, Interrupts, dma::KeptCode,
+    kick::KickHandle, tally::HostStat,
 };
 
 /// Where a machine's interrupt controllers and their timer are.
@@ -181,6 +181,11 @@ pub trait Vcpu: Send {
     /// devices write there.
     fn keeps_code(&self) -> bool {
         false
+    }
+
+    /// The pages that [`memory_written`](Vcpu::memory_written) wants to hear of, if it isn't all of them.
+    fn kept_code(&self) -> Option<Arc<dyn KeptCode>> {
+        None
     }
 
     /// Devices have written these pages of guest memory (page numbers) since the last call: code

@@ -1,11 +1,11 @@
 //! The vCPU as the run loop of engine-core sees it.
 
-use std::ptr::NonNull;
+use std::{ptr::NonNull, sync::Arc};
 
 use engine_core::exit::ExitKind;
 use engine_core::{
-    CpuState, DeviceBus, Error, Exit, ExitCounts, ExitReason, GuestPhys, Vcpu, kick::KickHandle,
-    tally::HostStat,
+    CpuState, DeviceBus, Error, Exit, ExitCounts, ExitReason, GuestPhys, Vcpu, dma::KeptCode,
+    kick::KickHandle, tally::HostStat,
 };
 use engine_core::{Stepping, Supply};
 
@@ -283,6 +283,10 @@ impl Vcpu for BtVcpu {
 
     fn keeps_code(&self) -> bool {
         true
+    }
+
+    fn kept_code(&self) -> Option<Arc<dyn KeptCode>> {
+        Some(self.core.mmu.vm.clone())
     }
 
     fn memory_written(&mut self, pages: &[u64]) {

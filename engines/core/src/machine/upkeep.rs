@@ -1,8 +1,11 @@
 //! What moves a machine on between two exits: deadlines, lines, descriptors, and news for other
 //! vCPUs.
 
+use std::sync::Arc;
+
 use crate::bus::Slot;
 use crate::devices::{Action, lapic, lapics};
+use crate::dma::KeptCode;
 use crate::host::events::flag;
 use crate::{GuestPhys, Machine};
 
@@ -28,6 +31,14 @@ impl Machine {
         self.map
             .memory(addr)
             .filter(|found| found.0 != super::LAPIC)
+    }
+
+    /// Has devices' writes told of that matter to `kept` alone, if an engine says so
+    /// ([`Vcpu::kept_code`](crate::Vcpu::kept_code)).
+    pub fn limit_log(&self, kept: Option<Arc<dyn KeptCode>>) {
+        if let (Some(log), Some(kept)) = (&self.write_log, kept) {
+            log.limit(kept);
+        }
     }
 
     /// True if [`written`](Machine::written) would find something.

@@ -253,9 +253,14 @@ impl Storage for RawFile {
             return bounce.read(&self.file, offset, into);
         }
         let fd = self.file.as_raw_fd();
-        Self::all(offset, into, |rest, at| {
+        Self::all(offset, into, |rest, at| match rest {
+            // Most requests: no list for the kernel to check, and no cancellation point.
+            // SAFETY: the buffer is writable memory.
+            [one] => unsafe {
+                libc::syscall(libc::SYS_pread64, fd, one.as_ptr(), one.len(), at) as isize
+            },
             // SAFETY: the buffers are writable memory, at most IOV_MAX of them.
-            unsafe { libc::preadv(fd, Buffer::vectors(rest), rest.len() as i32, at) }
+            _ => unsafe { libc::preadv(fd, Buffer::vectors(rest), rest.len() as i32, at) },
         })
     }
 
@@ -267,9 +272,13 @@ impl Storage for RawFile {
             return bounce.write(&self.file, offset, from);
         }
         let fd = self.file.as_raw_fd();
-        Self::all(offset, from, |rest, at| {
+        Self::all(offset, from, |rest, at| match rest {
+            // SAFETY: the buffer is readable memory.
+            [one] => unsafe {
+                libc::syscall(libc::SYS_pwrite64, fd, one.as_ptr(), one.len(), at) as isize
+            },
             // SAFETY: the buffers are readable memory, at most IOV_MAX of them.
-            unsafe { libc::pwritev(fd, Buffer::vectors(rest), rest.len() as i32, at) }
+            _ => unsafe { libc::pwritev(fd, Buffer::vectors(rest), rest.len() as i32, at) },
         })
     }
 

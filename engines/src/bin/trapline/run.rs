@@ -234,6 +234,7 @@ fn run_mode(
         peripherals.doorbells = vcpu.doorbells();
     }
     machine.attach(peripherals, &ram, vcpu.keeps_code())?;
+    machine.limit_log(vcpu.kept_code());
     if arguments.smp == 1 {
         machine.post_writes(&mut **vcpu);
     }
