@@ -37,7 +37,7 @@
 //!
 //! Devices write through a mapping of their own; the run loop tells one vCPU, which tells the rest.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -125,6 +125,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl KeptCode for Vm {
     /// Becoming a holder comes before the code's bytes are read.
     fn holds(&self, address: u64) -> bool {
+        if !self.alone() {
+            // What was written is in memory before it is looked up who has read it.
+            fence(Ordering::SeqCst);
+        }
         self.pages.is_code(address)
     }
 }

@@ -11,7 +11,7 @@
 //! Invariant: bytes are written before their page is logged, and a page is logged before the guest
 //! is told that the device is done.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
@@ -45,7 +45,8 @@ pub enum AliasError {
 /// What an engine that keeps code knows of guest memory.
 pub trait KeptCode: Send + Sync {
     /// True if anybody keeps code from the page at this guest-physical address, or is about to make
-    /// some from bytes that may have been read already.
+    /// some from bytes that may have been read already. The caller has written before it asks; it is
+    /// for the engine to see to it that other processors find it so.
     fn holds(&self, address: u64) -> bool;
 }
 
@@ -95,10 +96,6 @@ impl WriteLog {
         }
         let last = (address + length as u64 - 1) >> PAGE_SHIFT;
         let kept = self.kept.get();
-        if kept.is_some() {
-            // What was written is in memory before anybody is asked who has read it.
-            fence(Ordering::SeqCst);
-        }
         for page in address >> PAGE_SHIFT..=last {
             if kept.is_some_and(|kept| !kept.holds(page << PAGE_SHIFT)) {
                 continue;

@@ -6,8 +6,6 @@
 //!
 //! Invariant: every buffer lies in RAM as a whole.
 
-use std::sync::Arc;
-
 use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryBackend;
 
@@ -45,11 +43,18 @@ impl Chain {
         chain: DescriptorChain<&DeviceRam>,
         most: u16,
     ) -> Result<(), Broken> {
-        self.head = chain.head_index();
-        self.readable.clear();
-        self.writable.clear();
-        self.targets.clear();
-        let ram = Arc::clone(self.memory.ram());
+        let Chain {
+            memory,
+            head,
+            readable,
+            writable,
+            targets,
+        } = self;
+        *head = chain.head_index();
+        readable.clear();
+        writable.clear();
+        targets.clear();
+        let ram = memory.ram();
         // The walk just stops where something is wrong: then the last descriptor announced another.
         let mut open = true;
         for (number, descriptor) in chain.enumerate() {
@@ -59,23 +64,23 @@ impl Chain {
             open = descriptor.has_next();
             let length = descriptor.len() as usize;
             let write = descriptor.is_write_only();
-            if !write && !self.writable.is_empty() {
+            if !write && !writable.is_empty() {
                 return Err(Broken::Order);
             }
             if length == 0 {
                 continue;
             }
-            let memory = ram
+            let slice = ram
                 .get_slice(descriptor.addr(), length)
                 .map_err(|_| Broken::Address)?;
-            // SAFETY: in a mapping that `self.memory` keeps; no Rust reference to guest memory
+            // SAFETY: in a mapping that `memory` keeps; no Rust reference to guest memory
             // exists anywhere.
-            let part = unsafe { Buffer::from_raw(memory.ptr_guard_mut().as_ptr(), length) };
+            let part = unsafe { Buffer::from_raw(slice.ptr_guard_mut().as_ptr(), length) };
             if write {
-                self.writable.push(part);
-                self.targets.push((descriptor.addr().0, length));
+                writable.push(part);
+                targets.push((descriptor.addr().0, length));
             } else {
-                self.readable.push(part);
+                readable.push(part);
             }
         }
         if open { Err(Broken::Chain) } else { Ok(()) }

@@ -6,7 +6,6 @@
 //!
 //! Invariant: an index is published after the buffers and the used element that it stands for.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -132,9 +131,9 @@ impl Ring {
         if !self.queue.ready() || self.budget == 0 {
             return Ok(None);
         }
-        let ram = Arc::clone(self.memory.ram());
+        let ram = &**self.memory.ram();
         let most = self.queue.size();
-        let found = self.queue.iter(&*ram).map_err(|_| Broken::Index)?.next();
+        let found = self.queue.iter(ram).map_err(|_| Broken::Index)?.next();
         let Some(chain) = found else {
             return Ok(None);
         };
