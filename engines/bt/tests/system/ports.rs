@@ -2,11 +2,11 @@
 //! code goes on.
 
 use bt::Extended;
-use engine_core::{After, CpuState};
+use engine_core::{After, CpuState, Vcpu};
 use iced_x86::code_asm::*;
 
 use crate::kernel::{Asm, Built};
-use crate::rig::{DEVICE, End, FREE, Rig};
+use crate::rig::{CODE, DEVICE, End, FREE, Rig};
 
 const WAYS: [Option<After>; 3] = [None, Some(After::Enter), Some(After::Return)];
 const CF: u64 = 1;
@@ -201,4 +201,18 @@ fn a_loop_of_ports_stays_translated() {
     assert!(enter < 10, "{enter} entries");
     assert_eq!(none, back);
     assert!(none > u64::from(TIMES));
+}
+
+#[test]
+fn devices_need_to_tell_of_writes_to_code_alone() {
+    let mut rig = Rig::long();
+    let kept = rig.vcpu.kept_code().expect("it keeps code");
+    assert!(!kept.holds(CODE));
+    assert_eq!(rig.try_code(|a| a.mov(eax, 1)), End::Halt);
+    assert!(kept.holds(CODE));
+    assert!(!kept.holds(FREE) && !kept.holds(DEVICE));
+    // What is told of is gone, and what comes then is looked at anew.
+    assert_eq!(rig.try_code(|a| a.mov(eax, 2)), End::Halt);
+    assert_eq!(rig.after().gpr[0], 2);
+    assert!(kept.holds(CODE));
 }
