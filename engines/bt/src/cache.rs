@@ -5,14 +5,9 @@
 //! it may be running, until the whole cache is emptied. That happens only when something is about
 //! to be translated, so never while translated code waits to be resumed.
 //!
-//! # Links
-//!
-//! A link from one block to another is valid as long as the target's guest-virtual address maps to
-//! the target's physical one. Within a page that follows from the source's own address. Links
-//! across pages are remembered and undone whenever translations are dropped.
-//!
-//! A block with an instruction that crosses a page depends on two mappings, so nothing links to it
-//! and it isn't entered in a jump cache: every entry goes through the runtime, which checks both.
+//! What leads from one to another is in `links`.
+
+mod links;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -163,6 +158,8 @@ pub(crate) struct Cache {
     info: InstructionInfoFactory,
     /// Times the whole cache was emptied for lack of room.
     pub emptied: u64,
+    /// Guesses are never unmade, for tests that show what that is good for.
+    pub keep_guesses: bool,
 }
 
 /// Room that any block fits into: 64 instructions with their slow paths.
@@ -191,6 +188,7 @@ impl Cache {
             insns: Vec::new(),
             info: InstructionInfoFactory::new(),
             emptied: 0,
+            keep_guesses: false,
         }
     }
 
@@ -213,6 +211,7 @@ impl Cache {
             | Kind::Group(_)
             | Kind::Direct { .. }
             | Kind::Indirect { .. }
+            | Kind::Guess(_)
             | Kind::System { .. }
             | Kind::Fault(_) => None,
         }
@@ -420,96 +419,6 @@ impl Cache {
         }
         self.unlink_incoming(block, arena);
         mmu.jumps.iter().for_each(|jumps| jumps.flush());
-    }
-
-    /// Links the direct branch of `site` to `target`, if that is sound. Returns true if it did.
-    pub(crate) fn link(&mut self, site: usize, target: u32, arena: &Arena) -> bool {
-        let Site {
-            block: source,
-            kind: Kind::Direct { patch, known, .. },
-            ..
-        } = self.sites[site]
-        else {
-            return false;
-        };
-        let from = &self.blocks[source as usize];
-        let to = &self.blocks[target as usize];
-        let single = from.key.mode.single || to.key.mode.single;
-        let crosses = to.second.is_some();
-        if !from.alive || !to.alive || single || crosses || from.key.mode != to.key.mode {
-            return false;
-        }
-        let same_page = from.second.is_none()
-            && from.key.virt >> 12 == to.key.virt >> 12
-            && from.key.phys >> 12 == to.key.phys >> 12;
-        let entry = if known.cover(to.needs) {
-            to.inner_entry
-        } else {
-            to.entry
-        };
-        let rel = entry.wrapping_sub(patch + 4) as i32;
-        arena.write_code(patch, &rel.to_le_bytes());
-        self.blocks[target as usize].incoming.push(site as u32);
-        if !same_page {
-            let page = self.blocks[target as usize].key.virt >> 12;
-            self.across.entry(page).or_default().push(site as u32);
-        }
-        true
-    }
-
-    fn unlink(&self, site: u32, arena: &Arena) {
-        if let Kind::Direct { patch, stub, .. } = self.sites[site as usize].kind {
-            let rel = stub.wrapping_sub(patch + 4) as i32;
-            arena.write_code(patch, &rel.to_le_bytes());
-        }
-    }
-
-    /// Undoes every link.
-    pub(crate) fn unlink_all(&mut self, arena: &Arena) {
-        for block in 0..self.blocks.len() {
-            self.unlink_incoming(block as u32, arena);
-        }
-        self.across.clear();
-    }
-
-    fn unlink_incoming(&mut self, block: u32, arena: &Arena) {
-        for site in std::mem::take(&mut self.blocks[block as usize].incoming) {
-            self.unlink(site, arena);
-        }
-    }
-
-    /// Undoes links between pages, to targets that may map elsewhere.
-    pub(crate) fn unlink_across(&mut self, dropped: Dropped, arena: &Arena) {
-        let mut across = std::mem::take(&mut self.across);
-        match dropped {
-            // The usual case: one bucket at most.
-            Dropped::Span(span) if span.bytes == 4096 => {
-                let gone = across.remove(&(span.start >> 12)).unwrap_or_default();
-                gone.iter().for_each(|&site| self.unlink(site, arena));
-            }
-            Dropped::Span(_) | Dropped::User(_) | Dropped::Bank(_) | Dropped::All => {
-                across.retain(|&page, sites| {
-                    sites.retain(|&site| {
-                        let mode = self.blocks[self.sites[site as usize].block as usize]
-                            .key
-                            .mode;
-                        let bank = usize::from(mode.bank);
-                        let stays = match dropped {
-                            Dropped::Span(span) => !span.contains(page << 12),
-                            Dropped::User(dropped) => !mode.user || bank != dropped,
-                            Dropped::Bank(dropped) => bank != dropped,
-                            Dropped::All => false,
-                        };
-                        if !stays {
-                            self.unlink(site, arena);
-                        }
-                        stays
-                    });
-                    !sites.is_empty()
-                });
-            }
-        }
-        self.across = across;
     }
 
     /// Kills the blocks made from any of `len` bytes at `phys`. Returns how many there were.

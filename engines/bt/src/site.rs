@@ -52,16 +52,21 @@ pub(crate) enum Kind {
     /// A lookup for several accesses missed.
     Group(Shared),
     /// A direct branch that isn't linked yet: `patch` is the address of its rel32.
-    /// `stub` is what the rel32 leads to until then, `known` what holds of the registers here.
+    /// `stub` is what the rel32 leads to until then, `known` what holds of the registers here. The
+    /// flags are in `Context::lazy_flags` if `lazy`.
     Direct {
         target: u64,
         patch: u64,
         stub: u64,
         known: Levels,
+        lazy: bool,
     },
     /// An indirect branch whose target (`Context::target`) isn't in the jump cache. RSP has moved
-    /// by `rsp`, which is taken back should the target not be canonical.
-    Indirect { rsp: i32 },
+    /// by `rsp`, which is taken back should the target not be canonical. Through a gate, a guess is to be
+    /// made as well.
+    Indirect { rsp: i32, gate: Option<Gate> },
+    /// A place that a return may lead to. Never left through.
+    Guess(Guess),
     /// Instruction `index` of the side list is the runtime's to execute.
     System { index: u32 },
     /// The instruction reads or writes a port; phase 1 is one that is over.
@@ -70,6 +75,34 @@ pub(crate) enum Kind {
     Window,
     /// The instruction raises an exception.
     Fault(Fault),
+}
+
+/// Guesses of one return.
+pub(crate) const GUESSES: usize = 2;
+
+/// A return address that is compared with a constant, and the branch behind that.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Guess {
+    /// The address guessed, None if none is.
+    pub target: Option<u64>,
+    /// Address of the constant.
+    pub compared: u64,
+    /// Address of the branch's rel32, which is 0 if it isn't linked.
+    pub patch: u64,
+    /// The flags are in `Context::lazy_flags`; if not, they are lost.
+    pub lazy: bool,
+    /// Site of the gate.
+    pub gate: u32,
+}
+
+/// Five bytes behind the guesses of a return: a jump to the exit, or nothing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gate {
+    pub at: u64,
+    /// Where it leads while it is closed.
+    pub stub: u64,
+    /// Site of the first guess.
+    pub first: u32,
 }
 
 /// `in` or `out`.

@@ -555,7 +555,8 @@ impl BtVcpu {
                 Ok(())
             }
             Kind::Direct { target, .. } => self.direct(index, site, target),
-            Kind::Indirect { rsp } => {
+            Kind::Guess(_) => Err(Stop::Internal("a guess isn't left through".into())),
+            Kind::Indirect { rsp, gate } => {
                 let target = self.core.context().target;
                 self.settle(site.homes, target);
                 self.counts.add(ExitReason::IndirectMiss);
@@ -571,6 +572,9 @@ impl BtVcpu {
                     self.core.set_gpr_sized(4, before, if long { 8 } else { 4 });
                     self.core.rip = site.ip;
                     return self.raise(Fault::gp());
+                }
+                if gate.is_some() {
+                    return self.guess(index);
                 }
                 Ok(())
             }
@@ -627,6 +631,25 @@ impl BtVcpu {
     fn settle(&mut self, homes: Homes, ip: u64) {
         homes.settle(self.core.context());
         self.core.rip = ip;
+    }
+
+    /// A return that has guesses left to make, at site `index`, leads to RIP.
+    fn guess(&mut self, index: usize) -> Result<(), Stop> {
+        if self.doorbell.answer() {
+            return Err(Stop::Interrupted);
+        }
+        let mode = self.core.mode_here();
+        let virt = self.core.linear_ip();
+        let emptied = self.cache.emptied;
+        match self.block(mode, virt) {
+            Ok(number) => {
+                if self.stepping.is_none() && emptied == self.cache.emptied {
+                    self.cache.guess(index, self.core.rip, number, &self.arena);
+                }
+                Ok(())
+            }
+            Err(missing) => self.missing(missing),
+        }
     }
 
     /// A direct branch that isn't linked: finds its target and links it.

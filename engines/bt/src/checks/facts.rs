@@ -404,7 +404,7 @@ fn zero_extends(instr: &Instruction) -> bool {
 }
 
 /// By how much `insn` moves `register`: Some(0) if it leaves it alone, None if nobody knows.
-pub(super) fn step(insn: &Insn, register: u8) -> Option<i64> {
+pub(crate) fn step(insn: &Insn, register: u8) -> Option<i64> {
     let instr = &insn.instr;
     if insn.modifies >> register & 1 == 0 {
         return Some(0);

@@ -51,7 +51,8 @@ use crate::{
     decode::{Class, Insn, Mode},
     window::SLACK,
 };
-use facts::{RSP, State, step};
+pub(crate) use facts::step;
+use facts::{RSP, State};
 pub(crate) use levels::Levels;
 use levels::{Level, Origin};
 pub(crate) use needs::constant;

@@ -13,26 +13,26 @@
 //! one with it where flags are free. A kick takes that page's permissions away; the access faults
 //! between two instructions, and the signal handler turns that into an exit.
 
-use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Code, Instruction, Mnemonic};
-use std::mem::offset_of;
-
-use super::{Cold, Lower, Path, contract};
+use super::{Cold, Lower, Path};
 use crate::{
     checks::Levels,
-    context::Context,
     cpu::Bits,
     decode::{Class, Insn},
     site::{Ip, Kind},
     tlb::JUMP_ENTRIES,
 };
+use dynasmrt::{DynasmApi, dynasm};
+use iced_x86::{Code, Instruction, Mnemonic};
 
 impl Lower<'_> {
     pub(super) fn jump(&mut self, insn: &Insn) {
-        self.leave(insn.live_out != 0);
+        self.leave_lazily(insn.live_out != 0);
         let target = self.wrap(insn.instr.near_branch_target());
         if target <= insn.instr.ip() {
-            self.ring(Ip::At(insn.instr.ip()), insn.live_out == 0);
+            self.ring(
+                Ip::At(insn.instr.ip()),
+                self.homes.lazy || insn.live_out == 0,
+            );
         }
         self.count(Path::Direct);
         self.direct(insn.instr.ip(), target);
@@ -102,10 +102,10 @@ impl Lower<'_> {
 
     pub(super) fn call(&mut self, insn: &Insn) -> Result<(), String> {
         self.push_return(insn)?;
-        self.leave(insn.live_out != 0);
+        self.leave_lazily(insn.live_out != 0);
         let target = self.wrap(insn.instr.near_branch_target());
         if target <= insn.instr.ip() {
-            self.ring(Ip::At(target), insn.live_out == 0);
+            self.ring(Ip::At(target), self.homes.lazy || insn.live_out == 0);
         }
         self.count(Path::Direct);
         self.direct(insn.instr.ip(), target);
@@ -115,13 +115,13 @@ impl Lower<'_> {
     pub(super) fn call_indirect(&mut self, insn: &Insn) -> Result<(), String> {
         self.load_target(insn)?;
         self.push_return(insn)?;
-        self.indirect(insn, None, -self.return_size());
+        self.indirect(insn, -self.return_size());
         Ok(())
     }
 
     pub(super) fn jump_indirect(&mut self, insn: &Insn) -> Result<(), String> {
         self.load_target(insn)?;
-        self.indirect(insn, None, 0);
+        self.indirect(insn, 0);
         Ok(())
     }
 
@@ -135,20 +135,24 @@ impl Lower<'_> {
             return self.return_in_window(insn, extra.into());
         }
         let target = self.pop_return(insn, extra.into())?;
-        self.indirect(insn, Some(target), self.return_size() + i32::from(extra));
+        let rsp = self.return_size() + i32::from(extra);
+        self.count(Path::Indirect);
+        if self.mode.single {
+            // Whoever asked for a single instruction wants to be asked again after it.
+            self.exit(insn.instr.ip(), Kind::Indirect { rsp, gate: None });
+        } else if self.mode.window {
+            self.dispatch(insn, rsp);
+        } else {
+            let key = self.compare_popped(insn, target, rsp);
+            self.through_jump_cache(insn, key, rsp);
+        }
         Ok(())
     }
 
-    /// Goes to `Context::target`, which a borrowed register may hold as well, with RSP moved by
-    /// `rsp` already.
-    ///
-    /// The lookup ruins the flags. They are saved before it and stay saved: a block that is entered
-    /// through a jump cache brings them back itself if it reads them before it writes them, which
-    /// the code after a call or at the start of a function hardly ever does.
-    fn indirect(&mut self, insn: &Insn, target: Option<u8>, rsp: i32) {
+    /// Goes to `Context::target`, with RSP moved by `rsp` already.
+    fn indirect(&mut self, insn: &Insn, rsp: i32) {
         if self.mode.single {
-            // Whoever asked for a single instruction wants to be asked again after it.
-            self.exit(insn.instr.ip(), Kind::Indirect { rsp });
+            self.exit(insn.instr.ip(), Kind::Indirect { rsp, gate: None });
             return;
         }
         self.count(Path::Indirect);
@@ -156,17 +160,27 @@ impl Lower<'_> {
             return self.dispatch(insn, rsp);
         }
         if !self.homes.lazy {
-            self.save_flags(target.map_or(0, |register| 1 << register));
+            self.save_flags(0);
         }
+        self.settle_registers();
+        self.doorbell(Ip::Target);
+        self.through_jump_cache(insn, None, rsp);
+    }
+
+    /// Goes to `Context::target`, which `key` may hold as well, with every register where blocks meet.
+    ///
+    /// The lookup ruins the flags. They were saved before it and stay saved: a block that is entered
+    /// through a jump cache brings them back itself if it reads them before it writes them, which
+    /// the code after a call or at the start of a function hardly ever does.
+    fn through_jump_cache(&mut self, insn: &Insn, key: Option<u8>, rsp: i32) {
         let slot = self.layout.target();
-        let key = target.unwrap_or_else(|| {
-            let key = self.take(0, insn);
-            dynasm!(self.asm ; .arch x64 ; mov Rq(key), [slot]);
-            key
+        let key = key.unwrap_or_else(|| {
+            dynasm!(self.asm ; .arch x64 ; mov r13, [slot]);
+            13
         });
-        let entry = self.take(1 << key, insn);
+        // The other one that blocks lend each other.
+        let entry = 25 - key;
         let table = self.layout.jump[self.mode.jumps()];
-        let resume = self.layout.slot(offset_of!(Context, resume));
         dynasm!(self.asm
             ; .arch x64
             ; mov Rd(entry), Rd(key)
@@ -174,24 +188,13 @@ impl Lower<'_> {
             ; shl Rd(entry), 4
             ; cmp Rq(key), [Rq(entry) + table]
         );
-        self.asm.push(0x0f);
-        self.asm.push(0x85);
+        self.asm.extend([0x0f, 0x85]);
         let patch = self.position();
         self.asm.push_i32(0);
-        let site = self.add_site(insn.instr.ip(), Kind::Indirect { rsp });
+        let kind = Kind::Indirect { rsp, gate: None };
+        let site = self.add_site(insn.instr.ip(), kind);
         self.cold.push(Cold::Exit { site, patch });
-        let lent = (contract(self.mode) >> entry) & 1 == 1 && self.homes.spilled >> entry & 1 == 1;
-        dynasm!(self.asm ; .arch x64 ; mov Rq(entry), [Rq(entry) + table + 8]);
-        if !lent {
-            dynasm!(self.asm ; .arch x64 ; mov [resume], Rq(entry));
-        }
-        self.settle_registers();
-        self.doorbell(Ip::Target);
-        if lent {
-            dynasm!(self.asm ; .arch x64 ; jmp Rq(entry));
-        } else {
-            dynasm!(self.asm ; .arch x64 ; jmp QWORD [resume]);
-        }
+        dynasm!(self.asm ; .arch x64 ; jmp QWORD [Rq(entry) + table + 8]);
     }
 
     /// Rings before `insn` for a backward branch right behind it: processors fuse a comparison with the
@@ -236,6 +239,7 @@ impl Lower<'_> {
             patch: self.address(patch),
             stub: 0,
             known,
+            lazy: self.homes.lazy,
         };
         let site = self.add_site(ip, kind);
         self.cold.push(Cold::Direct { site, patch });

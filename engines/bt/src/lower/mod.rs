@@ -35,6 +35,7 @@ mod invlpg;
 mod memory;
 mod privileged;
 mod registers;
+mod returns;
 mod stack;
 mod strings;
 mod window;
@@ -56,7 +57,7 @@ use crate::{
     decode::{Class, Decoded, Insn, Mode},
     fault::{self, Fault},
     groups::{self, Plan},
-    site::{Homes, Ip, Kind, Mark, Site, number},
+    site::{Gate, Homes, Ip, Kind, Mark, Site, number},
     stubs::Stubs,
     tlb::{BANKS, tlb_index},
     transitions::Transitions,
@@ -193,6 +194,8 @@ pub(crate) struct Lower<'a> {
     at: usize,
     /// The doorbell of the branch that comes next has been rung.
     rung: bool,
+    /// How the flags can be made again behind this instruction.
+    recipe: Option<returns::Recipe>,
 }
 
 /// Code to be placed after the block's straight line.
@@ -283,6 +286,7 @@ pub(crate) fn lower(
         upcoming: std::mem::take(&mut lowered.upcoming),
         at: 0,
         rung: false,
+        recipe: None,
     };
     lower.checked_entry(ip);
     let entry = lower.position() as u32;
@@ -291,6 +295,10 @@ pub(crate) fn lower(
     }
     let inner_entry = lower.position() as u32;
     let needs = lower.checks.needs;
+    let saved = (!mode.window && registers::saves_first(&decoded.insns)).then(|| {
+        lower.save_flags(0);
+        lower.position() as u32
+    });
     let mut seen = 0;
     lower.upcoming.resize(decoded.insns.len(), 0);
     for (slot, insn) in lower.upcoming.iter_mut().zip(&decoded.insns).rev() {
@@ -302,6 +310,9 @@ pub(crate) fn lower(
         lower.at = at;
         if let Some(next) = decoded.insns.get(at + 1) {
             lower.ring_early(insn, next);
+        }
+        if insn.class == Class::Return && mode.window && mode.bits == Bits::Bits64 {
+            lower.recipe = returns::recipe(&decoded.insns[..at]);
         }
         let offset = insn.instr.ip().wrapping_sub(ip) as usize;
         let raw = &bytes[offset..offset + insn.instr.len()];
@@ -315,7 +326,7 @@ pub(crate) fn lower(
     }
     let goes_on = |last: &&Insn| last.class == Class::Branch || !last.class.ends_block();
     if let Some(last) = decoded.insns.last().filter(goes_on) {
-        lower.leave(last.live_out != 0);
+        lower.leave_lazily(last.live_out != 0);
         if last.class != Class::Branch {
             lower.count(Path::Direct);
         }
@@ -334,7 +345,11 @@ pub(crate) fn lower(
         .insns
         .first()
         .is_some_and(|first| first.live_in != 0);
-    let lazy_entry = if live { lower.lazy_entry(entry) } else { entry };
+    let lazy_entry = match saved {
+        Some(position) => position,
+        None if live => lower.lazy_entry(entry),
+        None => entry,
+    };
     *lowered = Lowered {
         entry,
         inner_entry,
@@ -586,7 +601,12 @@ impl Lower<'_> {
                 Cold::Direct { site, patch } | Cold::Exit { site, patch } => {
                     self.bind(patch, self.position());
                     let here = self.address(self.position());
-                    if let Kind::Direct { stub, .. } = &mut self.sites[site].kind {
+                    if let Kind::Direct { stub, .. }
+                    | Kind::Indirect {
+                        gate: Some(Gate { stub, .. }),
+                        ..
+                    } = &mut self.sites[site].kind
+                    {
                         *stub = here;
                     }
                     self.exit_through(site, 0);

@@ -7,7 +7,45 @@
 use dynasmrt::{DynasmApi, dynasm};
 
 use super::{Lower, RAX, RSP, contract, needs_flags};
-use crate::decode::Insn;
+use crate::decode::{ALL_FLAGS, Class, Insn};
+
+/// True if the flags that a block is entered with have to be out of the way before anything reads them. They
+/// are saved first thing then, and who comes with the flags saved goes in behind that.
+pub(super) fn saves_first(insns: &[Insn]) -> bool {
+    for insn in insns {
+        let looks_up = match insn.class {
+            Class::Memory
+            | Class::BitString
+            | Class::MaskedMove
+            | Class::Push
+            | Class::Pop
+            | Class::Leave
+            | Class::Call
+            | Class::CallIndirect
+            | Class::JumpIndirect
+            | Class::Return => true,
+            Class::Plain
+            | Class::Nop
+            | Class::Lea
+            | Class::Cli
+            | Class::Sti
+            | Class::Jump
+            | Class::Branch
+            | Class::Loop
+            | Class::Privileged
+            | Class::System
+            | Class::Fault(_) => false,
+        };
+        if insn.live_in == 0 || looks_up {
+            return insn.live_in != 0;
+        }
+        let touches = insn.instr.rflags_read() | insn.instr.rflags_modified();
+        if touches & ALL_FLAGS != 0 || insn.class.ends_block() {
+            return false;
+        }
+    }
+    false
+}
 
 impl Lower<'_> {
     /// Makes the host's flags true if the body of `insn` reads them, or leaves some of the live ones
@@ -120,6 +158,13 @@ impl Lower<'_> {
             self.restore_flags(0);
         }
         self.homes.lazy = false;
+        self.settle_registers();
+    }
+
+    /// As `leave` for a direct branch, which says where the flags are: a block that doesn't read them is
+    /// entered as if they were at home, and others fetch them themselves.
+    pub(super) fn leave_lazily(&mut self, flags_live: bool) {
+        self.homes.lazy &= flags_live;
         self.settle_registers();
     }
 

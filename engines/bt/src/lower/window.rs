@@ -16,7 +16,7 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, MemoryOperand, OpKind, Register};
 use std::mem::offset_of;
 
-use super::{Cold, Lower, Path, gpr64, memory::Address, memory::whole_operand, memory_operand};
+use super::{Cold, Lower, gpr64, memory::Address, memory::whole_operand, memory_operand};
 use crate::{
     checks::{Outside, Route, constant},
     context::Context,
@@ -187,7 +187,7 @@ impl Lower<'_> {
             && instr.segment_prefix() == Register::None
     }
 
-    fn stack_operand(&self, displacement: i32) -> MemoryOperand {
+    pub(super) fn stack_operand(&self, displacement: i32) -> MemoryOperand {
         let base = match self.mode.bits {
             Bits::Bits64 => Register::RSP,
             Bits::Bits32 | Bits::Bits16 => Register::ESP,
@@ -254,7 +254,7 @@ impl Lower<'_> {
     }
 
     /// Loads into a register; nothing else.
-    fn load_in_window(
+    pub(super) fn load_in_window(
         &mut self,
         insn: &Insn,
         value: u8,
@@ -294,22 +294,6 @@ impl Lower<'_> {
         Ok(())
     }
 
-    /// Pops the return address, and `extra` bytes more, and goes there.
-    pub(super) fn return_in_window(&mut self, insn: &Insn, extra: i32) -> Result<(), String> {
-        let size = self.return_size();
-        self.count(Path::Indirect);
-        self.leave(true);
-        self.spill(RCX);
-        let operand = self.stack_operand(0);
-        self.load_in_window(insn, RCX, operand, size)?;
-        dynasm!(self.asm ; .arch x64 ; mov [self.layout.target()], rcx);
-        self.move_rsp(size + extra);
-        self.doorbell(Ip::Target);
-        dynasm!(self.asm ; .arch x64 ; movzx ecx, cx);
-        self.through_table(insn, size + extra);
-        Ok(())
-    }
-
     /// Goes to `Context::target`, with RSP moved by `rsp` already.
     pub(super) fn dispatch(&mut self, insn: &Insn, rsp: i32) {
         self.leave(true);
@@ -319,10 +303,10 @@ impl Lower<'_> {
         self.through_table(insn, rsp);
     }
 
-    fn through_table(&mut self, insn: &Insn, rsp: i32) {
+    pub(super) fn through_table(&mut self, insn: &Insn, rsp: i32) {
         // Who misses there has saved the flags.
         self.homes.lazy = true;
-        let site = self.add_site(insn.instr.ip(), Kind::Indirect { rsp });
+        let site = self.add_site(insn.instr.ip(), Kind::Indirect { rsp, gate: None });
         let number = number(self.first_site + site, 0);
         let targets = self.layout.targets[usize::from(self.mode.bank)];
         dynasm!(self.asm
@@ -372,7 +356,7 @@ impl Lower<'_> {
         Ok(value)
     }
 
-    fn encode_made(
+    pub(super) fn encode_made(
         &mut self,
         instr: Result<Instruction, iced_x86::IcedError>,
     ) -> Result<(), String> {

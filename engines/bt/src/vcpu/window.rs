@@ -77,6 +77,13 @@ impl BtVcpu {
         self.core.mmu.window.hold()
     }
 
+    /// Has returns go where they went before, whatever has become of it, for tests that show what
+    /// undoing that is good for.
+    #[doc(hidden)]
+    pub fn keep_guesses(&mut self) {
+        self.cache.keep_guesses = true;
+    }
+
     /// Lets every address pass the window's comparisons, for tests that show what they are good for.
     #[doc(hidden)]
     pub fn remove_window_checks(&mut self) {

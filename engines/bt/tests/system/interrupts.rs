@@ -389,6 +389,15 @@ fn kicks_stop_every_kind_of_loop() {
         asm.set_label(&mut head)?;
         asm.jmp(head)
     });
+    // Returns alone.
+    kicked(|asm| {
+        let mut head = asm.create_label();
+        asm.lea(rax, ptr(head))?;
+        asm.set_label(&mut head)?;
+        asm.inc(rbx)?;
+        asm.push(rax)?;
+        asm.ret()
+    });
     // Calls and returns.
     kicked(|asm| {
         let mut head = asm.create_label();

@@ -53,6 +53,7 @@ mod protected;
 mod real;
 mod registers;
 mod reload;
+mod returns;
 mod rig;
 mod run;
 mod state;

@@ -1,0 +1,176 @@
+//! Returns remember where they went: whatever becomes of that place, or of the code that returns there, they go
+//! where the stack says and do what is there now.
+
+use iced_x86::code_asm::*;
+
+use crate::rig::{CODE, End, FREE, Rig, TABLES};
+
+const RET: u8 = 0xc3;
+/// A large page of its own, and what it can be mapped to instead.
+const PLACE: u64 = 2 << 21;
+const OTHER: u64 = 3 << 21;
+
+/// Runs code that returns to a place that has been changed between two runs, and answers what it finds
+/// there before and after.
+fn changed_between_runs(keep: bool) -> [u64; 2] {
+    let mut rig = Rig::long();
+    if keep {
+        rig.vcpu.keep_guesses();
+    }
+    rig.put(FREE, &[RET]);
+    rig.code(|asm| {
+        asm.call(FREE)?;
+        asm.mov(eax, 1)
+    });
+    let mut found = || {
+        // Once to remember, once to rely on it.
+        assert_eq!([rig.run(), rig.run()], [End::Halt; 2]);
+        rig.after().gpr[0]
+    };
+    let before = found();
+    // Behind the opcode of mov.
+    rig.put(CODE + 6, &[2]);
+    assert_eq!(rig.run(), End::Halt);
+    [before, rig.after().gpr[0]]
+}
+
+#[test]
+fn code_that_was_returned_to_may_change() {
+    assert_eq!(changed_between_runs(false), [1, 2]);
+    // What was changed would not be seen if nothing were undone.
+    assert_eq!(changed_between_runs(true), [1, 1]);
+}
+
+/// Returns to a page that is mapped elsewhere after two rounds, and answers what it finds there.
+fn mapped_elsewhere(keep: bool) -> u64 {
+    let mut rig = Rig::long();
+    if keep {
+        rig.vcpu.keep_guesses();
+    }
+    rig.put(FREE, &[RET]);
+    for (at, value) in [(PLACE, 1), (OTHER, 2)] {
+        // call rdi; mov eax, value; ret
+        rig.put(at, &[0xff, 0xd7, 0xb8, value, 0, 0, 0, RET]);
+    }
+    let end = rig.try_code(|asm| {
+        asm.mov(rdi, FREE)?;
+        asm.call(PLACE)?;
+        asm.call(PLACE)?;
+        asm.mov(rcx, TABLES + 0x2000 + 8 * (PLACE >> 21))?;
+        asm.mov(rdx, OTHER | 0xe3)?;
+        asm.mov(qword_ptr(rcx), rdx)?;
+        asm.mov(rcx, PLACE)?;
+        asm.invlpg(ptr(rcx))?;
+        asm.call(PLACE)
+    });
+    assert_eq!(end, End::Halt);
+    rig.after().gpr[0]
+}
+
+#[test]
+fn a_page_that_was_returned_to_may_be_mapped_elsewhere() {
+    assert_eq!(mapped_elsewhere(false), 2);
+    assert_eq!(mapped_elsewhere(true), 1);
+}
+
+#[test]
+fn each_ring_returns_to_code_of_its_own() {
+    let mut rig = Rig::long();
+    let kernel = rig.state;
+    rig = rig.in_ring_3();
+    let user = rig.state;
+    rig.put(FREE, &[RET]);
+    // hlt behind it is for ring 0 alone.
+    rig.code(|asm| {
+        asm.call(FREE)?;
+        asm.call(FREE)
+    });
+    for _ in 0..3 {
+        rig.state = kernel;
+        assert_eq!([rig.run(), rig.run()], [End::Halt; 2]);
+        rig.state = user;
+        assert_eq!([rig.run(), rig.run()], [End::Vector(13); 2]);
+    }
+}
+
+/// Flags that a function is called with, or sets, reach the code that it returns to.
+fn flags_come_back(mut rig: Rig) {
+    // lea r9, [r9 + 1]; ret
+    rig.put(FREE, &[0x4d, 0x8d, 0x49, 1, RET]);
+    // cmp r8d, 30; ret
+    rig.put(FREE + 0x100, &[0x41, 0x83, 0xf8, 30, RET]);
+    // sub rsp, 8; add rsp, 8; ret
+    rig.put(
+        FREE + 0x200,
+        &[0x48, 0x83, 0xec, 8, 0x48, 0x83, 0xc4, 8, RET],
+    );
+    // cmp r8d, 20; push rax; pop rax; ret
+    rig.put(FREE + 0x300, &[0x41, 0x83, 0xf8, 20, 0x50, 0x58, RET]);
+    let end = rig.try_code(|asm| {
+        let mut again = asm.create_label();
+        asm.xor(ebx, ebx)?;
+        asm.xor(r8d, r8d)?;
+        asm.xor(r9d, r9d)?;
+        asm.set_label(&mut again)?;
+        asm.cmp(r8d, 25)?;
+        asm.call(FREE)?;
+        asm.adc(rbx, rbx)?;
+        asm.rol(rbx, 7)?;
+        asm.call(FREE + 0x100)?;
+        asm.adc(rbx, 0)?;
+        asm.stc()?;
+        asm.call(FREE + 0x200)?;
+        asm.adc(rbx, rbx)?;
+        asm.call(FREE + 0x300)?;
+        asm.adc(rbx, 0)?;
+        asm.inc(r8d)?;
+        asm.cmp(r8d, 50)?;
+        asm.jb(again)?;
+        asm.ud2()
+    });
+    assert_eq!(end, End::Vector(6));
+    let state = rig.after();
+    let expected = (0..50u64).fold(0u64, |sum, round| {
+        let below = |limit| u64::from(round < limit);
+        let sum = sum.wrapping_mul(2).wrapping_add(below(25));
+        let sum = sum.rotate_left(7).wrapping_add(below(30));
+        sum.wrapping_mul(2).wrapping_add(below(20))
+    });
+    assert_eq!((state.gpr[3], state.gpr[9]), (expected, 50));
+}
+
+#[test]
+fn flags_reach_the_caller_in_ring_0() {
+    flags_come_back(Rig::long());
+}
+
+#[test]
+fn flags_reach_the_caller_through_the_window() {
+    let mut rig = Rig::long().in_ring_3();
+    rig.vcpu.hold_window();
+    flags_come_back(rig);
+}
+
+#[test]
+fn a_return_knows_more_places_than_it_remembers() {
+    let mut rig = Rig::long();
+    rig.put(FREE, &[RET]);
+    let end = rig.try_code(|asm| {
+        let mut again = asm.create_label();
+        asm.mov(ecx, 100)?;
+        asm.xor(eax, eax)?;
+        asm.set_label(&mut again)?;
+        for value in 1..=5 {
+            asm.call(FREE)?;
+            asm.imul_3(rax, rax, 3)?;
+            asm.add(rax, value)?;
+        }
+        asm.dec(ecx)?;
+        asm.jnz(again)
+    });
+    assert_eq!(end, End::Halt);
+    let expected = (0..100)
+        .flat_map(|_| 1..=5u64)
+        .fold(0u64, |sum, value| sum.wrapping_mul(3).wrapping_add(value));
+    assert_eq!(rig.after().gpr[0], expected);
+}
