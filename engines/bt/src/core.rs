@@ -281,8 +281,13 @@ impl Core {
     /// As [`Core::mode`], with what depends on registers as they are now.
     pub(crate) fn mode_here(&mut self) -> Mode {
         let mode = self.mode();
+        let wide = mode.bits == Bits::Bits64;
+        // Systems that spread a process over all addresses put its stack at the top, and most of what
+        // it touches beyond the window: comparing would cost and lead nowhere.
+        let window = mode.window && (!wide || self.gpr(4) < crate::window::SIZE);
         Mode {
-            stack: mode.window && mode.bits == Bits::Bits64 && self.gpr(4) < crate::window::SIZE,
+            window,
+            stack: window && wide,
             ..mode
         }
     }

@@ -470,9 +470,15 @@ impl BtVcpu {
                 let [privileged, unprivileged] =
                     [false, true].map(|user| self.jump_modes[jump_index(bank, user)]);
                 let syscalls = self.core.cpu.efer & EFER_SCE != 0;
-                // Where RSP has to be inside the window, the stubs look.
+                // Where RSP has to be inside the window, the stubs look. Code without the window is
+                // right wherever RSP points.
                 let stack = unprivileged.is_some_and(|mode| mode.stack);
-                let user = Mode { stack, ..user };
+                let window = user.window && unprivileged.is_some_and(|mode| mode.window);
+                let user = Mode {
+                    stack,
+                    window,
+                    ..user
+                };
                 self.core.context().stack_limit = if stack {
                     crate::window::SIZE - 1
                 } else {
