@@ -19,6 +19,7 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
 use crate::{
     arena::Arena,
     checks::{Levels, Outside},
+    cpu::Bits,
     decode::{self, Insn, Mode},
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
@@ -33,6 +34,14 @@ pub(crate) struct Key {
     pub virt: u64,
     pub phys: u64,
     pub mode: Mode,
+}
+
+impl Block {
+    /// It may be linked to and stand in a jump cache. The page after the last of narrower code may be
+    /// the first.
+    pub(crate) fn links(&self) -> bool {
+        self.second.is_none() || self.key.mode.bits == Bits::Bits64
+    }
 }
 
 impl Hash for Key {
@@ -149,7 +158,7 @@ pub(crate) struct Cache {
     apart: HashSet<Key, BuildHasherDefault<Mix>>,
     /// Accesses of blocks that go around the window, because it wasn't for them.
     outside: Map<Key, Outside>,
-    /// Linked sites whose target lies in another page, by the number of that page.
+    /// Linked sites whose target lies in another page, or reaches into one, by the number of that page.
     across: Map<u64, Vec<u32>>,
     encoder: Encoder,
     /// Buffers of the block before, empty or overwritten.

@@ -422,10 +422,11 @@ impl Core {
     }
 
     /// CR3 was loaded, or all translations are to go, and the instruction at the linear address `next`
-    /// is the next one: as [`Core::flush`], but what the tables give as before stays.
-    pub(crate) fn reload(&mut self, next: u64) {
+    /// is the next one: as [`Core::flush`], but what the tables give as before stays, and what was valid
+    /// before if the load asks to `keep` it.
+    pub(crate) fn reload(&mut self, next: u64, keep: bool) {
         let bank = self.cpu.bank();
-        let dropped = match self.mmu.reload(&self.cpu, next) {
+        let dropped = match self.mmu.reload(&self.cpu, next, keep) {
             [true, true] => return,
             [true, false] => Flushed::User(bank),
             [false, _] => Flushed::Bank(bank),

@@ -18,6 +18,8 @@
 pub(crate) const TLB_ENTRIES: usize = 4096;
 /// Bytes of one software TLB.
 pub(crate) const TLB_BYTES: usize = TLB_ENTRIES * 16;
+/// Bytes of the longest instruction.
+const LONGEST: u64 = 15;
 /// Entries of one jump cache.
 pub(crate) const JUMP_ENTRIES: usize = 4096;
 /// Bytes of one jump cache.
@@ -209,10 +211,15 @@ impl JumpCache {
 
     /// Forgets the targets in `span`.
     pub(crate) fn remove_span(&self, span: Span) {
-        if span.bytes == 4096 && !self.pages.may_hold(span.start) {
+        let before = span.start.wrapping_sub(4096);
+        if span.bytes == 4096 && !self.pages.may_hold(span.start) && !self.pages.may_hold(before) {
             return;
         }
-        self.entries.remove_span(span);
+        // An instruction that begins before it may end in it.
+        self.entries.remove_span(Span {
+            start: span.start.wrapping_sub(LONGEST - 1),
+            bytes: span.bytes + LONGEST - 1,
+        });
         // The other table doesn't know whose its entries are.
         if let Some(targets) = &self.targets {
             targets.flush();

@@ -7,8 +7,8 @@
 //! The guesses of a return ([`Guess`]) are links like those of direct branches, made and
 //! undone with them.
 //!
-//! A block with an instruction that crosses a page depends on two mappings, so nothing links to it
-//! and it isn't entered in a jump cache: every entry goes through the runtime, which checks both.
+//! A block with an instruction that crosses a page depends on two mappings: links to it are undone,
+//! and it leaves its jump cache, when either page's is dropped.
 //!
 //! Invariant: a branch leads to its stub, or a guess to what comes next, or either to a living block of the
 //! branch's own mode whose address maps to what it was made from.
@@ -41,12 +41,12 @@ impl Cache {
         let from = &self.blocks[source as usize];
         let to = &self.blocks[target as usize];
         let single = from.key.mode.single || to.key.mode.single;
-        let crosses = to.second.is_some();
+        let (page, crosses) = (to.key.virt >> 12, to.second.is_some());
         // Who has lost the flags can't go where they are read.
         if lost && to.lazy_entry != to.entry {
             return false;
         }
-        if !from.alive || !to.alive || single || crosses || from.key.mode != to.key.mode {
+        if !from.alive || !to.alive || single || !to.links() || from.key.mode != to.key.mode {
             return false;
         }
         let same_page = from.second.is_none()
@@ -61,9 +61,10 @@ impl Cache {
         };
         point(patch, entry, arena);
         self.blocks[target as usize].incoming.push(site as u32);
-        if !same_page {
-            let page = self.blocks[target as usize].key.virt >> 12;
-            self.across.entry(page).or_default().push(site as u32);
+        for (page, depends) in [(page, !same_page), (page + 1, crosses)] {
+            if depends {
+                self.across.entry(page).or_default().push(site as u32);
+            }
         }
         true
     }

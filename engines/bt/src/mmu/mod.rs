@@ -127,6 +127,9 @@ pub(crate) struct Mmu {
     spaces: RefCell<Spaces>,
     /// Where the code behind each jump cache was found.
     code: [RefCell<Code>; 2 * BANKS],
+    /// The value of CR3 that each bank's code was valid at when it was left, if nothing but what was
+    /// named has been invalidated since.
+    resting: [Option<u64>; BANKS],
     /// Large pages with translations in the tables above or in links between blocks.
     large: RefCell<Vec<Span>>,
     /// Guarded pages in the supervisor's TLBs, which go when EFLAGS.AC does.
@@ -178,6 +181,7 @@ impl Mmu {
             invalidation,
             spaces: RefCell::new(Spaces::new()),
             code: std::array::from_fn(|_| RefCell::new(Code::new())),
+            resting: [None; BANKS],
             large: RefCell::default(),
             guarded: RefCell::default(),
             marked: RefCell::default(),
@@ -218,6 +222,7 @@ impl Mmu {
     pub(crate) fn flush(&mut self) {
         self.invalidation.next_epoch();
         self.spaces.borrow_mut().forget();
+        self.resting = [None; BANKS];
         self.tlbs.iter().for_each(Tlb::flush);
         self.window.flush();
         self.invalidation.shown.set(0);

@@ -13,11 +13,16 @@
 use super::{Access, LARGES, Mmu, Page, Tlb};
 use crate::{
     cpu::{CR0_PG, Cpu},
-    tlb::{Span, jump_index},
+    tlb::{BANKS, Span, jump_index},
 };
 
 /// Code pages of one privilege: with more, looking at them costs more than it saves.
 const CODE: usize = 96;
+
+/// Places for pages that need not be searched for.
+const SEEN: usize = 64;
+/// No page: its number is no address's.
+const UNSEEN: (u64, u64) = (u64::MAX, 0);
 
 /// Pages with code of one privilege.
 pub(super) struct Code {
@@ -27,6 +32,8 @@ pub(super) struct Code {
     lost: bool,
     /// Changes when the list begins anew.
     number: u64,
+    /// Pages of 4 KiB that are in the list for sure, as pairs of numbers.
+    seen: [(u64, u64); SEEN],
 }
 
 impl Code {
@@ -35,6 +42,7 @@ impl Code {
             pages: Vec::new(),
             lost: false,
             number: 1,
+            seen: [UNSEEN; SEEN],
         }
     }
 
@@ -42,6 +50,7 @@ impl Code {
         self.pages.clear();
         self.lost = false;
         self.number += 1;
+        self.seen = [UNSEEN; SEEN];
     }
 }
 
@@ -55,16 +64,23 @@ fn extent(virt: u64, page: Page) -> (Span, u64) {
 impl Mmu {
     /// Notes where a code page was found.
     pub(crate) fn fetched(&self, virt: u64, page: Page, index: usize) {
-        self.note(virt, page);
-        self.invalidation.mark_code(virt, index);
         let Code {
             pages,
             lost,
             number,
+            seen,
         } = &mut *self.code[index].borrow_mut();
+        let here = (virt >> 12, page.phys >> 12);
+        let seen = &mut seen[here.0 as usize % SEEN];
+        if *seen == here {
+            return;
+        }
+        self.note(virt, page);
+        self.invalidation.mark_code(virt, index);
         if *lost {
             return;
         }
+        *seen = here;
         let found = extent(virt, page);
         match pages.iter().find(|(span, _)| span.contains(virt)) {
             Some(&known) => *lost = known != found,
@@ -85,7 +101,10 @@ impl Mmu {
 
     /// CR3 was loaded, and the instruction at the linear address `next` comes next. Returns which
     /// privilege's code is still where it was: its jump cache is valid, and so are its links.
-    pub(crate) fn reload(&mut self, cpu: &Cpu, next: u64) -> [bool; 2] {
+    ///
+    /// With `keep`, translations need not be dropped (SDM 3A 4.10.4.1, MOV to CR3 with bit 63): code that
+    /// was valid when this value was left still is.
+    pub(crate) fn reload(&mut self, cpu: &Cpu, next: u64, keep: bool) -> [bool; 2] {
         if cpu.cr0 & CR0_PG == 0 || self.large.borrow().len() > LARGES {
             self.flush();
             return [false; 2];
@@ -117,6 +136,13 @@ impl Mmu {
             }
         });
         drop(spaces);
+        if !keep {
+            self.resting = [None; BANKS];
+        }
+        let resting = self.resting[cpu.bank()].replace(cpu.cr3);
+        if resting == Some(cpu.cr3) {
+            return [true; 2];
+        }
         [false, true].map(|user| {
             let same = self.same_code(cpu, &checked, user);
             if !same {

@@ -134,8 +134,9 @@ impl Core {
     }
 
     fn set_cr3(&mut self, value: u64, instr: &Instruction) -> Result<(), Fault> {
-        // With PCIDs, bit 63 asks to keep translations, which nobody has to.
+        // With PCIDs, bit 63 asks to keep translations.
         let keep = u64::from(self.cpu.cr4 & CR4_PCIDE != 0) << 63;
+        let kept = value & keep != 0;
         let value = value & !keep;
         if value >> PHYSICAL_BITS != 0 {
             return Err(Fault::gp());
@@ -146,7 +147,7 @@ impl Core {
         let bank = self.cpu.bank();
         self.cpu.cr3 = value;
         self.change_bank(bank);
-        self.reload(self.linear_after(instr));
+        self.reload(self.linear_after(instr), kept);
         Ok(())
     }
 
@@ -199,7 +200,7 @@ impl Core {
         {
             return Err(Fault::gp());
         }
-        self.reload(self.linear_after(instr));
+        self.reload(self.linear_after(instr), false);
         Ok(())
     }
 

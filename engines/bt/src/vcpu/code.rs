@@ -28,7 +28,7 @@ impl BtVcpu {
         let block = self.cache.block(number);
         let entry = block.lazy_entry;
         // Translated code looks a branch's offset up, which is the address only in a flat segment.
-        if !single && block.second.is_none() && mode.flat && self.stepping.is_none() {
+        if !single && block.links() && mode.flat && self.stepping.is_none() {
             let checked = block.checked_entry;
             self.core.mmu.jumps[index].fill(virt, entry, checked);
         }
@@ -112,11 +112,9 @@ impl BtVcpu {
             next if mode.bits == Bits::Bits64 => next,
             next => next & 0xffff_ffff,
         };
-        Ok(self
-            .core
-            .mmu
-            .walk(&self.core.cpu, next, Access::Fetch, mode.user)?
-            .phys)
+        let page = (self.core.mmu).walk(&self.core.cpu, next, Access::Fetch, mode.user)?;
+        self.core.mmu.fetched(next, page, mode.jumps());
+        Ok(page.phys)
     }
 
     /// Code bytes; memory that isn't RAM reads as all ones, as an empty bus does.
