@@ -42,6 +42,12 @@ impl Block {
     pub(crate) fn links(&self) -> bool {
         self.second.is_none() || self.key.mode.bits == Bits::Bits64
     }
+
+    /// No indirect branch may lead to it any more.
+    fn leave_jumps(&self, mmu: &Mmu) {
+        let jumps = &mmu.jumps[self.key.mode.jumps()];
+        jumps.remove(self.key.virt, self.checked_entry);
+    }
 }
 
 impl Hash for Key {
@@ -427,7 +433,7 @@ impl Cache {
             self.by_key.remove(&key);
         }
         self.unlink_incoming(block, arena);
-        mmu.jumps.iter().for_each(|jumps| jumps.flush());
+        self.blocks[block as usize].leave_jumps(mmu);
     }
 
     /// Kills the blocks made from any of `len` bytes at `phys`. Returns how many there were.
@@ -458,6 +464,7 @@ impl Cache {
                         self.by_key.remove(&key);
                     }
                     self.unlink_incoming(number, arena);
+                    self.blocks[number as usize].leave_jumps(mmu);
                     killed += 1;
                 }
                 !hit
@@ -467,9 +474,6 @@ impl Cache {
             } else {
                 self.by_page.insert(page, numbers);
             }
-        }
-        if killed > 0 {
-            mmu.jumps.iter().for_each(|jumps| jumps.flush());
         }
         killed
     }

@@ -108,6 +108,20 @@ impl Targets {
         self.put(target as u16, checked);
     }
 
+    /// Takes the block at `target` out, if it is entered.
+    pub(crate) fn remove(&self, target: u64, checked: u64) {
+        // SAFETY: as in `put`.
+        if unsafe { *self.entries.add(usize::from(target as u16)) } != checked {
+            return;
+        }
+        self.put(target as u16, self.miss);
+        let mut filled = self.filled.borrow_mut();
+        // It is entered again when it is filled again: forgotten here, the list stays as long as the table.
+        if let Some(at) = filled.iter().rposition(|&index| index == target as u16) {
+            filled.swap_remove(at);
+        }
+    }
+
     /// True if something is entered that may be the block at `target`.
     pub(crate) fn holds(&self, target: u64) -> bool {
         // SAFETY: as in `put`.

@@ -21,7 +21,7 @@ pub(crate) const TLB_BYTES: usize = TLB_ENTRIES * 16;
 /// Bytes of the longest instruction.
 const LONGEST: u64 = 15;
 /// Entries of one jump cache.
-pub(crate) const JUMP_ENTRIES: usize = 4096;
+pub(crate) const JUMP_ENTRIES: usize = 32768;
 /// Bytes of one jump cache.
 pub(crate) const JUMP_BYTES: usize = JUMP_ENTRIES * 16;
 
@@ -106,8 +106,10 @@ pub(crate) struct Table<const SHIFT: u32, const ENTRIES: usize> {
     filled: Filled,
 }
 
-/// Indices of a table's entries that may hold something: one bit each, and one for each word of
-/// those.
+/// Marks of a table: each stands for as many entries as it takes.
+const MARKS: usize = 64 * 64;
+
+/// Which marks of a table may hold something: one bit each, and one for each word of those.
 struct Filled {
     words: [Cell<u64>; 64],
     summary: Cell<u64>,
@@ -149,7 +151,7 @@ impl Filled {
     }
 }
 
-const _: () = assert!(TLB_ENTRIES <= 64 * 64 && JUMP_ENTRIES <= 64 * 64);
+const _: () = assert!(TLB_ENTRIES.is_multiple_of(MARKS) && JUMP_ENTRIES.is_multiple_of(MARKS));
 
 /// A software TLB.
 pub(crate) type Tlb = Table<12, TLB_ENTRIES>;
@@ -200,6 +202,14 @@ impl JumpCache {
         self.entries.get(target).filter(|_| known)
     }
 
+    /// Forgets the block at `target`.
+    pub(crate) fn remove(&self, target: u64, checked: Option<u64>) {
+        self.entries.remove(target);
+        if let (Some(targets), Some(checked)) = (&self.targets, checked) {
+            targets.remove(target, checked);
+        }
+    }
+
     /// Forgets every target.
     pub(crate) fn flush(&self) {
         self.entries.flush();
@@ -243,6 +253,13 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         table
     }
 
+    const GROUP: usize = ENTRIES / MARKS;
+
+    /// The entries that a mark stands for.
+    fn group(mark: usize) -> std::ops::Range<usize> {
+        mark * Self::GROUP..(mark + 1) * Self::GROUP
+    }
+
     fn index(key: u64) -> usize {
         (key >> SHIFT) as usize & (ENTRIES - 1)
     }
@@ -262,7 +279,7 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         let index = Self::index(key);
         // SAFETY: index < ENTRIES.
         unsafe { *self.entries.add(index) = Entry { key, host } };
-        self.filled.add(index);
+        self.filled.add(index / Self::GROUP);
     }
 
     /// What `key` maps to.
@@ -274,7 +291,9 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
 
     /// Empties every entry.
     pub(crate) fn flush(&self) {
-        self.filled.each(true, |index| self.clear(index));
+        self.filled.each(true, |group| {
+            Self::group(group).for_each(|index| self.clear(index));
+        });
     }
 
     /// Empties the entry for `key`, if it holds it.
@@ -286,12 +305,13 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
 
     /// Empties the entries for keys in `span`.
     pub(crate) fn remove_span(&self, span: Span) {
-        self.filled.each(false, |index| {
+        let filled = |index: &usize| {
             // SAFETY: index < ENTRIES.
-            let key = unsafe { (*self.entries.add(index)).key };
-            if span.contains(key) && Self::index(key) == index {
-                self.clear(index);
-            }
+            let key = unsafe { (*self.entries.add(*index)).key };
+            span.contains(key) && Self::index(key) == *index
+        };
+        self.filled.each(false, |group| {
+            (Self::group(group).filter(filled)).for_each(|index| self.clear(index));
         });
     }
 }
