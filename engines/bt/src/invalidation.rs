@@ -21,21 +21,24 @@ pub(crate) const REGION: u32 = 21;
 pub(crate) struct Invalidation {
     /// Changes with every invalidation, and is never 0.
     pub epoch: Cell<u64>,
-    /// Addresses below may be in the window.
-    pub shown: Cell<u64>,
+    /// Some of `shown` is set.
+    shows: Cell<bool>,
     /// Page has code: the bit of each jump cache.
     pub code: [Cell<u8>; PAGES],
     /// Region has a large page.
     pub large: [Cell<u8>; REGIONS],
+    /// Region is in the window, or part of it.
+    pub shown: [Cell<u8>; REGIONS],
 }
 
 impl Invalidation {
     pub(crate) fn new() -> Invalidation {
         Invalidation {
             epoch: Cell::new(1),
-            shown: Cell::new(0),
+            shows: Cell::new(false),
             code: [const { Cell::new(0) }; PAGES],
             large: [const { Cell::new(0) }; REGIONS],
+            shown: [const { Cell::new(0) }; REGIONS],
         }
     }
 
@@ -59,14 +62,32 @@ impl Invalidation {
 
     /// An entry maps all of this.
     pub(crate) fn mark_large(&self, start: u64, bytes: u64) {
-        let first = start >> REGION;
-        for number in 0..(bytes >> REGION).clamp(1, REGIONS as u64) {
-            self.large[(first + number) as usize % REGIONS].set(1);
+        mark(&self.large, start, bytes);
+    }
+
+    /// The window may come to show any of this.
+    pub(crate) fn mark_shown(&self, start: u64, bytes: u64) {
+        self.shows.set(true);
+        mark(&self.shown, start, bytes);
+    }
+
+    /// The window shows nothing.
+    pub(crate) fn forget_shown(&self) {
+        if self.shows.replace(false) {
+            self.shown.iter().for_each(|mark| mark.set(0));
         }
     }
 
     /// No large page counts any more.
     pub(crate) fn forget_large(&self) {
         self.large.iter().for_each(|mark| mark.set(0));
+    }
+}
+
+/// Marks the regions of a naturally aligned range.
+fn mark(regions: &[Cell<u8>; REGIONS], start: u64, bytes: u64) {
+    let first = start >> REGION;
+    for number in 0..(bytes >> REGION).clamp(1, REGIONS as u64) {
+        regions[(first + number) as usize % REGIONS].set(1);
     }
 }

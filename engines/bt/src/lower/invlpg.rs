@@ -32,7 +32,6 @@ use crate::{
 
 impl Lower<'_> {
     pub(super) fn invalidate(&mut self, insn: &Insn) -> Result<(), String> {
-        const B: u8 = 2;
         const NE: u8 = 5;
         let slot = |lower: &Self, offset: usize| {
             lower.layout.privileged + (offset_of!(Privileged, invalidation) + offset) as i32
@@ -63,8 +62,8 @@ impl Lower<'_> {
             ; cmp BYTE [Rq(at) + large], 0
         );
         self.unless(insn, NE);
-        dynasm!(self.asm ; .arch x64 ; cmp Rq(page), [shown]);
-        self.unless(insn, B);
+        dynasm!(self.asm ; .arch x64 ; cmp BYTE [Rq(at) + shown], 0);
+        self.unless(insn, NE);
         dynasm!(self.asm
             ; .arch x64
             ; and Rq(page), -4096

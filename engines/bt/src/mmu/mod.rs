@@ -225,7 +225,7 @@ impl Mmu {
         self.resting = [None; BANKS];
         self.tlbs.iter().for_each(Tlb::flush);
         self.window.flush();
-        self.invalidation.shown.set(0);
+        self.invalidation.forget_shown();
         self.large.borrow_mut().clear();
         self.invalidation.forget_large();
         self.guarded.borrow_mut().clear();
@@ -365,7 +365,6 @@ impl Mmu {
         if address >= SIZE {
             return false;
         }
-        self.invalidation.shown.set(SIZE);
         let access = if write { Access::Write } else { Access::Read };
         let Ok(page) = self.walk(cpu, address, access, true) else {
             return false;
@@ -382,6 +381,8 @@ impl Mmu {
             return false;
         }
         self.note(address, page);
+        let entry = Span::around(address, page.bytes);
+        self.invalidation.mark_shown(entry.start, entry.bytes);
         let here = address & !0xfff;
         let single = Piece {
             virt: here,

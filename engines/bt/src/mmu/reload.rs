@@ -111,7 +111,7 @@ impl Mmu {
         }
         self.invalidation.next_epoch();
         self.window.flush();
-        self.invalidation.shown.set(0);
+        self.invalidation.forget_shown();
         self.close_guarded();
         let (root, wide) = Mmu::root(cpu);
         self.spaces.get_mut().enter(root, wide);
