@@ -33,7 +33,7 @@ impl BtVcpu {
         self.port(port).is_ok().then_some(Stop::Port)
     }
 
-    /// Has the run end with [`Stop::Port`](super::Stop::Port), if the guest may access the port.
+    /// Has the run end with [`Stop::Port`], if the guest may access the port.
     #[inline]
     pub(super) fn port(&mut self, port: Port) -> Result<(), Fault> {
         let number = port.number(&self.core);
@@ -48,7 +48,7 @@ impl BtVcpu {
         Ok(())
     }
 
-    /// Has [`Stop::Port`](super::Stop::Port) be a write.
+    /// Has [`Stop::Port`] be a write.
     #[inline]
     pub(super) fn write_port(&mut self, number: u16, size: u8, value: u32) {
         self.data = u64::from(value).to_le_bytes();
@@ -59,7 +59,7 @@ impl BtVcpu {
         };
     }
 
-    /// Has [`Stop::Port`](super::Stop::Port) be a read.
+    /// Has [`Stop::Port`] be a read.
     #[inline]
     pub(super) fn read_port(&mut self, number: u16, size: u8) {
         self.data = [0; 8];
@@ -71,7 +71,7 @@ impl BtVcpu {
         };
     }
 
-    /// The exit of [`Stop::Port`](super::Stop::Port).
+    /// The exit of [`Stop::Port`].
     #[inline]
     pub(super) fn port_exit(&mut self) -> Exit<'_> {
         let PortAccess {
