@@ -622,8 +622,12 @@ impl BtVcpu {
     fn bring_vectors(&mut self, mode: Mode) {
         self.core.vectors[usize::from(mode.user)] = true;
         self.core.forget_modes();
+        // RSP may have left the window since the block began: code that relies on it must not follow.
+        let inside = mode.bits != Bits::Bits64 || self.core.gpr(4) < crate::window::SIZE;
         let mode = Mode {
             vectors: true,
+            window: mode.window && inside,
+            stack: mode.stack && inside,
             ..mode
         };
         let virt = self.core.linear_ip();

@@ -332,6 +332,33 @@ fn without_its_checks_the_window_would_reach_anything() {
 }
 
 #[test]
+fn the_first_vector_instruction_relies_on_no_stack_that_was_left() {
+    // It changes to other code in the middle of a block, after RSP has gone where VMM memory would be.
+    let canaries = Canaries::new();
+    for (name, access) in [("push", b"\x50"), ("pop", b"\x5a")] {
+        for canary in canaries.addresses() {
+            let mut bench = Bench::new(Duration::from_secs(10)).expect("a bench");
+            let Some(base) = bench.vcpu_for_tests().hold_window() else {
+                return;
+            };
+            let by = if name == "push" { 8 } else { 0 };
+            let address = canary.wrapping_sub(base).wrapping_add(by);
+            // mov rsp, rbx; pxor xmm0, xmm0
+            let code = [&b"\x48\x89\xdc\x66\x0f\xef\xc0"[..], access].concat();
+            let outcome = bench.run(&case(address, &code)).expect("a case");
+            let End::Stop(UserStop::Exception { vector, .. }) = outcome.end else {
+                panic!("{name} at {address:#x}: {:?}", outcome.end);
+            };
+            assert!(
+                vector == 12 || vector == 14,
+                "{name} at {address:#x}: {vector}"
+            );
+            assert!(canaries.intact(), "{name} at {address:#x}");
+        }
+    }
+}
+
+#[test]
 fn code_of_32_bits_stays_below_4_gib() {
     let canaries = Canaries::new();
     let mut bench = Bench::new(Duration::from_secs(10)).expect("a bench");
