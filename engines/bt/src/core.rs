@@ -427,11 +427,13 @@ impl Core {
     pub(crate) fn reload(&mut self, next: u64, keep: bool) {
         let bank = self.cpu.bank();
         let dropped = match self.mmu.reload(&self.cpu, next, keep) {
-            [true, true] => return,
-            [true, false] => Flushed::User(bank),
-            [false, _] => Flushed::Bank(bank),
+            Some([true, true]) => return,
+            Some([true, false]) => Flushed::User(bank),
+            Some([false, _]) => Flushed::Bank(bank),
+            None => Flushed::Everything,
         };
         self.flushed = match (self.flushed, dropped) {
+            (_, Flushed::Everything) => Flushed::Everything,
             (Flushed::Nothing, dropped) => dropped,
             (Flushed::User(before), Flushed::User(_)) if before == bank => dropped,
             (Flushed::User(before) | Flushed::Bank(before), _) if before == bank => {

@@ -32,7 +32,7 @@ pub(super) struct Code {
     lost: bool,
     /// Changes when the list begins anew.
     number: u64,
-    /// Pages of 4 KiB that are in the list for sure, as pairs of numbers.
+    /// Pages of 4 KiB that are in the list for sure: number, physical address and size of the entry.
     seen: [(u64, u64); SEEN],
 }
 
@@ -70,7 +70,11 @@ impl Mmu {
             number,
             seen,
         } = &mut *self.code[index].borrow_mut();
-        let here = (virt >> 12, page.phys >> 12);
+        // With its size: an invalidation in a large page drops all of it.
+        let here = (
+            virt >> 12,
+            page.phys | u64::from(page.bytes.trailing_zeros()),
+        );
         let seen = &mut seen[here.0 as usize % SEEN];
         if *seen == here {
             return;
@@ -100,14 +104,15 @@ impl Mmu {
     }
 
     /// CR3 was loaded, and the instruction at the linear address `next` comes next. Returns which
-    /// privilege's code is still where it was: its jump cache is valid, and so are its links.
+    /// privilege's code is still where it was: its jump cache is valid, and so are its links; None if
+    /// everything was dropped, in every bank.
     ///
     /// With `keep`, translations need not be dropped (SDM 3A 4.10.4.1, MOV to CR3 with bit 63): code that
     /// was valid when this value was left still is.
-    pub(crate) fn reload(&mut self, cpu: &Cpu, next: u64, keep: bool) -> [bool; 2] {
+    pub(crate) fn reload(&mut self, cpu: &Cpu, next: u64, keep: bool) -> Option<[bool; 2]> {
         if cpu.cr0 & CR0_PG == 0 || self.large.borrow().len() > LARGES {
             self.flush();
-            return [false; 2];
+            return None;
         }
         self.invalidation.next_epoch();
         self.window.flush();
@@ -141,9 +146,9 @@ impl Mmu {
         }
         let resting = self.resting[cpu.bank()].replace(cpu.cr3);
         if resting == Some(cpu.cr3) {
-            return [true; 2];
+            return Some([true; 2]);
         }
-        [false, true].map(|user| {
+        let kept = [false, true].map(|user| {
             let same = self.same_code(cpu, &checked, user);
             if !same {
                 let index = jump_index(cpu.bank(), user);
@@ -151,7 +156,8 @@ impl Mmu {
                 self.forget_code(index);
             }
             same
-        })
+        });
+        Some(kept)
     }
 
     /// True if every page of a privilege's code is where it was.

@@ -5,7 +5,8 @@ use iced_x86::code_asm::*;
 use engine_core::testing::TABLES;
 
 use crate::kernel::{
-    ACCESSED, ALL, Asm, Built, DIRTY, Kernel, NO_EXECUTE, PD, PRESENT, PT, Steps, page, pte, window,
+    ACCESSED, ALL, Asm, Built, DIRTY, Kernel, LARGE, NO_EXECUTE, PD, PRESENT, PT, Steps, page, pte,
+    window,
 };
 use crate::run::{report_as_qemu, run};
 
@@ -323,4 +324,61 @@ fn going_between_the_halves_keeps_what_was_translated() {
     let each = (many - few) / 800;
     // Two loads a round, and what the changes cost.
     assert!(each <= 4, "{each} entries a round");
+}
+
+#[test]
+fn what_one_half_drops_for_want_of_room_is_dropped_in_the_other() {
+    // So many large pages are not kept account of: the load behind them drops everything.
+    const LARGE_PAGES: u64 = 0x8000_0000;
+    let code = |number: u8| vec![0x04, number, 0xc3]; // add al, number; ret
+    let kernel = Kernel::new()
+        .map(0, page(0) | ALL)
+        .put(page(0), code(1))
+        .put(page(2), code(4));
+    let report = run(&kernel.guest(|asm| {
+        two_halves(asm)?;
+        let directory = page(OTHER + 4);
+        asm.mov(rax, directory | ALL)?;
+        asm.mov(qword_ptr(TABLES + 0x1000 + 16), rax)?;
+        asm.mov(rdi, directory)?;
+        asm.mov(eax, (LARGE | ALL) as u32)?;
+        asm.mov(ecx, 512)?;
+        asm.rep().stosq()?;
+        asm.xor(r13d, r13d)?;
+        asm.mov(ebx, 4)?;
+        let mut again = asm.create_label();
+        let mut quiet = asm.create_label();
+        let mut touch = asm.create_label();
+        asm.set_label(&mut again)?;
+        asm.mov(cr3, r15)?;
+        asm.xor(eax, eax)?;
+        asm.call(window(0))?;
+        asm.shl(r13, 4)?;
+        asm.add(r13, rax)?;
+        asm.mov(cr3, r14)?;
+        asm.cmp(ebx, 2)?;
+        asm.jne(quiet)?;
+        asm.mov(rsi, LARGE_PAGES)?;
+        asm.mov(ecx, 400)?;
+        asm.set_label(&mut touch)?;
+        asm.mov(al, byte_ptr(rsi))?;
+        asm.add(rsi, 0x20_0000)?;
+        asm.dec(ecx)?;
+        asm.jne(touch)?;
+        asm.mov(rax, r14)?;
+        asm.btr(rax, 63)?;
+        asm.mov(cr3, rax)?;
+        asm.mov(rax, page(2) | ALL | USED)?;
+        asm.mov(qword_ptr(page(OTHER + 3)), rax)?;
+        asm.mov(rax, r15)?;
+        asm.btr(rax, 63)?;
+        asm.mov(cr3, rax)?;
+        asm.set_label(&mut quiet)?;
+        asm.dec(ebx)?;
+        asm.jne(again)?;
+        asm.result(0, r13)
+    }))
+    .report();
+    assert_eq!(report.results[0], 0x1114);
+    assert!(report.log.is_empty());
 }
