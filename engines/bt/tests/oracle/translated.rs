@@ -26,8 +26,9 @@ const DATA_PHYS: u64 = 0x31_0000;
 const CODE_PHYS: u64 = 0x40_0000;
 const RAM_MIB: u64 = 8;
 
-/// Supervisor pages: IDT, GDT, TSS, handlers, stack, FPU image.
-const KERNEL: u64 = 0x6d5a_3000;
+/// Supervisor pages: IDT, GDT, TSS, handlers, stack, FPU image. In the upper half, as the host's: an
+/// access of ring 3 finds a page there on both sides, and below nothing that the host hasn't.
+const KERNEL: u64 = 0xffff_ffff_ad5a_3000;
 const KERNEL_PAGES: u64 = 10;
 const IDT: u64 = KERNEL;
 const GDT: u64 = KERNEL + PAGE;
