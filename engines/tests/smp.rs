@@ -287,3 +287,119 @@ fn a_local_apic_that_is_switched_off_is_gone_from_cpuid_and_comes_back() {
         }
     });
 }
+
+/// A guest whose boot processor leaves `code` in CMOS 0Fh and a pointer to page 8 in 40:67, and then does
+/// `first`. What it finds there says so, and halts; the guest is done when it has been there twice.
+fn warm_start(
+    code: u32,
+    first: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Vec<u8> {
+    const PAGE: u64 = 8;
+    const VISITS: u32 = 0x8f00;
+    let mut guest = Guest::protected(|asm| {
+        asm.mov(eax, 0x0f)?;
+        asm.out(0x70, al)?;
+        asm.mov(eax, code)?;
+        asm.out(0x71, al)?;
+        asm.mov(dword_ptr(0x467), 0x0800_0000)?;
+        first(asm)
+    });
+    let page = assemble(16, 0, |asm| {
+        let mut again = asm.create_label();
+        // CMOS 0Fh is 0 again, and the processor in real mode.
+        asm.mov(al, 0x0f)?;
+        asm.out(0x70, al)?;
+        asm.in_(al, 0x71)?;
+        asm.smsw(bx)?;
+        asm.and(bl, 1)?;
+        asm.or(al, bl)?;
+        asm.add(al, i32::from(b'w'))?;
+        asm.mov(dx, 0x3f8)?;
+        asm.out(dx, al)?;
+        asm.inc(byte_ptr(VISITS))?;
+        asm.cmp(byte_ptr(VISITS), 2)?;
+        asm.jb(again)?;
+        asm.xor(eax, eax)?;
+        asm.out(0xf4, eax)?;
+        asm.set_label(&mut again)?;
+        // Anew, by an INIT to all, from real mode: the register's page lies above the limit of DS.
+        asm.mov(al, 0x0f)?;
+        asm.out(0x70, al)?;
+        asm.mov(al, 5)?;
+        asm.out(0x71, al)?;
+        asm.mov(ecx, 0x1b)?;
+        asm.rdmsr()?;
+        asm.or(ax, 1 << 10)?;
+        asm.wrmsr()?;
+        asm.mov(ecx, 0x830)?;
+        asm.xor(edx, edx)?;
+        asm.mov(eax, 0b10 << 18 | 1 << 14 | 5 << 8)?;
+        asm.wrmsr()?;
+        asm.cli()?;
+        asm.hlt()
+    });
+    let size = page.len() as u64;
+    guest.segments.push((PAGE << 12, page, size));
+    guest.elf()
+}
+
+/// Sends itself an INIT and waits for it, halted.
+fn init_itself(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+    asm.mov(dword_ptr(0xfee0_0300u32), 0b01 << 18 | 1 << 14 | 5 << 8)?;
+    halt(asm)
+}
+
+#[test]
+fn init_of_the_boot_processor_goes_on_where_the_shutdown_code_says() {
+    on_every_mode(|mode| {
+        for code in [5, 0x0a] {
+            let image = warm_start(code, init_itself);
+            let ended = kernel(mode, &image, &[]).run();
+            ended.check(0, "");
+            assert_eq!(ended.stdout, b"ww");
+        }
+        // Nobody waits for the boot processor there.
+        let image = warm_start(0, init_itself);
+        let ended = kernel(mode, &image, &[]).run();
+        ended.check(1, "the guest reset the machine");
+        assert_eq!(ended.stdout, b"");
+    });
+}
+
+#[test]
+fn another_processor_can_have_the_boot_processor_start_anew() {
+    let image = warm_start(0x0a, |asm| {
+        const PAGE: u32 = 0xb000;
+        // Page 11 has the second processor send the boot processor, number 0, an INIT.
+        let second = assemble(16, 0, |asm| {
+            asm.mov(ecx, 0x1b)?;
+            asm.rdmsr()?;
+            asm.or(ax, 1 << 10)?;
+            asm.wrmsr()?;
+            asm.mov(ecx, 0x830)?;
+            asm.xor(edx, edx)?;
+            asm.mov(eax, 1 << 14 | 5 << 8)?;
+            asm.wrmsr()?;
+            asm.cli()?;
+            asm.hlt()
+        });
+        for (index, word) in second.chunks(4).enumerate() {
+            let mut bytes = [0; 4];
+            bytes[..word.len()].copy_from_slice(word);
+            let at = PAGE + 4 * index as u32;
+            asm.mov(dword_ptr(at), i32::from_le_bytes(bytes))?;
+        }
+        for command in [5 << 8, 6 << 8 | PAGE >> 12] {
+            asm.mov(
+                dword_ptr(0xfee0_0300u32),
+                (0b11 << 18 | 1 << 14 | command) as i32,
+            )?;
+        }
+        spin(asm)
+    });
+    on_smp_modes(|mode| {
+        let ended = kernel(mode, &image, &["--smp", "2"]).run();
+        ended.check(0, "");
+        assert_eq!(ended.stdout, b"ww");
+    });
+}

@@ -60,6 +60,9 @@ pub struct MachineOptions {
     pub command_line: String,
     /// Where the debug console goes, if anywhere.
     pub debug: Option<Box<dyn Write + Send>>,
+    /// There is firmware at the reset vector ([`load_kernel`](crate::loader::load_kernel)); INIT of the
+    /// boot processor resets the machine otherwise.
+    pub firmware: bool,
 }
 
 impl Default for MachineOptions {
@@ -74,6 +77,7 @@ impl Default for MachineOptions {
             cpus: 1,
             command_line: String::new(),
             debug: None,
+            firmware: false,
         }
     }
 }
@@ -97,6 +101,7 @@ pub struct Machine {
     pub(crate) attention: bool,
     /// The machine's own interrupt controllers are in use, so every interrupt passes the run loop.
     pub(crate) own_controllers: bool,
+    pub(crate) firmware: bool,
     pub(crate) seats: Seats,
     pub(crate) input: Arc<Input>,
     /// The paravirtual console, if there is one.
@@ -182,6 +187,7 @@ impl Machine {
             schedule: Schedule::new(usize::from(FIRST_OTHER)),
             attention: false,
             own_controllers,
+            firmware: options.firmware,
             seats,
             input,
             console: None,

@@ -167,6 +167,14 @@ impl CpuState {
         state
     }
 
+    /// State in which INIT leaves a boot processor whose firmware lies in the last 64 KiB of the first
+    /// MiB alone: at its reset vector there.
+    pub fn at_firmware() -> Self {
+        let mut state = Self::after_init();
+        state.segments[Self::CS].base = 0xf_0000;
+        state
+    }
+
     /// State after INIT and a start-up IPI with `vector` (SDM 3A 10.4.4): at the start of that page
     /// below 1 MiB.
     pub fn startup(vector: u8) -> Self {

@@ -239,9 +239,10 @@ impl Lapics {
         }
     }
 
+    /// All but the boot processor wait for a start-up IPI then (SDM 3A 9.4.3).
     fn init(&mut self, cpu: usize) {
         self.all[cpu].init();
-        self.stopped |= 1 << cpu;
+        self.stopped |= 1 << cpu & !1;
         self.signals[cpu] = Signal {
             init: true,
             ..Signal::NONE

@@ -5,6 +5,10 @@
 //! trampoline below), and go back to real mode to ask for services. There are none here: each call
 //! returns with carry set and AH 86h, "function not supported", instead of running off at address 0.
 //!
+//! INIT brings the boot processor to F000:FFF0, as a jump of its own does. Code there does what a PC/AT's
+//! does after a reset with a shutdown code in CMOS 0Fh: with 5 and 0Ah it goes on at the far pointer in
+//! 40:67, after an end of interrupt to both 8259s with 5. Any other code resets the machine.
+//!
 //! Invariant: nothing of this lies where [`super::tables`] or boot information does.
 
 use vm_memory::{Bytes, GuestAddress};
@@ -22,6 +26,11 @@ const SEGMENT: u16 = 0xf000;
 /// Where the PC/AT's BIOS has its dummy interrupt handler.
 const DUMMY: u16 = 0xff53;
 const REFUSE: u16 = 0xff58;
+
+/// Where the PC/AT's BIOS begins its self test.
+const POST: u16 = 0xe05b;
+/// The reset vector, at which its last paragraph begins.
+const RESET: u16 = 0xfff0;
 
 const DATA_AREA: u64 = 0x400;
 const EXTENDED: u64 = CONVENTIONAL_KIB as u64 * 1024;
@@ -48,11 +57,44 @@ pub(super) fn write(ram: &GuestRam) -> Result<(), LoadError> {
         (handler(DUMMY), vec![0xcf]),
         // mov ah, 86h; stc; retf 2: carry goes back in the flags, not those that int has pushed.
         (handler(REFUSE), vec![0xb4, 0x86, 0xf9, 0xca, 2, 0]),
+        (handler(POST), after_reset()),
+        (handler(RESET), last_paragraph()),
     ] {
         ram.write_slice(&bytes, GuestAddress(at))
             .map_err(|_| LoadError::NoRoom)?;
     }
     Ok(())
+}
+
+/// What runs at the reset vector: real-mode code.
+fn after_reset() -> Vec<u8> {
+    let code: &[&[u8]] = &[
+        &[0xfa],                                           //         cli
+        &[0x66, 0xb8, 0x10, 0, 0, 0],                      //         mov eax, 10h: caches on
+        &[0x0f, 0x22, 0xc0],                               //         mov cr0, eax
+        &[0xb0, 0x0f, 0xe6, 0x70, 0xe4, 0x71, 0x88, 0xc4], //         ah = CMOS 0Fh
+        &[0xb0, 0x0f, 0xe6, 0x70, 0xb0, 0x00, 0xe6, 0x71], //         CMOS 0Fh = 0
+        &[0xb9, 0x30, 0x00, 0x8e, 0xd1],                   //         mov cx, 30h; mov ss, cx
+        &[0xbc, 0x00, 0x01],                               //         mov sp, 100h
+        &[0x31, 0xc9, 0x8e, 0xd9],                         //         xor cx, cx; mov ds, cx
+        &[0x80, 0xfc, 0x0a, 0x74, 0x0b],                   //         cmp ah, 0Ah; je resume
+        &[0x80, 0xfc, 0x05, 0x75, 0x0a],                   //         cmp ah, 5; jne reset
+        &[0xb0, 0x20, 0xe6, 0xa0, 0xe6, 0x20],             //         EOI to both 8259s
+        &[0xff, 0x2e, 0x67, 0x04],                         // resume: jmp far [467h]
+        &[0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee],             // reset:  CF9h = hard reset
+        &[0xf4, 0xeb, 0xfd],                               //         hlt; jmp back
+    ];
+    code.concat()
+}
+
+/// A jump to the self test, the BIOS's date, and the model byte of a PC/AT.
+fn last_paragraph() -> Vec<u8> {
+    let mut bytes = vec![0xea];
+    bytes.extend(POST.to_le_bytes());
+    bytes.extend(SEGMENT.to_le_bytes());
+    bytes.extend(b"01/01/99\0");
+    bytes.extend([0xfc, 0]);
+    bytes
 }
 
 fn data_area() -> Vec<u8> {
@@ -89,5 +131,8 @@ mod tests {
         assert_eq!((word(0x15 * 4), word(0x15 * 4 + 2)), (REFUSE, SEGMENT));
         let dummy = u64::from(word(8 * 4 + 2)) * 16 + u64::from(word(8 * 4));
         assert_eq!(word(dummy) & 0xff, 0xcf);
+        // The last paragraph ends with the model byte.
+        assert_eq!(last_paragraph().len(), 16);
+        assert_eq!(word(0xf_fffe) & 0xff, 0xfc);
     }
 }

@@ -413,14 +413,17 @@ impl<'a, const SHARED: bool> Run<'a, SHARED> {
     fn signalled(&mut self, machine: &mut Machine) -> Result<Option<End>, Error> {
         let signal = machine.irqchip.lapics.take_signal(self.cpu);
         if signal.init {
-            if self.cpu == 0 {
-                // There is no firmware at the reset vector.
+            if self.cpu == 0 && !machine.firmware {
                 return Ok(Some(Outcome::Reset.into()));
             }
             self.vcpu.init()?;
             self.vcpu.request_interrupt_window(false);
             self.window_wanted = false;
-            self.stopped = true;
+            if self.cpu == 0 {
+                self.vcpu.set_state(&CpuState::at_firmware())?;
+            } else {
+                self.stopped = true;
+            }
         }
         if let Some(page) = signal.startup {
             self.vcpu.set_state(&CpuState::startup(page))?;

@@ -229,6 +229,7 @@ fn run_mode(
         memory: engine_core::memory::regions(&ram),
         cpus: arguments.smp,
         command_line: command_line.to_string(),
+        firmware: arguments.guest.kernel.is_some(),
     })?;
     if doorbell == Doorbell::Eventfd {
         peripherals.doorbells = vcpu.doorbells();

@@ -180,12 +180,9 @@ impl Lapic {
             }
             // Its end is of no meaning to processors since the Pentium 4 (SDM 3A 11.6.1).
             Delivery::Init if command & (LEVEL | ASSERT) == LEVEL => return,
-            // Not to oneself, by a shorthand (SDM 3A table 11-3).
-            Delivery::Init | Delivery::StartUp
-                if matches!(target, Target::Sender | Target::Everybody) =>
-            {
-                return;
-            }
+            // Not to oneself, by a shorthand (SDM 3A table 11-3). The same table has INIT so too, which
+            // KVM (lapic.c) and QEMU (hw/intc/apic.c) send all the same, and guests know.
+            Delivery::StartUp if matches!(target, Target::Sender | Target::Everybody) => return,
             Delivery::Smi | Delivery::External | Delivery::Reserved => return,
             Delivery::Fixed
             | Delivery::LowestPriority
