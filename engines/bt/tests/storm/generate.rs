@@ -1,0 +1,499 @@
+//! Random lives of page tables, in which everything is invalidated that has to be, and no more: what
+//! each access finds is certain (SDM 3A 4.10.4), and nothing else is ever dropped for the asking.
+//!
+//! The plan knows of each process-context identifier whose tables its translations come from. An entry
+//! that was not present needs no invalidation; all others get one of those that suffice, at once for the
+//! space that runs, and for the others at the load of CR3 that enters them.
+
+use crate::functions::{page, target};
+use crate::layout::*;
+use crate::model::Model;
+use crate::random::Random;
+use crate::step::Step;
+
+/// What translations there may be with a process-context identifier.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Held {
+    Nothing,
+    /// Those of the space, as its tables are.
+    Space(usize),
+    /// Some that are no longer true.
+    Old,
+}
+
+/// Tables of one space.
+struct Space {
+    root: u64,
+    pcid: u64,
+    private: u64,
+    /// The entry of the directory that maps [`Region::Large`], and the table that it leads to at times.
+    large_entry: u64,
+    large: u64,
+    upper: u64,
+}
+
+/// A guest: memory as it is at first, what it does, and what is to come of it.
+pub(crate) struct Plan {
+    pub(crate) memory: Vec<u8>,
+    pub(crate) cr0: u64,
+    pub(crate) cr3: u64,
+    pub(crate) cr4: u64,
+    pub(crate) steps: Vec<Step>,
+    /// The sum before each step.
+    pub(crate) sums: Vec<u64>,
+}
+
+struct Generator {
+    random: Random,
+    model: Model,
+    spaces: Vec<Space>,
+    global: u64,
+    current: usize,
+    held: Vec<(u64, Held)>,
+    steps: Vec<Step>,
+    sums: Vec<u64>,
+    next_table: u64,
+    /// Code that was called lately: most calls are of that again.
+    lately: [u64; 6],
+}
+
+/// A guest of so many steps.
+pub(crate) fn plan(seed: u64, steps: usize) -> Plan {
+    let mut random = Random::new(seed);
+    let pcids = random.chance(70);
+    let global_kernel = random.chance(50);
+    let cr4 = CR4 | CR4_PGE | if pcids { CR4_PCIDE } else { 0 };
+    let mut generator = Generator {
+        model: Model::new(CR0 | CR0_WP, 0, cr4),
+        random,
+        spaces: Vec::new(),
+        global: 0,
+        current: 0,
+        held: Vec::new(),
+        steps: Vec::new(),
+        sums: Vec::new(),
+        next_table: TABLES,
+        lately: [0; 6],
+    };
+    generator.tables(pcids, global_kernel);
+    for number in 0..FRAMES {
+        let bytes = page(&mut generator.random);
+        generator.model.put(frame(number), &bytes);
+    }
+    let root = &generator.spaces[0];
+    generator.model.cr3 = root.root | root.pcid;
+    generator.hold(Held::Space(0));
+    let lately = std::array::from_fn(|_| target(&mut generator.random, &ENTRIES));
+    generator.lately = lately;
+    let memory = generator.model.memory.clone();
+    let (cr0, cr3, cr4) = (
+        generator.model.cr0,
+        generator.model.cr3,
+        generator.model.cr4,
+    );
+    while generator.steps.len() < steps {
+        generator.turn();
+    }
+    generator.then(Step::End);
+    Plan {
+        memory,
+        cr0,
+        cr3,
+        cr4,
+        steps: generator.steps,
+        sums: generator.sums,
+    }
+}
+
+impl Generator {
+    fn table(&mut self) -> u64 {
+        let table = self.next_table;
+        self.next_table += PAGE;
+        assert!(self.next_table <= GROUPS[0]);
+        table
+    }
+
+    fn set(&mut self, table: u64, index: u64, entry: u64) {
+        self.model
+            .put(table + (index & 0x1ff) * 8, &entry.to_le_bytes());
+    }
+
+    fn tables(&mut self, pcids: bool, global_kernel: bool) {
+        const OPEN: u64 = PRESENT | WRITABLE | USER;
+        let kernel = PRESENT | WRITABLE | if global_kernel { GLOBAL } else { 0 };
+        let (low, mixed) = (self.table(), self.table());
+        for index in 0..RAM_MIB / 2 {
+            self.set(low, index, index << 21 | LARGE | USED | kernel);
+        }
+        self.set(low, USER_CODE >> 21, mixed | OPEN);
+        for index in 0..512 {
+            let at = USER_CODE + index * PAGE;
+            let user = if at < USER_STACK { USER } else { 0 };
+            self.set(mixed, index, at | USED | kernel | user);
+        }
+        self.global = self.table();
+        let global_directory = self.table();
+        self.set(global_directory, 0, self.global | OPEN);
+        for page in 0..REGION_PAGES {
+            let entry = self.entry(Region::Global);
+            self.set(self.global, page, entry);
+        }
+        // More than anybody remembers, at times.
+        let count = self.random.pick(&[2, 4, 4, 20]);
+        let way = self.random.below(3);
+        for number in 0..count {
+            let pcid = match way {
+                _ if !pcids => 0,
+                // As with page-table isolation, two halves each; all alone; every other one together.
+                0 => (number / 2 + 1) | ((number % 2) << 11),
+                1 => number,
+                _ => 4 | ((number % 2) << 11),
+            };
+            let [root, first, high, top] = std::array::from_fn(|_| self.table());
+            let [directory, high_directory, upper_directory] =
+                std::array::from_fn(|_| self.table());
+            let [private, large, upper] = std::array::from_fn(|_| self.table());
+            let at = |address: u64, level: u64| address >> (12 + 9 * level);
+            let [below, above] = *Region::Private.bases() else {
+                unreachable!("it is seen at two addresses");
+            };
+            let upper_base = Region::Upper.bases()[0];
+            let large_base = Region::Large.bases()[0];
+            self.set(root, 0, first | OPEN);
+            self.set(root, at(above, 3), high | OPEN);
+            self.set(root, at(upper_base, 3), top | OPEN);
+            self.set(first, 0, low | OPEN);
+            self.set(first, at(below, 2), directory | OPEN);
+            self.set(
+                first,
+                at(Region::Global.bases()[0], 2),
+                global_directory | OPEN,
+            );
+            self.set(high, at(above, 2), high_directory | OPEN);
+            self.set(top, at(upper_base, 2), upper_directory | OPEN);
+            self.set(directory, at(below, 1), private | OPEN);
+            self.set(directory, at(large_base, 1), large | OPEN);
+            self.set(high_directory, at(above, 1), private | OPEN);
+            self.set(upper_directory, at(upper_base, 1), upper | OPEN);
+            let tables = [
+                (Region::Private, private),
+                (Region::Large, large),
+                (Region::Upper, upper),
+            ];
+            for (region, table) in tables {
+                for page in 0..REGION_PAGES {
+                    let entry = self.entry(region);
+                    self.set(table, page, entry);
+                }
+            }
+            self.spaces.push(Space {
+                root,
+                pcid,
+                private,
+                large_entry: directory + (at(large_base, 1) & 0x1ff) * 8,
+                large,
+                upper,
+            });
+        }
+    }
+
+    /// An entry of a region's table: most often one that allows everything.
+    fn entry(&mut self, region: Region) -> u64 {
+        let random = &mut self.random;
+        if random.chance(2) {
+            return 0;
+        }
+        let mut entry = frame(random.below(FRAMES)) | PRESENT;
+        if random.chance(95) {
+            entry |= WRITABLE;
+        }
+        if random.chance(95) {
+            entry |= USER;
+        }
+        if random.chance(60) {
+            entry |= USED;
+        }
+        if random.chance(3) {
+            entry |= NO_EXECUTE;
+        }
+        if region == Region::Global {
+            entry |= GLOBAL;
+        }
+        entry
+    }
+
+    fn then(&mut self, step: Step) {
+        self.sums.push(self.model.sum);
+        self.model.step(step);
+        self.steps.push(step);
+    }
+
+    fn pcid(&self) -> u64 {
+        self.spaces[self.current].pcid
+    }
+
+    fn held(&self, pcid: u64) -> Held {
+        let found = self.held.iter().find(|held| held.0 == pcid);
+        found.map_or(Held::Nothing, |held| held.1)
+    }
+
+    fn set_held(&mut self, pcid: u64, held: Held) {
+        self.held.retain(|other| other.0 != pcid);
+        self.held.push((pcid, held));
+    }
+
+    /// What the identifier of the space that runs holds from now on.
+    fn hold(&mut self, held: Held) {
+        self.set_held(self.pcid(), held);
+    }
+
+    /// Changes an entry of a table that `space` uses. True if that has to be invalidated.
+    fn change(&mut self, space: usize, at: u64, value: u64) -> bool {
+        let before = self.model.word(at);
+        self.then(Step::Store { at, value });
+        if before & PRESENT == 0 || before & !USED == value & !USED {
+            return false;
+        }
+        let pcid = self.spaces[space].pcid;
+        if self.held(pcid) == Held::Space(space) && space != self.current {
+            self.set_held(pcid, Held::Old);
+        }
+        space == self.current
+    }
+
+    /// Loads CR3. Keeps translations only if they are true.
+    fn enter(&mut self, space: usize) {
+        let Space { root, pcid, .. } = self.spaces[space];
+        let held = self.held(pcid);
+        let valid = held == Held::Nothing || held == Held::Space(space);
+        let keep = self.model.cr4 & CR4_PCIDE != 0 && valid && self.random.chance(75);
+        self.current = space;
+        self.then(Step::Cr3(root | pcid));
+        if keep {
+            let step = Step::Cr3(root | pcid | CR3_KEEP);
+            *self.steps.last_mut().expect("the load") = step;
+        }
+        self.hold(Held::Space(space));
+    }
+
+    /// Drops everything, global translations too.
+    fn toggle_global(&mut self) {
+        let cr4 = self.model.cr4;
+        self.then(Step::Cr4(cr4 & !CR4_PGE));
+        self.then(Step::Cr4(cr4));
+        self.held.clear();
+        self.hold(Held::Space(self.current));
+    }
+
+    fn invpcid(&mut self, kind: u64, at: u64) {
+        let pcid = self.pcid();
+        self.then(Step::Invpcid { kind, pcid, at });
+        if kind >= 2 {
+            self.held.clear();
+        }
+        self.hold(Held::Space(self.current));
+    }
+
+    /// Invalidates what was changed in the space that runs: these addresses, or more.
+    fn invalidate(&mut self, addresses: &[u64], global: bool, structure: bool) {
+        let mut ways = vec![0, 1];
+        if !global {
+            ways.extend([2, 3, 4]);
+        }
+        if !structure {
+            ways.extend([5, 5, 5, 5]);
+            if !global {
+                ways.push(6);
+            }
+        }
+        match self.random.pick(&ways) {
+            0 => self.toggle_global(),
+            1 => self.invpcid(2, 0),
+            2 => {
+                // Without the bit that keeps.
+                self.hold(Held::Old);
+                self.enter(self.current);
+            }
+            3 => self.invpcid(1, 0),
+            4 => self.invpcid(3, 0),
+            5 => {
+                for &at in addresses {
+                    let within = self.random.below(PAGE);
+                    self.then(Step::Invlpg(at + within));
+                }
+            }
+            _ => {
+                for &at in addresses {
+                    self.invpcid(0, at);
+                }
+            }
+        }
+    }
+
+    fn table_of(&self, space: usize, region: Region) -> u64 {
+        let space = &self.spaces[space];
+        match region {
+            Region::Private => space.private,
+            Region::Large => space.large,
+            Region::Global => self.global,
+            Region::Upper => space.upper,
+        }
+    }
+
+    fn any_space(&mut self) -> usize {
+        self.random.below(self.spaces.len() as u64) as usize
+    }
+
+    /// Gives pages of a region other frames or rights.
+    fn remap(&mut self) {
+        let region = self.random.pick(&Region::ALL);
+        let elsewhere = region != Region::Global && self.random.chance(30);
+        let space = if elsewhere {
+            self.any_space()
+        } else {
+            self.current
+        };
+        let table = self.table_of(space, region);
+        let mut stale = Vec::new();
+        for _ in 0..=self.random.below(3) {
+            let page = self.random.below(REGION_PAGES);
+            let entry = self.entry(region);
+            if self.change(space, table + page * 8, entry) {
+                stale.extend(region.bases().iter().map(|base| base + page * PAGE));
+            }
+        }
+        if !stale.is_empty() {
+            self.invalidate(&stale, region == Region::Global, false);
+        }
+    }
+
+    /// Maps the large region by a table, or by a page of 2 MiB.
+    fn resize(&mut self) {
+        let space = if self.random.chance(30) {
+            self.any_space()
+        } else {
+            self.current
+        };
+        let Space {
+            large_entry, large, ..
+        } = self.spaces[space];
+        let mut entry = match self.random.below(3) {
+            0 => large,
+            _ => self.random.pick(&GROUPS) | LARGE,
+        };
+        entry |= PRESENT | WRITABLE;
+        if self.random.chance(95) {
+            entry |= USER;
+        }
+        if self.random.chance(50) {
+            entry |= if entry & LARGE != 0 {
+                USED
+            } else {
+                USED & !(1 << 6)
+            };
+        }
+        if self.change(space, large_entry, entry) {
+            self.invalidate(&[], false, true);
+        }
+    }
+
+    /// An address of data, or of an immediate operand of code.
+    fn place(&mut self) -> u64 {
+        self.random.pick(&[
+            DATA,
+            DATA + 4,
+            ENTRIES[0] + 1,
+            ENTRIES[1] + 1,
+            ENTRIES[9] + 1,
+        ])
+    }
+
+    fn mapped(&mut self) -> u64 {
+        let region = self.random.pick(&Region::ALL);
+        let page = self.random.below(REGION_PAGES);
+        self.random.pick(region.bases()) + page * PAGE
+    }
+
+    fn write(&mut self) {
+        let place = self.place();
+        let value = self.random.next() as u32;
+        match self.random.below(4) {
+            0 => {
+                let at = frame(self.random.below(FRAMES)) + place;
+                self.then(Step::Patch { at, value });
+            }
+            1 => {
+                let at = self.mapped() + place;
+                self.then(Step::Write { at, value });
+            }
+            2 => {
+                let at = self.mapped() + place;
+                self.then(Step::WriteUser { at, value });
+            }
+            _ => {
+                let from = frame(self.random.below(FRAMES));
+                let to = if self.random.chance(50) {
+                    frame(self.random.below(FRAMES))
+                } else {
+                    self.mapped()
+                };
+                let bytes = PAGE;
+                self.then(Step::Copy { from, to, bytes });
+            }
+        }
+    }
+
+    fn call(&mut self) {
+        let slot = self.random.below(6) as usize;
+        if self.random.chance(25) {
+            self.lately[slot] = target(&mut self.random, &ENTRIES);
+        }
+        let at = self.lately[slot];
+        let step = match self.random.below(4) {
+            0 | 1 => Step::Call(at),
+            2 => Step::CallUser(at),
+            _ => Step::CallSysret(at),
+        };
+        for _ in 0..=self.random.below(3) {
+            self.then(step);
+        }
+    }
+
+    fn turn(&mut self) {
+        let closed = self.model.cr4 & (CR4_SMEP | CR4_SMAP);
+        // Soon open again, or nothing of ring 3's could be called.
+        if closed != 0 && self.random.chance(25) {
+            let cr4 = self.model.cr4 & !closed;
+            self.then(Step::Cr4(cr4));
+        }
+        match self.random.below(100) {
+            0..50 => self.call(),
+            50..57 => {
+                let at = self.mapped() + DATA;
+                let step = if self.random.chance(50) {
+                    Step::Load(at)
+                } else {
+                    Step::LoadUser(at)
+                };
+                self.then(step);
+            }
+            57..69 => self.write(),
+            69..80 => self.remap(),
+            80..84 => self.resize(),
+            84..96 => {
+                let space = self.any_space();
+                self.enter(space);
+            }
+            96 => {
+                let cr0 = self.model.cr0 ^ CR0_WP;
+                self.then(Step::Cr0(cr0));
+            }
+            97 | 98 => {
+                let bit = self.random.pick(&[CR4_SMEP, CR4_SMAP]);
+                let cr4 = self.model.cr4 | bit;
+                self.then(Step::Cr4(cr4));
+            }
+            _ => self.toggle_global(),
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! The guest: a kernel that goes through its steps.
+//!
+//! R15 points to the next step, R14 is the sum, R13 points to where it is noted before each step.
+
+use std::sync::Arc;
+
+use bt::{BtVcpu, Options};
+use engine_core::testing::assemble;
+use engine_core::{CpuState, DescriptorTable, Exit, GuestRam, Segment, Vcpu};
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::generate::Plan;
+use crate::layout::*;
+use crate::model::FACTOR;
+use crate::step;
+
+type Built = Result<(), IcedError>;
+
+/// Offsets of the pieces of ring-3 code.
+const USER_CALL: u64 = USER_CODE;
+const USER_LOAD: u64 = USER_CODE + 0x40;
+const USER_WRITE: u64 = USER_CODE + 0x80;
+
+/// How a guest is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Plain,
+    /// With the smallest code cache.
+    Tight,
+    /// With the window held open.
+    Window,
+}
+
+/// Runs a plan; the sum before each step.
+pub(crate) fn run(plan: &Plan, way: Way) -> Result<Vec<u64>, String> {
+    assert!(plan.steps.len() <= MOST_STEPS);
+    let ram = engine_core::memory::create(RAM_MIB).expect("guest memory");
+    put(&ram, 0, &plan.memory);
+    kernel(&ram);
+    for (number, step) in plan.steps.iter().enumerate() {
+        for (word, value) in step.words().into_iter().enumerate() {
+            let at = STEPS + ((number * STEP_WORDS + word) * 8) as u64;
+            put(&ram, at, &value.to_le_bytes());
+        }
+    }
+    let mut options = Options::default();
+    if way == Way::Tight {
+        options.code_cache = *Options::CODE_CACHE.start();
+    }
+    let mut vcpu = BtVcpu::new(Arc::clone(&ram), options).expect("a vCPU");
+    vcpu.set_state(&initial(plan)).expect("a state");
+    if way == Way::Window && vcpu.hold_window().is_none() {
+        return Ok(plan.sums.clone());
+    }
+    let ended = match vcpu.run().map_err(|error| error.to_string())? {
+        Exit::Hlt => Ok(()),
+        other => Err(format!("{other:?}")),
+    };
+    let state = vcpu.state().map_err(|error| error.to_string())?;
+    ended.map_err(|exit| format!("{exit} at {:#x}", state.rip))?;
+    let vector = state.rip.wrapping_sub(HANDLERS) / HANDLER_STRIDE;
+    let done = (state.gpr[15] - STEPS) as usize / (STEP_WORDS * 8);
+    let mut sums = vec![0; done];
+    for (number, sum) in sums.iter_mut().enumerate() {
+        let mut bytes = [0; 8];
+        let at = GuestAddress(TRACE + number as u64 * 8);
+        ram.read_slice(&mut bytes, at).expect("in guest memory");
+        *sum = u64::from_le_bytes(bytes);
+    }
+    if vector < 256 {
+        return Err(format!("vector {vector} in step {}", done.wrapping_sub(1)));
+    }
+    Ok(sums)
+}
+
+fn put(ram: &GuestRam, at: u64, bytes: &[u8]) {
+    ram.write_slice(bytes, GuestAddress(at))
+        .expect("in guest memory");
+}
+
+fn initial(plan: &Plan) -> CpuState {
+    let flat = |selector, attributes| Segment {
+        selector,
+        base: 0,
+        limit: u32::MAX,
+        attributes,
+    };
+    let data = flat(KERNEL_SS, 0xc093);
+    let null = Segment::default();
+    let mut state = CpuState {
+        rip: CODE,
+        rflags: 2,
+        segments: [data, flat(KERNEL_CS, 0xa09b), data, data, null, null],
+        ldtr: Segment {
+            attributes: 0x82,
+            ..null
+        },
+        tr: Segment {
+            selector: TSS_SELECTOR,
+            base: TSS,
+            limit: 0x67,
+            attributes: 0x8b,
+        },
+        gdtr: DescriptorTable {
+            base: GDT,
+            limit: 0x37,
+        },
+        idtr: DescriptorTable {
+            base: IDT,
+            limit: 0xfff,
+        },
+        cr0: plan.cr0,
+        cr3: plan.cr3,
+        cr4: plan.cr4,
+        // SCE LME LMA NXE.
+        efer: 0xd01,
+        ..CpuState::default()
+    };
+    state.gpr[4] = STACK;
+    state
+}
+
+fn kernel(ram: &GuestRam) {
+    let gdt: [u64; 7] = [
+        0,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00cf_f300_0000_ffff,
+        0x00af_fb00_0000_ffff,
+        0x67 | TSS << 16 | 0x8b << 40,
+        0,
+    ];
+    for (index, entry) in gdt.iter().enumerate() {
+        put(ram, GDT + index as u64 * 8, &entry.to_le_bytes());
+    }
+    put(ram, TSS + 4, &STACK.to_le_bytes());
+    put(ram, TSS + 0x66, &0x68u16.to_le_bytes());
+    for vector in 0..256u64 {
+        let handler = HANDLERS + vector * HANDLER_STRIDE;
+        let low = handler & 0xffff | u64::from(KERNEL_CS) << 16 | 0x8e00 << 32;
+        let low = low | (handler >> 16 & 0xffff) << 48;
+        put(ram, IDT + 16 * vector, &low.to_le_bytes());
+        put(ram, handler, &[0xf4]);
+    }
+    for (at, body) in [
+        (USER_CALL, user_call as fn(&mut CodeAssembler) -> Built),
+        (USER_LOAD, user_load),
+        (USER_WRITE, user_write),
+    ] {
+        put(ram, at, &assemble(64, at, body));
+    }
+    let mut asm = CodeAssembler::new(64).expect("64-bit code");
+    let mut labels = Vec::new();
+    body(&mut asm, &mut labels).expect("the kernel can be assembled");
+    let options = iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
+    let result = asm
+        .assemble_options(CODE, options)
+        .expect("the kernel can be encoded");
+    put(ram, CODE, &result.inner.code_buffer);
+    assert_eq!(labels.len(), step::HANDLERS + 1);
+    for (number, label) in labels.iter().enumerate() {
+        let at = result.label_ip(label).expect("it is there");
+        if number < step::HANDLERS {
+            put(ram, DISPATCH + number as u64 * 8, &at.to_le_bytes());
+        } else {
+            // The page fault's.
+            let jump = assemble(64, HANDLERS + 14 * HANDLER_STRIDE, |asm| asm.jmp(at));
+            put(ram, HANDLERS + 14 * HANDLER_STRIDE, &jump);
+        }
+    }
+}
+
+fn user_call(asm: &mut CodeAssembler) -> Built {
+    asm.call(rbx)?;
+    asm.syscall()
+}
+
+fn user_load(asm: &mut CodeAssembler) -> Built {
+    asm.mov(eax, dword_ptr(rbx))?;
+    asm.syscall()
+}
+
+fn user_write(asm: &mut CodeAssembler) -> Built {
+    asm.mov(dword_ptr(rbx), edx)?;
+    asm.xor(eax, eax)?;
+    asm.syscall()
+}
+
+/// The kernel. Answers where the handlers of the steps begin, and the page fault's behind them.
+fn body(asm: &mut CodeAssembler, labels: &mut Vec<CodeLabel>) -> Built {
+    let mut next = asm.create_label();
+    let mut fold = asm.create_label();
+    let mut user = asm.create_label();
+    let mut entry = asm.create_label();
+    // LSTAR and STAR.
+    asm.lea(rax, ptr(entry))?;
+    asm.mov(rdx, rax)?;
+    asm.shr(rdx, 32)?;
+    asm.mov(ecx, 0xc000_0082u32)?;
+    asm.wrmsr()?;
+    asm.xor(eax, eax)?;
+    asm.mov(edx, u32::from(KERNEL_CS) | u32::from(KERNEL_SS | 3) << 16)?;
+    asm.dec(ecx)?;
+    asm.wrmsr()?;
+    asm.mov(r15, STEPS)?;
+    asm.mov(r13, TRACE)?;
+    asm.xor(r14d, r14d)?;
+    asm.jmp(next)?;
+
+    // Takes RAX into the sum.
+    asm.set_label(&mut fold)?;
+    asm.imul_3(r14, r14, FACTOR)?;
+    asm.xor(r14, rax)?;
+    asm.set_label(&mut next)?;
+    asm.mov(qword_ptr(r13), r14)?;
+    asm.add(r13, 8)?;
+    asm.mov(rax, qword_ptr(r15))?;
+    asm.mov(rbx, qword_ptr(r15 + 8))?;
+    asm.mov(rcx, qword_ptr(r15 + 16))?;
+    asm.mov(rdx, qword_ptr(r15 + 24))?;
+    asm.add(r15, STEP_WORDS as i32 * 8)?;
+    asm.jmp(qword_ptr(rax * 8 + DISPATCH))?;
+
+    let mut handler = |asm: &mut CodeAssembler| -> Built {
+        let mut label = asm.create_label();
+        asm.set_label(&mut label)?;
+        labels.push(label);
+        Ok(())
+    };
+    handler(asm)?;
+    asm.hlt()?;
+    handler(asm)?;
+    asm.mov(qword_ptr(rbx), rcx)?;
+    asm.jmp(next)?;
+    handler(asm)?;
+    asm.mov(dword_ptr(rbx), ecx)?;
+    asm.jmp(next)?;
+    handler(asm)?;
+    asm.invlpg(byte_ptr(rbx))?;
+    asm.jmp(next)?;
+    handler(asm)?;
+    asm.mov(qword_ptr(DESCRIPTOR), rcx)?;
+    asm.mov(qword_ptr(DESCRIPTOR + 8), rdx)?;
+    asm.invpcid(rbx, xmmword_ptr(DESCRIPTOR))?;
+    asm.jmp(next)?;
+    handler(asm)?;
+    asm.mov(cr0, rbx)?;
+    asm.jmp(next)?;
+    handler(asm)?;
+    asm.mov(cr3, rbx)?;
+    asm.jmp(next)?;
+    handler(asm)?;
+    asm.mov(cr4, rbx)?;
+    asm.jmp(next)?;
+    handler(asm)?;
+    asm.mov(eax, r14d)?;
+    asm.call(rbx)?;
+    asm.jmp(fold)?;
+    handler(asm)?;
+    asm.mov(rcx, USER_CALL)?;
+    asm.set_label(&mut user)?;
+    asm.mov(eax, r14d)?;
+    asm.push(i32::from(USER_SS))?;
+    asm.push(USER_STACK as i32)?;
+    asm.push(2)?;
+    asm.push(i32::from(USER_CS))?;
+    asm.push(rcx)?;
+    asm.iretq()?;
+    handler(asm)?;
+    asm.mov(eax, r14d)?;
+    asm.mov(rcx, USER_CALL)?;
+    asm.mov(r11d, 2)?;
+    asm.mov(rsp, USER_STACK)?;
+    asm.sysretq()?;
+    handler(asm)?;
+    asm.mov(eax, dword_ptr(rbx))?;
+    asm.jmp(fold)?;
+    handler(asm)?;
+    asm.mov(rcx, USER_LOAD)?;
+    asm.jmp(user)?;
+    handler(asm)?;
+    asm.mov(dword_ptr(rbx), edx)?;
+    asm.xor(eax, eax)?;
+    asm.jmp(fold)?;
+    handler(asm)?;
+    asm.mov(rcx, USER_WRITE)?;
+    asm.jmp(user)?;
+    handler(asm)?;
+    asm.mov(rsi, rbx)?;
+    asm.mov(rdi, rdx)?;
+    asm.rep().movsb()?;
+    asm.xor(eax, eax)?;
+    asm.jmp(fold)?;
+    // Page fault: error code and address go into the sum.
+    handler(asm)?;
+    asm.pop(rax)?;
+    asm.imul_3(r14, r14, FACTOR)?;
+    asm.xor(r14, rax)?;
+    asm.mov(rax, cr2)?;
+    asm.mov(rsp, STACK)?;
+    asm.jmp(fold)?;
+
+    asm.set_label(&mut entry)?;
+    asm.mov(rsp, STACK)?;
+    asm.jmp(fold)
+}

@@ -1,0 +1,74 @@
+//! Random lives of page tables: remaps, address spaces, large and global pages, changes of rights, code
+//! that changes itself and is changed through aliases, all with the invalidations that the
+//! architecture asks for and no others; what the guest computes is what a model without any cache
+//! computes.
+//!
+//! `TRAPLINE_STORM_SEEDS` guests are run (40 unless told), from seed `TRAPLINE_STORM_FIRST` on.
+
+mod functions;
+mod generate;
+mod guest;
+mod layout;
+mod model;
+#[path = "../oracle/random.rs"]
+#[expect(dead_code, reason = "values are for instructions")]
+mod random;
+mod step;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use guest::Way;
+
+const STEPS: usize = 2000;
+
+fn number(name: &str, usual: u64) -> u64 {
+    std::env::var(name).map_or(usual, |text| text.parse().expect("a number"))
+}
+
+/// The first step that went wrong.
+fn differ(seed: u64, way: Way) -> Option<String> {
+    let plan = generate::plan(seed, STEPS);
+    let sums = match guest::run(&plan, way) {
+        Ok(sums) => sums,
+        Err(error) => return Some(format!("seed {seed}, {way:?}: {error}")),
+    };
+    let at = (0..plan.sums.len()).find(|&at| sums.get(at) != Some(&plan.sums[at]))?;
+    let first = at.saturating_sub(30);
+    Some(format!(
+        "seed {seed}, {way:?}: not what step {} gives: {:#x?}",
+        at.wrapping_sub(1),
+        &plan.steps[first..at]
+    ))
+}
+
+#[test]
+fn nothing_outlives_its_mapping() {
+    let first = number("TRAPLINE_STORM_FIRST", 0);
+    let end = first + number("TRAPLINE_STORM_SEEDS", 40);
+    let next = AtomicU64::new(first);
+    let found = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= end {
+                        return;
+                    }
+                    let differences = [Way::Plain, Way::Tight, Way::Window]
+                        .into_iter()
+                        .filter_map(|way| differ(seed, way));
+                    found.lock().expect("no panic").extend(differences);
+                }
+            });
+        }
+    });
+    let found = found.into_inner().expect("no panic");
+    assert!(
+        found.is_empty(),
+        "{} of them; the first: {}",
+        found.len(),
+        found[0]
+    );
+}
