@@ -247,11 +247,19 @@ impl Core {
         self.accessed(segment)
     }
 
-    /// A return to less privilege drops segments that it may not use (SDM 2A, IRET).
+    /// A return to less privilege drops segments that it may not use (SDM 2A, IRET). Their bases stay,
+    /// and 64-bit code goes on to use those of fs and gs: the SDM leaves them open, processors and QEMU
+    /// keep them, and kernels give ring 3 a base by MSR under a selector of ring 0.
     fn drop_data_segments(&mut self, cpl: u8) {
         for index in [Seg::ES, Seg::DS, Seg::FS, Seg::GS] {
-            if drops(&self.cpu.segments[index], cpl) {
-                self.set_segment(index, Segment::default());
+            let segment = self.cpu.segments[index];
+            if drops(&segment, cpl) {
+                let base = segment.base;
+                let null = Segment {
+                    base,
+                    ..Segment::default()
+                };
+                self.set_segment(index, null);
             }
         }
     }

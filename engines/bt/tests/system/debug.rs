@@ -8,15 +8,15 @@ use iced_x86::code_asm::*;
 use crate::kernel::{ALL, Asm, Built, IDT, Kernel, SCRATCH, Steps, USER_CS, page, window};
 use crate::run::{report, report_as_qemu};
 
-const HANDLER: u64 = 0x43_0000;
+pub(crate) const HANDLER: u64 = 0x43_0000;
 /// Number of exceptions, then (rip, DR6) of each.
-const COUNT: u64 = SCRATCH + 0x400;
+pub(crate) const COUNT: u64 = SCRATCH + 0x400;
 const NOTES: u64 = COUNT + 8;
-const ACTIVE_LOW: u64 = 0xffff_0ff0;
-const BS: u64 = 1 << 14;
-const BD: u64 = 1 << 13;
+pub(crate) const ACTIVE_LOW: u64 = 0xffff_0ff0;
+pub(crate) const BS: u64 = 1 << 14;
+pub(crate) const BD: u64 = 1 << 13;
 
-fn kernel() -> Kernel {
+pub(crate) fn kernel() -> Kernel {
     Kernel::new().code(HANDLER, HANDLER, |asm| {
         asm.push(rax)?;
         asm.push(rbx)?;
@@ -37,7 +37,7 @@ fn kernel() -> Kernel {
 }
 
 /// Makes HANDLER the gate of vector 1.
-fn install(asm: &mut Asm) -> Built {
+pub(crate) fn install(asm: &mut Asm) -> Built {
     let low = HANDLER & 0xffff | 0x08 << 16 | 0x8e00 << 32 | (HANDLER >> 16 & 0xffff) << 48;
     asm.mov(rax, low)?;
     asm.mov(qword_ptr(IDT + 16), rax)?;
@@ -45,7 +45,7 @@ fn install(asm: &mut Asm) -> Built {
 }
 
 /// Sets or clears TF by popf.
-fn trap_flag(asm: &mut Asm, on: bool) -> Built {
+pub(crate) fn trap_flag(asm: &mut Asm, on: bool) -> Built {
     asm.pushfq()?;
     if on {
         asm.or(dword_ptr(rsp), 0x100)?;
@@ -56,7 +56,7 @@ fn trap_flag(asm: &mut Asm, on: bool) -> Built {
 }
 
 /// The notes as results: the count, then distances of the addresses from `here` and DR6.
-fn results(asm: &mut Asm, here: u64, most: u64) -> Built {
+pub(crate) fn results(asm: &mut Asm, here: u64, most: u64) -> Built {
     asm.mov(rax, qword_ptr(COUNT))?;
     asm.result(0, rax)?;
     asm.mov(rcx, qword_ptr(here))?;
@@ -71,9 +71,9 @@ fn results(asm: &mut Asm, here: u64, most: u64) -> Built {
 }
 
 /// Where a test keeps the address that it counts from.
-const HERE: u64 = SCRATCH + 0x3f8;
+pub(crate) const HERE: u64 = SCRATCH + 0x3f8;
 
-fn note_here(asm: &mut Asm) -> Built {
+pub(crate) fn note_here(asm: &mut Asm) -> Built {
     let mut here = asm.create_label();
     asm.lea(rax, qword_ptr(here))?;
     asm.mov(qword_ptr(HERE), rax)?;

@@ -11,6 +11,8 @@
 //! | `nmi` | non-maskable interrupts |
 //! | `exceptions` | frames, stacks, error codes, double and triple faults |
 //! | `debug` | single steps, breakpoints, alignment checks |
+//! | `traps` | single steps and breakpoints beside other debug conditions |
+//! | `operands` | system instructions and port strings whose operand is device memory |
 //! | `access` | access rights of pages, case by case against a model |
 //! | `ports` | devices that are at hand while translated code runs |
 //! | `paging` | accessed and dirty bits, permissions, invalidation |
@@ -46,6 +48,7 @@ mod memory;
 mod modified;
 mod narrow;
 mod nmi;
+mod operands;
 mod paging;
 mod ports;
 mod privilege;
@@ -62,3 +65,4 @@ mod strings;
 mod switches;
 mod tasks;
 mod transitions;
+mod traps;
