@@ -94,6 +94,13 @@ impl<'a> Image<'a> {
         }
     }
 
+    /// What each segment takes, as far as it is there at all.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = Range<u64>> + Clone {
+        self.segments
+            .iter()
+            .map(|(header, _)| header.p_paddr..header.p_paddr.saturating_add(header.p_memsz))
+    }
+
     /// First address after the highest segment.
     pub(super) fn end(&self) -> u64 {
         let ends = self.segments.iter();

@@ -42,7 +42,7 @@ pub enum LoadError {
         ram_mib: u64,
     },
     /// A segment lies where the boot information is to go.
-    #[error("a segment at {0:#x} overlaps the boot information below 64 KiB")]
+    #[error("a segment at {0:#x} overlaps the boot information in low memory")]
     OverlapsBootInfo(GuestPhys),
     /// The entry point is in none of the segments.
     #[error("the entry point {0:#x} lies in no segment of the image")]

@@ -6,7 +6,8 @@
 //! machine starts in 32-bit protected mode without paging, with EBX leading to the boot information
 //! (3.2, 3.3).
 //!
-//! Invariant: boot information lies below 64 KiB where no image may; modules lie above the image.
+//! Invariant: boot information lies in conventional memory where the image does not, at 36 KiB if it can;
+//! modules lie above the image.
 
 use std::ops::Range;
 
@@ -26,13 +27,16 @@ const UNKNOWN: u32 = 0xffff & !KNOWN;
 /// The address fields are valid.
 const ADDRESSES: u32 = 1 << 16;
 
+/// Where the boot information goes unless the image lies there, and where its parts are from there on.
 const INFO: u64 = 0x9000;
-const MODULES: u64 = 0x9100;
-const NAME: u64 = 0x9180;
-const MEMORY_MAP: u64 = 0x9200;
-const COMMAND_LINE: u64 = 0xa000;
+const MODULES: u64 = 0x100;
+const NAME: u64 = 0x180;
+const MEMORY_MAP: u64 = 0x200;
+const COMMAND_LINE: u64 = 0x1000;
 const COMMAND_LINE_BYTES: usize = 0x1000;
-const TAKEN: Range<u64> = INFO..COMMAND_LINE + COMMAND_LINE_BYTES as u64;
+const INFO_BYTES: u64 = COMMAND_LINE + COMMAND_LINE_BYTES as u64;
+/// Other places: above what real-mode code and boot sectors use, below the extended BIOS data area.
+const ELSEWHERE: Range<u64> = 0x1_0000..0x9_0000;
 
 const LOADER: &[u8] = b"trapline\0";
 const ONE_MIB: u64 = 0x10_0000;
@@ -82,30 +86,49 @@ pub(super) fn load(
     if header.flags & UNKNOWN != 0 {
         return Err(LoadError::MultibootFlags(header.flags & UNKNOWN));
     }
-    let (entry, end) = if header.flags & ADDRESSES != 0 {
+    let (entry, end, info) = if header.flags & ADDRESSES != 0 {
         place_by_addresses(ram, bytes, header)?
     } else {
         let image = Image::parse(bytes)?;
         let entry = image.start()?;
-        image::place(ram, &image, &TAKEN)?;
-        (entry, image.end())
+        let info = room(image.ranges())?;
+        image::place(ram, &image, &taken(info))?;
+        (entry, image.end(), info)
     };
     let module = match boot.initrd {
-        Some(module) => Some(after(ram, end, module, &TAKEN)?),
+        Some(module) => Some(after(ram, end, module, &taken(info))?),
         None => None,
     };
-    write_info(ram, boot, module)?;
-    let mut state = CpuState::pvh_entry(entry, INFO as u32);
+    write_info(ram, info, boot, module)?;
+    let mut state = CpuState::pvh_entry(entry, info as u32);
     state.gpr[0] = BOOTED.into();
     Ok(state)
 }
 
-/// Entry point and end of an image whose header says where it goes.
+/// What boot information at `info` takes.
+fn taken(info: u64) -> Range<u64> {
+    info..info + INFO_BYTES
+}
+
+/// A place for the boot information that no part of the image lies in.
+fn room(image: impl Iterator<Item = Range<u64>> + Clone) -> Result<u64, LoadError> {
+    let step = INFO_BYTES as usize;
+    std::iter::once(INFO)
+        .chain(ELSEWHERE.step_by(step))
+        .find(|&info| {
+            let taken = taken(info);
+            let mut parts = image.clone();
+            !parts.any(|part| part.start < taken.end && taken.start < part.end)
+        })
+        .ok_or(LoadError::OverlapsBootInfo(crate::GuestPhys(INFO)))
+}
+
+/// Entry point and end of an image whose header says where it goes, and where its information does.
 fn place_by_addresses(
     ram: &GuestRam,
     bytes: &[u8],
     header: &Header,
-) -> Result<(u32, u64), LoadError> {
+) -> Result<(u32, u64, u64), LoadError> {
     let bad = |text: &str| LoadError::Malformed(format!("Multiboot header: {text}"));
     let [header_addr, load, load_end, bss_end, entry] = header.addresses;
     let before = header_addr
@@ -127,17 +150,19 @@ fn place_by_addresses(
     let loaded = u64::from(load) + length as u64;
     let end = loaded.max(bss_end.into());
     let size = end - u64::from(load);
-    image::check_range(ram, load.into(), size, &TAKEN)?;
+    let info = room(std::iter::once(load.into()..end))?;
+    image::check_range(ram, load.into(), size, &taken(info))?;
     image::write(ram, load.into(), content, size)?;
     if !(u64::from(load)..end).contains(&entry.into()) {
         return Err(LoadError::EntryOutside(crate::GuestPhys(entry.into())));
     }
-    Ok((entry, end))
+    Ok((entry, end, info))
 }
 
-/// The boot information and what it leads to (3.3).
+/// The boot information at `at` and what it leads to (3.3).
 fn write_info(
     ram: &GuestRam,
+    at: u64,
     boot: &Boot<'_>,
     module: Option<(u64, u64)>,
 ) -> Result<(), LoadError> {
@@ -179,28 +204,28 @@ fn write_info(
     if module.is_some() {
         info[0] |= MODULE;
         info[5] = 1;
-        info[6] = MODULES as u32;
+        info[6] = (at + MODULES) as u32;
     }
     info[1] = conventional as u32;
     info[2] = upper as u32;
-    info[4] = COMMAND_LINE as u32;
+    info[4] = (at + COMMAND_LINE) as u32;
     info[11] = entries.len() as u32;
-    info[12] = MEMORY_MAP as u32;
-    info[16] = NAME as u32;
+    info[12] = (at + MEMORY_MAP) as u32;
+    info[16] = (at + NAME) as u32;
     let words =
         |words: &[u32]| -> Vec<u8> { words.iter().flat_map(|word| word.to_le_bytes()).collect() };
     let mut text = line.into_bytes();
     text.push(0);
     // mod_start, mod_end, string, reserved
-    let list = [start as u32, (start + length) as u32, NAME as u32, 0];
-    for (at, content) in [
-        (INFO, words(&info)),
+    let list = [start as u32, (start + length) as u32, (at + NAME) as u32, 0];
+    for (offset, content) in [
+        (0, words(&info)),
         (MODULES, words(&list)),
         (NAME, LOADER.to_vec()),
         (MEMORY_MAP, entries),
         (COMMAND_LINE, text),
     ] {
-        ram.write_slice(&content, GuestAddress(at))
+        ram.write_slice(&content, GuestAddress(at + offset))
             .map_err(|_| LoadError::NoRoom)?;
     }
     Ok(())
@@ -265,6 +290,20 @@ mod tests {
     }
 
     #[test]
+    fn an_image_that_lies_where_its_information_goes_has_it_elsewhere() {
+        let ram = memory::create(4).unwrap();
+        let image = raw(ADDRESSES, [0x9000, 0x9000, 0, 0x1_0800, 0x9020]);
+        let state = loader::load_kernel(&ram, &image, &boot(None)).unwrap();
+        let word = |at: u64| ram.read_obj::<u32>(GuestAddress(at)).unwrap();
+        assert_eq!(state.gpr[3], 0x1_2000);
+        assert_eq!((word(0x9000), word(0x9020)), (MAGIC, 0xf4f4_f4f4));
+        let mut line = [0; 5];
+        ram.read_slice(&mut line, GuestAddress(word(0x1_2010).into()))
+            .unwrap();
+        assert_eq!(&line, b"image");
+    }
+
+    #[test]
     fn headers_that_make_no_sense_are_refused() {
         let ram = memory::create(4).unwrap();
         let load = |image: &[u8]| loader::load_kernel(&ram, image, &boot(None));
@@ -283,9 +322,10 @@ mod tests {
             addresses[index] = value;
             assert!(load(&raw(ADDRESSES, addresses)).is_err(), "{index}");
         }
-        let low = [0x9000, 0x9000, 0, 0, 0x9000];
+        // One that takes all conventional memory leaves no room.
+        let all = [0x9000, 0x9000, 0, 0x9_0000, 0x9000];
         assert!(matches!(
-            load(&raw(ADDRESSES, low)),
+            load(&raw(ADDRESSES, all)),
             Err(LoadError::OverlapsBootInfo(_))
         ));
         assert!(find(&[0; 100]).is_none());
