@@ -7,7 +7,7 @@
 
 use crate::functions::{page, target};
 use crate::layout::*;
-use crate::model::Model;
+use crate::model::{Model, Registers};
 use crate::random::Random;
 use crate::step::Step;
 
@@ -32,80 +32,118 @@ struct Space {
     upper: u64,
 }
 
-/// A guest: memory as it is at first, what it does, and what is to come of it.
-pub(crate) struct Plan {
-    pub(crate) memory: Vec<u8>,
-    pub(crate) cr0: u64,
-    pub(crate) cr3: u64,
-    pub(crate) cr4: u64,
+/// What one vCPU does, and what is to come of it.
+#[derive(Default)]
+pub(crate) struct Life {
+    /// How it starts.
+    pub(crate) registers: Registers,
     pub(crate) steps: Vec<Step>,
     /// The sum before each step.
     pub(crate) sums: Vec<u64>,
 }
 
-struct Generator {
-    random: Random,
-    model: Model,
+/// A guest, with memory as it is at first.
+pub(crate) struct Plan {
+    pub(crate) memory: Vec<u8>,
+    pub(crate) lives: Vec<Life>,
+}
+
+/// A vCPU. Its tables are its own, frames are everybody's.
+#[derive(Default)]
+struct Cpu {
+    life: Life,
+    /// Between its turns.
+    registers: Registers,
     spaces: Vec<Space>,
     global: u64,
     current: usize,
     held: Vec<(u64, Held)>,
-    steps: Vec<Step>,
-    sums: Vec<u64>,
-    next_table: u64,
     /// Code that was called lately: most calls are of that again.
     lately: [u64; 6],
 }
 
-/// A guest of so many steps.
-pub(crate) fn plan(seed: u64, steps: usize) -> Plan {
-    let mut random = Random::new(seed);
-    let pcids = random.chance(70);
-    let global_kernel = random.chance(50);
-    let cr4 = CR4 | CR4_PGE | if pcids { CR4_PCIDE } else { 0 };
+struct Generator {
+    random: Random,
+    model: Model,
+    cpus: Vec<Cpu>,
+    /// Whose turn it is.
+    me: usize,
+    next_table: u64,
+}
+
+/// A guest of so many vCPUs and, together, about so many steps.
+pub(crate) fn plan(seed: u64, cpus: usize, steps: usize) -> Plan {
     let mut generator = Generator {
-        model: Model::new(CR0 | CR0_WP, 0, cr4),
-        random,
-        spaces: Vec::new(),
-        global: 0,
-        current: 0,
-        held: Vec::new(),
-        steps: Vec::new(),
-        sums: Vec::new(),
+        random: Random::new(seed),
+        model: Model::new(),
+        cpus: Vec::new(),
+        me: 0,
         next_table: TABLES,
-        lately: [0; 6],
     };
-    generator.tables(pcids, global_kernel);
     for number in 0..FRAMES {
         let bytes = page(&mut generator.random);
         generator.model.put(frame(number), &bytes);
     }
-    let root = &generator.spaces[0];
-    generator.model.cr3 = root.root | root.pcid;
-    generator.hold(Held::Space(0));
-    let lately = std::array::from_fn(|_| target(&mut generator.random, &ENTRIES));
-    generator.lately = lately;
-    let memory = generator.model.memory.clone();
-    let (cr0, cr3, cr4) = (
-        generator.model.cr0,
-        generator.model.cr3,
-        generator.model.cr4,
-    );
-    while generator.steps.len() < steps {
-        generator.turn();
+    for _ in 0..cpus {
+        generator.begin(cpus);
     }
-    generator.then(Step::End);
+    let memory = generator.model.memory.clone();
+    let mut ticket = 0;
+    while generator
+        .cpus
+        .iter()
+        .map(|cpu| cpu.life.steps.len())
+        .sum::<usize>()
+        < steps
+    {
+        generator.me = generator.random.below(cpus as u64) as usize;
+        generator.model.registers = generator.cpu().registers;
+        generator.then(Step::Wait(ticket));
+        for _ in 0..if cpus == 1 { 50 } else { 3 } {
+            generator.turn();
+        }
+        ticket += 1;
+        generator.then(Step::Pass(ticket));
+        generator.cpu().registers = generator.model.registers;
+    }
+    for me in 0..cpus {
+        generator.me = me;
+        generator.model.registers = generator.cpu().registers;
+        generator.then(Step::End);
+    }
     Plan {
         memory,
-        cr0,
-        cr3,
-        cr4,
-        steps: generator.steps,
-        sums: generator.sums,
+        lives: generator.cpus.into_iter().map(|cpu| cpu.life).collect(),
     }
 }
 
 impl Generator {
+    fn cpu(&mut self) -> &mut Cpu {
+        &mut self.cpus[self.me]
+    }
+
+    /// Adds a vCPU.
+    fn begin(&mut self, cpus: usize) {
+        self.me = self.cpus.len();
+        self.cpus.push(Cpu::default());
+        let pcids = self.random.chance(70);
+        let global_kernel = self.random.chance(50);
+        self.tables(pcids, global_kernel, cpus);
+        let root = &self.cpu().spaces[0];
+        let registers = Registers {
+            cr0: CR0 | CR0_WP,
+            cr3: root.root | root.pcid,
+            cr4: CR4 | CR4_PGE | if pcids { CR4_PCIDE } else { 0 },
+            sum: 0,
+        };
+        self.hold(Held::Space(0));
+        let lately = std::array::from_fn(|_| target(&mut self.random, &ENTRIES));
+        let cpu = self.cpu();
+        cpu.lately = lately;
+        cpu.registers = registers;
+        cpu.life.registers = registers;
+    }
+
     fn table(&mut self) -> u64 {
         let table = self.next_table;
         self.next_table += PAGE;
@@ -118,7 +156,7 @@ impl Generator {
             .put(table + (index & 0x1ff) * 8, &entry.to_le_bytes());
     }
 
-    fn tables(&mut self, pcids: bool, global_kernel: bool) {
+    fn tables(&mut self, pcids: bool, global_kernel: bool, cpus: usize) {
         const OPEN: u64 = PRESENT | WRITABLE | USER;
         let kernel = PRESENT | WRITABLE | if global_kernel { GLOBAL } else { 0 };
         let (low, mixed) = (self.table(), self.table());
@@ -128,18 +166,18 @@ impl Generator {
         self.set(low, USER_CODE >> 21, mixed | OPEN);
         for index in 0..512 {
             let at = USER_CODE + index * PAGE;
-            let user = if at < USER_STACK { USER } else { 0 };
+            let user = if at < USER_END { USER } else { 0 };
             self.set(mixed, index, at | USED | kernel | user);
         }
-        self.global = self.table();
-        let global_directory = self.table();
-        self.set(global_directory, 0, self.global | OPEN);
+        let (global, global_directory) = (self.table(), self.table());
+        self.cpu().global = global;
+        self.set(global_directory, 0, global | OPEN);
         for page in 0..REGION_PAGES {
             let entry = self.entry(Region::Global);
-            self.set(self.global, page, entry);
+            self.set(global, page, entry);
         }
         // More than anybody remembers, at times.
-        let count = self.random.pick(&[2, 4, 4, 20]);
+        let count = self.random.pick(&[2, 4, 4, if cpus == 1 { 20 } else { 3 }]);
         let way = self.random.below(3);
         for number in 0..count {
             let pcid = match way {
@@ -186,7 +224,7 @@ impl Generator {
                     self.set(table, page, entry);
                 }
             }
-            self.spaces.push(Space {
+            self.cpu().spaces.push(Space {
                 root,
                 pcid,
                 private,
@@ -223,28 +261,33 @@ impl Generator {
     }
 
     fn then(&mut self, step: Step) {
-        self.sums.push(self.model.sum);
+        let sum = self.model.registers.sum;
         self.model.step(step);
-        self.steps.push(step);
+        let life = &mut self.cpu().life;
+        life.sums.push(sum);
+        life.steps.push(step);
     }
 
-    fn pcid(&self) -> u64 {
-        self.spaces[self.current].pcid
+    fn pcid(&mut self) -> u64 {
+        let cpu = self.cpu();
+        cpu.spaces[cpu.current].pcid
     }
 
-    fn held(&self, pcid: u64) -> Held {
-        let found = self.held.iter().find(|held| held.0 == pcid);
+    fn held(&mut self, pcid: u64) -> Held {
+        let found = self.cpu().held.iter().find(|held| held.0 == pcid);
         found.map_or(Held::Nothing, |held| held.1)
     }
 
     fn set_held(&mut self, pcid: u64, held: Held) {
-        self.held.retain(|other| other.0 != pcid);
-        self.held.push((pcid, held));
+        let all = &mut self.cpu().held;
+        all.retain(|other| other.0 != pcid);
+        all.push((pcid, held));
     }
 
     /// What the identifier of the space that runs holds from now on.
     fn hold(&mut self, held: Held) {
-        self.set_held(self.pcid(), held);
+        let pcid = self.pcid();
+        self.set_held(pcid, held);
     }
 
     /// Changes an entry of a table that `space` uses. True if that has to be invalidated.
@@ -254,44 +297,52 @@ impl Generator {
         if before & PRESENT == 0 || before & !USED == value & !USED {
             return false;
         }
-        let pcid = self.spaces[space].pcid;
-        if self.held(pcid) == Held::Space(space) && space != self.current {
+        let pcid = self.cpu().spaces[space].pcid;
+        let current = self.cpu().current;
+        if self.held(pcid) == Held::Space(space) && space != current {
             self.set_held(pcid, Held::Old);
         }
-        space == self.current
+        space == current
     }
 
     /// Loads CR3. Keeps translations only if they are true.
     fn enter(&mut self, space: usize) {
-        let Space { root, pcid, .. } = self.spaces[space];
+        let Space { root, pcid, .. } = self.cpu().spaces[space];
         let held = self.held(pcid);
         let valid = held == Held::Nothing || held == Held::Space(space);
-        let keep = self.model.cr4 & CR4_PCIDE != 0 && valid && self.random.chance(75);
-        self.current = space;
+        let keep = self.model.registers.cr4 & CR4_PCIDE != 0 && valid && self.random.chance(75);
+        self.cpu().current = space;
         self.then(Step::Cr3(root | pcid));
         if keep {
             let step = Step::Cr3(root | pcid | CR3_KEEP);
-            *self.steps.last_mut().expect("the load") = step;
+            *self.cpu().life.steps.last_mut().expect("the load") = step;
         }
         self.hold(Held::Space(space));
     }
 
     /// Drops everything, global translations too.
     fn toggle_global(&mut self) {
-        let cr4 = self.model.cr4;
+        let cr4 = self.model.registers.cr4;
         self.then(Step::Cr4(cr4 & !CR4_PGE));
         self.then(Step::Cr4(cr4));
-        self.held.clear();
-        self.hold(Held::Space(self.current));
+        self.nothing_else();
     }
 
     fn invpcid(&mut self, kind: u64, at: u64) {
         let pcid = self.pcid();
         self.then(Step::Invpcid { kind, pcid, at });
         if kind >= 2 {
-            self.held.clear();
+            self.nothing_else();
         }
-        self.hold(Held::Space(self.current));
+        let current = self.cpu().current;
+        self.hold(Held::Space(current));
+    }
+
+    /// All is dropped, of other identifiers too.
+    fn nothing_else(&mut self) {
+        let current = self.cpu().current;
+        self.cpu().held.clear();
+        self.hold(Held::Space(current));
     }
 
     /// Invalidates what was changed in the space that runs: these addresses, or more.
@@ -311,8 +362,9 @@ impl Generator {
             1 => self.invpcid(2, 0),
             2 => {
                 // Without the bit that keeps.
+                let current = self.cpu().current;
                 self.hold(Held::Old);
-                self.enter(self.current);
+                self.enter(current);
             }
             3 => self.invpcid(1, 0),
             4 => self.invpcid(3, 0),
@@ -330,18 +382,20 @@ impl Generator {
         }
     }
 
-    fn table_of(&self, space: usize, region: Region) -> u64 {
-        let space = &self.spaces[space];
+    fn table_of(&mut self, space: usize, region: Region) -> u64 {
+        let cpu = self.cpu();
+        let space = &cpu.spaces[space];
         match region {
             Region::Private => space.private,
             Region::Large => space.large,
-            Region::Global => self.global,
+            Region::Global => cpu.global,
             Region::Upper => space.upper,
         }
     }
 
     fn any_space(&mut self) -> usize {
-        self.random.below(self.spaces.len() as u64) as usize
+        let count = self.cpu().spaces.len() as u64;
+        self.random.below(count) as usize
     }
 
     /// Gives pages of a region other frames or rights.
@@ -351,7 +405,7 @@ impl Generator {
         let space = if elsewhere {
             self.any_space()
         } else {
-            self.current
+            self.cpu().current
         };
         let table = self.table_of(space, region);
         let mut stale = Vec::new();
@@ -372,11 +426,11 @@ impl Generator {
         let space = if self.random.chance(30) {
             self.any_space()
         } else {
-            self.current
+            self.cpu().current
         };
         let Space {
             large_entry, large, ..
-        } = self.spaces[space];
+        } = self.cpu().spaces[space];
         let mut entry = match self.random.below(3) {
             0 => large,
             _ => self.random.pick(&GROUPS) | LARGE,
@@ -417,7 +471,12 @@ impl Generator {
     fn write(&mut self) {
         let place = self.place();
         let value = self.random.next() as u32;
-        match self.random.below(4) {
+        match self.random.below(5) {
+            4 => {
+                let from = frame(self.random.below(FRAMES));
+                let to = frame(self.random.below(FRAMES));
+                self.then(Step::Device { from, to });
+            }
             0 => {
                 let at = frame(self.random.below(FRAMES)) + place;
                 self.then(Step::Patch { at, value });
@@ -446,9 +505,9 @@ impl Generator {
     fn call(&mut self) {
         let slot = self.random.below(6) as usize;
         if self.random.chance(25) {
-            self.lately[slot] = target(&mut self.random, &ENTRIES);
+            self.cpu().lately[slot] = target(&mut self.random, &ENTRIES);
         }
-        let at = self.lately[slot];
+        let at = self.cpu().lately[slot];
         let step = match self.random.below(4) {
             0 | 1 => Step::Call(at),
             2 => Step::CallUser(at),
@@ -460,10 +519,10 @@ impl Generator {
     }
 
     fn turn(&mut self) {
-        let closed = self.model.cr4 & (CR4_SMEP | CR4_SMAP);
+        let closed = self.model.registers.cr4 & (CR4_SMEP | CR4_SMAP);
         // Soon open again, or nothing of ring 3's could be called.
         if closed != 0 && self.random.chance(25) {
-            let cr4 = self.model.cr4 & !closed;
+            let cr4 = self.model.registers.cr4 & !closed;
             self.then(Step::Cr4(cr4));
         }
         match self.random.below(100) {
@@ -485,12 +544,12 @@ impl Generator {
                 self.enter(space);
             }
             96 => {
-                let cr0 = self.model.cr0 ^ CR0_WP;
+                let cr0 = self.model.registers.cr0 ^ CR0_WP;
                 self.then(Step::Cr0(cr0));
             }
             97 | 98 => {
                 let bit = self.random.pick(&[CR4_SMEP, CR4_SMAP]);
-                let cr4 = self.model.cr4 | bit;
+                let cr4 = self.model.registers.cr4 | bit;
                 self.then(Step::Cr4(cr4));
             }
             _ => self.toggle_global(),

@@ -1,17 +1,19 @@
 //! The guest: a kernel that goes through its steps.
 //!
-//! R15 points to the next step, R14 is the sum, R13 points to where it is noted before each step.
+//! R15 points to the next step, R14 is the sum, R13 points to where it is noted before each step; R12 and
+//! RBP hold the stacks of ring 0 and ring 3. vCPUs take turns, so that all of it is in one order.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use bt::{BtVcpu, Options};
+use bt::{BtVcpu, Guarantee, Options};
 use engine_core::testing::assemble;
 use engine_core::{CpuState, DescriptorTable, Exit, GuestRam, Segment, Vcpu};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::generate::Plan;
+use crate::generate::{Life, Plan};
 use crate::layout::*;
 use crate::model::FACTOR;
 use crate::step;
@@ -31,46 +33,116 @@ pub(crate) enum Way {
     Tight,
     /// With the window held open.
     Window,
+    /// vCPUs aren't told that their code is overwritten: a control.
+    Untold,
 }
 
-/// Runs a plan; the sum before each step.
-pub(crate) fn run(plan: &Plan, way: Way) -> Result<Vec<u64>, String> {
-    assert!(plan.steps.len() <= MOST_STEPS);
+/// Runs a plan; the sums before each step of each vCPU.
+pub(crate) fn run(plan: &Plan, way: Way) -> Result<Vec<Vec<u64>>, String> {
     let ram = engine_core::memory::create(RAM_MIB).expect("guest memory");
     put(&ram, 0, &plan.memory);
     kernel(&ram);
-    for (number, step) in plan.steps.iter().enumerate() {
-        for (word, value) in step.words().into_iter().enumerate() {
-            let at = STEPS + ((number * STEP_WORDS + word) * 8) as u64;
-            put(&ram, at, &value.to_le_bytes());
+    for (cpu, life) in plan.lives.iter().enumerate() {
+        assert!(life.steps.len() <= MOST_STEPS);
+        let own = own(cpu);
+        put(&ram, own.tss + 4, &own.stack.to_le_bytes());
+        put(&ram, own.tss + 0x66, &0x68u16.to_le_bytes());
+        for (number, step) in life.steps.iter().enumerate() {
+            for (word, value) in step.words().into_iter().enumerate() {
+                let at = own.steps + ((number * STEP_WORDS + word) * 8) as u64;
+                put(&ram, at, &value.to_le_bytes());
+            }
         }
     }
     let mut options = Options::default();
     if way == Way::Tight {
         options.code_cache = *Options::CODE_CACHE.start();
     }
-    let mut vcpu = BtVcpu::new(Arc::clone(&ram), options).expect("a vCPU");
-    vcpu.set_state(&initial(plan)).expect("a state");
-    if way == Way::Window && vcpu.hold_window().is_none() {
-        return Ok(plan.sums.clone());
-    }
-    let ended = match vcpu.run().map_err(|error| error.to_string())? {
-        Exit::Hlt => Ok(()),
-        other => Err(format!("{other:?}")),
+    let count = plan.lives.len() as u8;
+    let made = if way == Way::Untold {
+        BtVcpu::several_without(Arc::clone(&ram), options, count, Guarantee::Invalidation)
+    } else {
+        BtVcpu::several(Arc::clone(&ram), options, count)
+    };
+    let mut vcpus = made.expect("vCPUs");
+    let failed = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (ram, failed) = (&ram, &failed);
+        let threads: Vec<_> = vcpus
+            .iter_mut()
+            .zip(&plan.lives)
+            .enumerate()
+            .map(|(cpu, (vcpu, life))| {
+                scope.spawn(move || {
+                    if way == Way::Window && vcpu.hold_window().is_none() {
+                        return Err("no window".to_owned());
+                    }
+                    vcpu.set_state(&initial(cpu, life)).expect("a state");
+                    let sums = live(cpu, vcpu, ram, failed);
+                    failed.fetch_or(sums.is_err(), Ordering::Relaxed);
+                    sums
+                })
+            })
+            .collect();
+        let ends = threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic"));
+        ends.collect()
+    })
+}
+
+/// One vCPU, to its end or until another has failed.
+fn live(
+    cpu: usize,
+    vcpu: &mut BtVcpu,
+    ram: &Arc<GuestRam>,
+    failed: &AtomicBool,
+) -> Result<Vec<u64>, String> {
+    let ended = loop {
+        match vcpu.run().map_err(|error| error.to_string())? {
+            Exit::Hlt => break Ok(()),
+            Exit::PioOut {
+                port: WAIT_PORT, ..
+            } if failed.load(Ordering::Relaxed) => {
+                break Err("another vCPU failed".to_owned());
+            }
+            Exit::PioOut {
+                port: WAIT_PORT, ..
+            } => std::thread::yield_now(),
+            Exit::PioOut {
+                port: DEVICE_PORT, ..
+            } => {
+                let gpr = vcpu.state().map_err(|error| error.to_string())?.gpr;
+                let (from, to) = (gpr[3], gpr[10]);
+                let mut bytes = [0; PAGE as usize];
+                ram.read_slice(&mut bytes, GuestAddress(from))
+                    .expect("in guest memory");
+                put(ram, to, &bytes);
+                vcpu.memory_written(&[to / PAGE]);
+            }
+            other => break Err(format!("{other:?}")),
+        }
     };
     let state = vcpu.state().map_err(|error| error.to_string())?;
-    ended.map_err(|exit| format!("{exit} at {:#x}", state.rip))?;
+    let own = own(cpu);
+    let done = (state.gpr[15] - own.steps) as usize / (STEP_WORDS * 8);
     let vector = state.rip.wrapping_sub(HANDLERS) / HANDLER_STRIDE;
-    let done = (state.gpr[15] - STEPS) as usize / (STEP_WORDS * 8);
+    ended.map_err(|exit| {
+        format!(
+            "{exit} in step {} at {:#x}",
+            done.wrapping_sub(1),
+            state.rip
+        )
+    })?;
+    if vector < 256 {
+        return Err(format!("vector {vector} in step {}", done.wrapping_sub(1)));
+    }
     let mut sums = vec![0; done];
     for (number, sum) in sums.iter_mut().enumerate() {
         let mut bytes = [0; 8];
-        let at = GuestAddress(TRACE + number as u64 * 8);
+        let at = GuestAddress(own.trace + number as u64 * 8);
         ram.read_slice(&mut bytes, at).expect("in guest memory");
         *sum = u64::from_le_bytes(bytes);
-    }
-    if vector < 256 {
-        return Err(format!("vector {vector} in step {}", done.wrapping_sub(1)));
     }
     Ok(sums)
 }
@@ -80,7 +152,8 @@ fn put(ram: &GuestRam, at: u64, bytes: &[u8]) {
         .expect("in guest memory");
 }
 
-fn initial(plan: &Plan) -> CpuState {
+fn initial(cpu: usize, life: &Life) -> CpuState {
+    let own = own(cpu);
     let flat = |selector, attributes| Segment {
         selector,
         base: 0,
@@ -99,7 +172,7 @@ fn initial(plan: &Plan) -> CpuState {
         },
         tr: Segment {
             selector: TSS_SELECTOR,
-            base: TSS,
+            base: own.tss,
             limit: 0x67,
             attributes: 0x8b,
         },
@@ -111,14 +184,19 @@ fn initial(plan: &Plan) -> CpuState {
             base: IDT,
             limit: 0xfff,
         },
-        cr0: plan.cr0,
-        cr3: plan.cr3,
-        cr4: plan.cr4,
+        cr0: life.registers.cr0,
+        cr3: life.registers.cr3,
+        cr4: life.registers.cr4,
         // SCE LME LMA NXE.
         efer: 0xd01,
         ..CpuState::default()
     };
-    state.gpr[4] = STACK;
+    state.gpr[4] = own.stack;
+    state.gpr[5] = own.user_stack;
+    state.gpr[8] = own.descriptor;
+    state.gpr[12] = own.stack;
+    state.gpr[13] = own.trace;
+    state.gpr[15] = own.steps;
     state
 }
 
@@ -129,14 +207,13 @@ fn kernel(ram: &GuestRam) {
         0x00cf_9300_0000_ffff,
         0x00cf_f300_0000_ffff,
         0x00af_fb00_0000_ffff,
-        0x67 | TSS << 16 | 0x8b << 40,
+        // Each vCPU has a TSS of its own in its task register.
+        0,
         0,
     ];
     for (index, entry) in gdt.iter().enumerate() {
         put(ram, GDT + index as u64 * 8, &entry.to_le_bytes());
     }
-    put(ram, TSS + 4, &STACK.to_le_bytes());
-    put(ram, TSS + 0x66, &0x68u16.to_le_bytes());
     for vector in 0..256u64 {
         let handler = HANDLERS + vector * HANDLER_STRIDE;
         let low = handler & 0xffff | u64::from(KERNEL_CS) << 16 | 0x8e00 << 32;
@@ -204,8 +281,6 @@ fn body(asm: &mut CodeAssembler, labels: &mut Vec<CodeLabel>) -> Built {
     asm.mov(edx, u32::from(KERNEL_CS) | u32::from(KERNEL_SS | 3) << 16)?;
     asm.dec(ecx)?;
     asm.wrmsr()?;
-    asm.mov(r15, STEPS)?;
-    asm.mov(r13, TRACE)?;
     asm.xor(r14d, r14d)?;
     asm.jmp(next)?;
 
@@ -241,9 +316,9 @@ fn body(asm: &mut CodeAssembler, labels: &mut Vec<CodeLabel>) -> Built {
     asm.invlpg(byte_ptr(rbx))?;
     asm.jmp(next)?;
     handler(asm)?;
-    asm.mov(qword_ptr(DESCRIPTOR), rcx)?;
-    asm.mov(qword_ptr(DESCRIPTOR + 8), rdx)?;
-    asm.invpcid(rbx, xmmword_ptr(DESCRIPTOR))?;
+    asm.mov(qword_ptr(r8), rcx)?;
+    asm.mov(qword_ptr(r8 + 8), rdx)?;
+    asm.invpcid(rbx, xmmword_ptr(r8))?;
     asm.jmp(next)?;
     handler(asm)?;
     asm.mov(cr0, rbx)?;
@@ -263,7 +338,7 @@ fn body(asm: &mut CodeAssembler, labels: &mut Vec<CodeLabel>) -> Built {
     asm.set_label(&mut user)?;
     asm.mov(eax, r14d)?;
     asm.push(i32::from(USER_SS))?;
-    asm.push(USER_STACK as i32)?;
+    asm.push(rbp)?;
     asm.push(2)?;
     asm.push(i32::from(USER_CS))?;
     asm.push(rcx)?;
@@ -272,7 +347,7 @@ fn body(asm: &mut CodeAssembler, labels: &mut Vec<CodeLabel>) -> Built {
     asm.mov(eax, r14d)?;
     asm.mov(rcx, USER_CALL)?;
     asm.mov(r11d, 2)?;
-    asm.mov(rsp, USER_STACK)?;
+    asm.mov(rsp, rbp)?;
     asm.sysretq()?;
     handler(asm)?;
     asm.mov(eax, dword_ptr(rbx))?;
@@ -293,16 +368,35 @@ fn body(asm: &mut CodeAssembler, labels: &mut Vec<CodeLabel>) -> Built {
     asm.rep().movsb()?;
     asm.xor(eax, eax)?;
     asm.jmp(fold)?;
+    handler(asm)?;
+    asm.mov(r10, rdx)?;
+    asm.out(i32::from(DEVICE_PORT), al)?;
+    asm.jmp(next)?;
+    handler(asm)?;
+    let mut mine = asm.create_label();
+    let mut wait = asm.create_label();
+    asm.mov(r10, rdx)?;
+    asm.set_label(&mut wait)?;
+    asm.cmp(qword_ptr(TICKET), r10)?;
+    asm.je(mine)?;
+    asm.out(i32::from(WAIT_PORT), al)?;
+    asm.jmp(wait)?;
+    asm.set_label(&mut mine)?;
+    asm.cpuid()?;
+    asm.jmp(next)?;
+    handler(asm)?;
+    asm.mov(qword_ptr(TICKET), rdx)?;
+    asm.jmp(next)?;
     // Page fault: error code and address go into the sum.
     handler(asm)?;
     asm.pop(rax)?;
     asm.imul_3(r14, r14, FACTOR)?;
     asm.xor(r14, rax)?;
     asm.mov(rax, cr2)?;
-    asm.mov(rsp, STACK)?;
+    asm.mov(rsp, r12)?;
     asm.jmp(fold)?;
 
     asm.set_label(&mut entry)?;
-    asm.mov(rsp, STACK)?;
+    asm.mov(rsp, r12)?;
     asm.jmp(fold)
 }

@@ -11,25 +11,52 @@ pub(crate) const HANDLERS: u64 = 0x11_0000;
 pub(crate) const HANDLER_STRIDE: u64 = 16;
 pub(crate) const IDT: u64 = 0x20_0000;
 pub(crate) const GDT: u64 = 0x20_1000;
-pub(crate) const TSS: u64 = 0x20_2000;
 pub(crate) const DISPATCH: u64 = 0x20_3000;
-pub(crate) const DESCRIPTOR: u64 = 0x20_4000;
-pub(crate) const STACK: u64 = 0x30_0000;
-/// The part of ring 3 that is always there: a page of code and one of stack.
+/// Whose turn it is.
+pub(crate) const TICKET: u64 = 0x20_4000;
+/// The part of ring 3 that is always there: a page of code and the stacks.
 pub(crate) const USER_CODE: u64 = 0x40_0000;
-pub(crate) const USER_STACK: u64 = 0x40_2000;
-/// What was folded before each step.
-pub(crate) const TRACE: u64 = 0x60_0000;
-/// The steps.
-pub(crate) const STEPS: u64 = 0x62_0000;
+pub(crate) const USER_END: u64 = 0x40_0000 + (MOST_CPUS as u64 + 1) * PAGE;
+pub(crate) const MOST_CPUS: usize = 3;
 pub(crate) const MOST_STEPS: usize = 4000;
 pub(crate) const STEP_WORDS: usize = 4;
 /// Page tables, one after another.
 pub(crate) const TABLES: u64 = 0x68_0000;
 
-/// Pages full of functions, in two groups, each at the start of a 2 MiB page.
+/// What belongs to one vCPU.
+#[derive(Clone, Copy)]
+pub(crate) struct Own {
+    pub(crate) tss: u64,
+    pub(crate) descriptor: u64,
+    pub(crate) stack: u64,
+    pub(crate) user_stack: u64,
+    /// What was folded before each step.
+    pub(crate) trace: u64,
+    /// The steps.
+    pub(crate) steps: u64,
+}
+
+pub(crate) fn own(cpu: usize) -> Own {
+    assert!(cpu < MOST_CPUS);
+    let cpu = cpu as u64;
+    Own {
+        tss: 0x20_8000 + cpu * PAGE,
+        descriptor: 0x21_0000 + cpu * PAGE,
+        stack: 0x30_0000 + cpu * PAGE,
+        user_stack: USER_CODE + (cpu + 2) * PAGE,
+        trace: 0x50_0000 + cpu * 0x1_0000,
+        steps: 0x60_0000 + cpu * 0x2_0000,
+    }
+}
+
+/// Ports: it isn't this vCPU's turn; a device is to write.
+pub(crate) const WAIT_PORT: u16 = 0xf6;
+pub(crate) const DEVICE_PORT: u16 = 0xf5;
+
+/// Pages full of functions, in two groups, each at the start of a 2 MiB page; more than functions that
+/// call each other in the next page can get through.
 pub(crate) const GROUPS: [u64; 2] = [0x80_0000, 0xa0_0000];
-pub(crate) const GROUP_FRAMES: u64 = 12;
+pub(crate) const GROUP_FRAMES: u64 = 24;
 pub(crate) const FRAMES: u64 = GROUP_FRAMES * GROUPS.len() as u64;
 
 /// Physical address of frame `number`.

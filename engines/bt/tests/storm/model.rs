@@ -26,8 +26,9 @@ enum Access {
     Fetch,
 }
 
-pub(crate) struct Model {
-    pub(crate) memory: Vec<u8>,
+/// What each vCPU has of its own.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Registers {
     pub(crate) cr0: u64,
     pub(crate) cr3: u64,
     pub(crate) cr4: u64,
@@ -35,17 +36,20 @@ pub(crate) struct Model {
     pub(crate) sum: u64,
 }
 
+pub(crate) struct Model {
+    pub(crate) memory: Vec<u8>,
+    /// Of the vCPU whose turn it is.
+    pub(crate) registers: Registers,
+}
+
 /// Takes a value into a sum, as the guest does.
 pub(crate) const FACTOR: i32 = 0x0100_01b3;
 
 impl Model {
-    pub(crate) fn new(cr0: u64, cr3: u64, cr4: u64) -> Model {
+    pub(crate) fn new() -> Model {
         Model {
             memory: vec![0; RAM_BYTES],
-            cr0,
-            cr3,
-            cr4,
-            sum: 0,
+            registers: Registers::default(),
         }
     }
 
@@ -60,25 +64,32 @@ impl Model {
     }
 
     fn fold(&mut self, value: u64) {
-        self.sum = self.sum.wrapping_mul(FACTOR as u64) ^ value;
+        self.registers.sum = self.registers.sum.wrapping_mul(FACTOR as u64) ^ value;
     }
 
     /// Does one step. The guest folds what comes of it, a page fault's error code and address included.
     pub(crate) fn step(&mut self, step: Step) {
         let done = match step {
-            Step::End | Step::Invlpg(_) | Step::Invpcid { .. } => return,
+            Step::End | Step::Invlpg(_) | Step::Invpcid { .. } | Step::Wait(_) | Step::Pass(_) => {
+                return;
+            }
+            Step::Device { from, to } => {
+                let from = from as usize;
+                let bytes = self.memory[from..from + PAGE as usize].to_vec();
+                return self.put(to, &bytes);
+            }
             Step::Store { at, value } => return self.put(at, &value.to_le_bytes()),
             Step::Patch { at, value } => return self.put(at, &value.to_le_bytes()),
             Step::Cr0(value) => {
-                self.cr0 = value;
+                self.registers.cr0 = value;
                 return;
             }
             Step::Cr3(value) => {
-                self.cr3 = value;
+                self.registers.cr3 = value;
                 return;
             }
             Step::Cr4(value) => {
-                self.cr4 = value;
+                self.registers.cr4 = value;
                 return;
             }
             Step::Call(at) => self.call(at, false),
@@ -102,7 +113,7 @@ impl Model {
     fn walk(&self, at: u64, access: Access, user: bool) -> Result<u64, Fault> {
         let mut rights = WRITABLE | USER;
         let mut executable = true;
-        let mut table = self.cr3 & FRAME;
+        let mut table = self.registers.cr3 & FRAME;
         let fault = |protection: u64| {
             let error = protection
                 | match access {
@@ -130,11 +141,15 @@ impl Model {
         let users = rights & USER != 0;
         let allowed = match access {
             Access::Read | Access::Write if user && !users => false,
-            Access::Read | Access::Write if !user && users && self.cr4 & CR4_SMAP != 0 => false,
+            Access::Read | Access::Write
+                if !user && users && self.registers.cr4 & CR4_SMAP != 0 =>
+            {
+                false
+            }
             Access::Read => true,
-            Access::Write => rights & WRITABLE != 0 || !user && self.cr0 & CR0_WP == 0,
+            Access::Write => rights & WRITABLE != 0 || !user && self.registers.cr0 & CR0_WP == 0,
             Access::Fetch if user => users && executable,
-            Access::Fetch => executable && !(users && self.cr4 & CR4_SMEP != 0),
+            Access::Fetch => executable && !(users && self.registers.cr4 & CR4_SMEP != 0),
         };
         if !allowed {
             return Err(fault(PROTECTION));
@@ -171,7 +186,7 @@ impl Model {
 
     /// Runs a function on the sum, till it returns.
     fn call(&mut self, at: u64, user: bool) -> Result<u32, Fault> {
-        let mut eax = self.sum as u32;
+        let mut eax = self.registers.sum as u32;
         let mut ecx = 0u32;
         let mut stack = Vec::new();
         let mut ip = at;

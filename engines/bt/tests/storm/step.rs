@@ -49,6 +49,15 @@ pub(crate) enum Step {
         to: u64,
         bytes: u64,
     },
+    /// A device copies a page between physical addresses.
+    Device {
+        from: u64,
+        to: u64,
+    },
+    /// Waits for its turn, and serializes.
+    Wait(u64),
+    /// Now it's the turn of whoever waits for this.
+    Pass(u64),
 }
 
 impl Step {
@@ -71,8 +80,11 @@ impl Step {
             Step::Write { at, value } => [13, at, 0, value.into()],
             Step::WriteUser { at, value } => [14, at, 0, value.into()],
             Step::Copy { from, to, bytes } => [15, from, bytes, to],
+            Step::Device { from, to } => [16, from, 0, to],
+            Step::Wait(ticket) => [17, 0, 0, ticket],
+            Step::Pass(ticket) => [18, 0, 0, ticket],
         }
     }
 }
 
-pub(crate) const HANDLERS: usize = 16;
+pub(crate) const HANDLERS: usize = 19;
