@@ -4,6 +4,7 @@
 //! |---|---|
 //! | this one | the run loop: enters the code to go on with, links it |
 //! | `code` | finds it, translated if need be |
+//! | `ahead` | translation without execution, for profilers |
 //! | `access` | slow paths of memory accesses, faults of the host's CPU |
 //! | `create` | options and constructors |
 //! | `answer` | instructions that the runtime executes, answers to exits |
@@ -15,6 +16,7 @@
 //! | `window` | accesses that the window wasn't ready or isn't for |
 
 mod access;
+mod ahead;
 mod answer;
 mod code;
 mod create;
