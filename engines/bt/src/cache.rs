@@ -14,13 +14,13 @@ use std::{
     hash::{BuildHasherDefault, Hash, Hasher},
 };
 
-use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
+use iced_x86::{Encoder, Instruction};
 
 use crate::{
     arena::Arena,
     checks::{Levels, Outside},
     cpu::Bits,
-    decode::{self, Insn, Mode},
+    decode::{self, Forms, Insn, Mode},
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
     pages::Set,
@@ -170,7 +170,7 @@ pub(crate) struct Cache {
     /// Buffers of the block before, empty or overwritten.
     lowered: Lowered,
     insns: Vec<Insn>,
-    info: InstructionInfoFactory,
+    forms: Forms,
     /// Times the whole cache was emptied for lack of room.
     pub emptied: u64,
     /// Guesses are never unmade, for tests that show what that is good for.
@@ -201,7 +201,7 @@ impl Cache {
             encoder: Encoder::new(64),
             lowered: Lowered::default(),
             insns: Vec::new(),
-            info: InstructionInfoFactory::new(),
+            forms: Forms::new(),
             emptied: 0,
             keep_guesses: false,
         }
@@ -318,7 +318,7 @@ impl Cache {
         };
         let decoded = {
             let insns = std::mem::take(&mut self.insns);
-            decode::decode(bytes, ip, mode, &mut self.info, insns).ok_or(Refusal::Crosses)?
+            decode::decode(bytes, ip, mode, &mut self.forms, insns).ok_or(Refusal::Crosses)?
         };
         let number = self.blocks.len() as u32;
         let place = Place {

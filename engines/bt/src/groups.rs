@@ -294,8 +294,7 @@ fn rsp_step(insn: &Insn) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decode::decode;
-    use iced_x86::InstructionInfoFactory;
+    use crate::decode::{Forms, decode};
 
     const MODE: Mode = Mode {
         user: true,
@@ -305,7 +304,7 @@ mod tests {
     };
 
     fn check(bytes: &[u8], expected: &[(usize, usize, i64, u32)]) {
-        let mut info = InstructionInfoFactory::new();
+        let mut info = Forms::new();
         let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
         let mut groups = Plan::default();
         plan(&decoded.insns, MODE, &mut groups);

@@ -2,7 +2,7 @@
 
 use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind};
 
-use super::{ALL_FLAGS, Class, Decoded, Insn, OPTIONS};
+use super::{ALL_FLAGS, Class, Decoded, Forms, Insn, OPTIONS};
 
 impl Decoded {
     /// An sti stays in line only if its shadow is in this block and goes on behind itself, or
@@ -27,7 +27,7 @@ impl Decoded {
 
     /// Fills in `live_in` and `live_out`. Nothing is known of a successor, so all flags live at the
     /// end, unless saving them would cost something: then the successors' first instructions decide.
-    pub(super) fn liveness(&mut self, bytes: &[u8], ip: u64, width: u32) {
+    pub(super) fn liveness(&mut self, bytes: &[u8], ip: u64, width: u32, forms: &mut Forms) {
         self.backward(ALL_FLAGS, |_| ALL_FLAGS);
         let costs = |insn: &Insn| {
             let saves = insn.class.ends_block() || insn.class == Class::Privileged;
@@ -46,7 +46,7 @@ impl Decoded {
             let offset = target.wrapping_sub(ip);
             match bytes.get(offset as usize..) {
                 Some(code) if !code.is_empty() => {
-                    let (live, seen) = live_at(code, target, width);
+                    let (live, seen) = live_at(code, target, width, forms);
                     watched = watched.max(offset as u32 + seen);
                     live
                 }
@@ -104,7 +104,7 @@ impl Decoded {
             }
             insn.live_out = live;
             live &= !insn.kills();
-            live |= insn.instr.rflags_read() & ALL_FLAGS;
+            live |= u32::from(insn.flags.read);
             if matches!(insn.class, Class::System | Class::Fault(_)) {
                 live = ALL_FLAGS;
             }
@@ -115,7 +115,7 @@ impl Decoded {
 
 /// Flags that the code at `ip` reads before it writes them, as far as a short look tells, and how
 /// many bytes were looked at.
-fn live_at(code: &[u8], ip: u64, width: u32) -> (u32, u32) {
+fn live_at(code: &[u8], ip: u64, width: u32, forms: &mut Forms) -> (u32, u32) {
     let mut undecided = ALL_FLAGS;
     let mut live = 0;
     let mut decoder = Decoder::with_ip(width, code, ip, OPTIONS);
@@ -127,8 +127,9 @@ fn live_at(code: &[u8], ip: u64, width: u32) -> (u32, u32) {
         if instr.is_invalid() {
             break;
         }
-        live |= instr.rflags_read() & undecided;
-        undecided &= !kills(&instr);
+        let flags = forms.flags(&instr);
+        live |= u32::from(flags.read) & undecided;
+        undecided &= !u32::from(flags.killed);
         if undecided == 0 {
             break;
         }

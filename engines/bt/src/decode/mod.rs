@@ -5,21 +5,15 @@
 //! is announced to the guest and it neither branches nor touches system state. Everything else is
 //! either lowered by hand (stack, branches), executed by the runtime (`System`), or undefined.
 
+mod classify;
+mod forms;
 mod liveness;
 mod undefined;
 
-use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
-    OpAccess, OpKind, Register, RflagsBits,
-};
+use iced_x86::{Decoder, DecoderOptions, Instruction, Register, RflagsBits};
 
-use crate::{
-    cpu::Bits,
-    fault::Fault,
-    features::{alignment, announced, fpu_fault, uses_vectors},
-    lower::inline,
-    tlb::jump_index,
-};
+use crate::{cpu::Bits, fault::Fault, tlb::jump_index};
+pub(crate) use forms::{Flags, Forms};
 use undefined::{hopeless, too_long};
 
 /// The six arithmetic flags, in iced's numbering.
@@ -54,8 +48,7 @@ pub(crate) struct Fpu {
 }
 
 impl Fpu {
-    /// Nothing faults.
-    #[cfg(test)]
+    /// Nothing that needs no AVX faults.
     pub(crate) const READY: Fpu = Fpu {
         emulated: false,
         switched: false,
@@ -63,6 +56,25 @@ impl Fpu {
         sse: true,
         avx: false,
     };
+
+    /// Numbers all of them, from 0 to 31.
+    fn index(self) -> u32 {
+        u32::from(self.emulated)
+            | u32::from(self.switched) << 1
+            | u32::from(self.monitored) << 2
+            | u32::from(self.sse) << 3
+            | u32::from(self.avx) << 4
+    }
+
+    fn all() -> impl Iterator<Item = Fpu> {
+        (0..32u32).map(|index| Fpu {
+            emulated: index & 1 != 0,
+            switched: index >> 1 & 1 != 0,
+            monitored: index >> 2 & 1 != 0,
+            sse: index >> 3 & 1 != 0,
+            avx: index >> 4 & 1 != 0,
+        })
+    }
 }
 
 /// What translation depends on besides the bytes: blocks made in one mode never run in another.
@@ -112,7 +124,6 @@ impl Mode {
     }
 
     /// What holds for flat code without an oddity.
-    #[cfg(test)]
     pub(crate) const LONG: Mode = Mode {
         bits: Bits::Bits64,
         user: false,
@@ -207,7 +218,7 @@ impl Class {
 }
 
 /// A memory operand as the instruction accesses it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Memory {
     pub size: u32,
     pub read: bool,
@@ -233,6 +244,7 @@ pub(crate) struct Insn {
     pub memory: Option<Memory>,
     /// It names ah, bh, ch or dh: no REX prefix may be added.
     pub high_byte: bool,
+    pub flags: Flags,
     /// Flags that somebody reads from here on.
     pub live_in: u32,
     /// Flags that somebody reads after it.
@@ -247,7 +259,7 @@ impl Insn {
 
     /// Flags it leaves in a new state, whatever they were.
     pub(crate) fn kills(&self) -> u32 {
-        liveness::kills(&self.instr)
+        self.flags.killed.into()
     }
 }
 
@@ -271,7 +283,7 @@ pub(crate) fn decode(
     bytes: &[u8],
     ip: u64,
     mode: Mode,
-    info: &mut InstructionInfoFactory,
+    forms: &mut Forms,
     mut insns: Vec<Insn>,
 ) -> Option<Decoded> {
     let width = match mode.bits {
@@ -293,18 +305,19 @@ pub(crate) fn decode(
                 return None;
             }
             len += instr.len() as u32;
-            insns.push(analyse(instr, Class::Fault(Fault::ud()), info));
+            insns.push(forms.fault(instr, Class::Fault(Fault::ud())));
             break;
         }
         let rest = &bytes[len as usize..];
-        let class = if instr.is_invalid() && too_long(rest, width) {
-            // More than 15 bytes of prefixes and opcode (SDM 2A 2.3.11).
-            Class::Fault(Fault::gp())
-        } else {
-            classify(&instr, mode)
-        };
         len += instr.len() as u32;
-        insns.push(analyse(instr, class, info));
+        let insn = if instr.is_invalid() && too_long(rest, width) {
+            // More than 15 bytes of prefixes and opcode (SDM 2A 2.3.11).
+            forms.fault(instr, Class::Fault(Fault::gp()))
+        } else {
+            forms.insn(instr, mode)
+        };
+        let class = insn.class;
+        insns.push(insn);
         // Accesses through the window share nothing that a way out in the middle would have to undo.
         let goes_on = class == Class::Branch && mode.window;
         if class.ends_block() && !goes_on {
@@ -320,7 +333,7 @@ pub(crate) fn decode(
     if mode.exact {
         decoded.all_live();
     } else {
-        decoded.liveness(bytes, ip, width);
+        decoded.liveness(bytes, ip, width, forms);
     }
     Some(decoded)
 }
@@ -348,212 +361,6 @@ pub(crate) fn gpr_bit(register: Register) -> u16 {
     }
 }
 
-fn analyse(instr: Instruction, class: Class, factory: &mut InstructionInfoFactory) -> Insn {
-    let info = factory.info(&instr);
-    let (mut reads, mut writes, mut modifies) = (0, 0, 0);
-    for used in info.used_registers() {
-        let bit = gpr_bit(used.register());
-        let whole = used.register().size() >= 4;
-        if !matches!(
-            used.access(),
-            OpAccess::None | OpAccess::NoMemAccess | OpAccess::Read | OpAccess::CondRead
-        ) {
-            modifies |= bit;
-        }
-        match used.access() {
-            OpAccess::Write if whole => writes |= bit,
-            OpAccess::None | OpAccess::NoMemAccess => {}
-            OpAccess::Read
-            | OpAccess::CondRead
-            | OpAccess::Write
-            | OpAccess::CondWrite
-            | OpAccess::ReadWrite
-            | OpAccess::ReadCondWrite => reads |= bit,
-        }
-    }
-    let mut memory = None;
-    for used in info.used_memory() {
-        let write = match used.access() {
-            OpAccess::Write
-            | OpAccess::CondWrite
-            | OpAccess::ReadWrite
-            | OpAccess::ReadCondWrite => true,
-            OpAccess::None | OpAccess::NoMemAccess | OpAccess::Read | OpAccess::CondRead => false,
-        };
-        // A conditional write still leaves the old value where it doesn't happen.
-        let read = !matches!(used.access(), OpAccess::Write);
-        memory = Some(Memory {
-            size: used.memory_size().size() as u32,
-            read,
-            write,
-            certain: matches!(
-                used.access(),
-                OpAccess::Read | OpAccess::Write | OpAccess::ReadWrite
-            ),
-            alignment: alignment(&instr),
-        });
-    }
-    let high = [Register::AH, Register::CH, Register::DH, Register::BH];
-    let high_byte = (0..instr.op_count()).any(|operand| {
-        instr.op_kind(operand) == OpKind::Register && high.contains(&instr.op_register(operand))
-    });
-    Insn {
-        instr,
-        class,
-        reads,
-        writes,
-        modifies,
-        memory,
-        high_byte,
-        live_in: 0,
-        live_out: 0,
-    }
-}
-
-fn classify(instr: &Instruction, mode: Mode) -> Class {
-    use Mnemonic::*;
-    if instr.mnemonic() == Reservednop {
-        return Class::Nop;
-    }
-    if instr.is_invalid() || !announced(instr) {
-        return Class::Fault(Fault::ud());
-    }
-    if let Some(fault) = fpu_fault(instr, mode.fpu) {
-        return Class::Fault(fault);
-    }
-    if !mode.vectors && uses_vectors(instr) {
-        return Class::System;
-    }
-    if odd_stack(instr, mode) || leaves_segment(instr, mode) {
-        return Class::System;
-    }
-    let near = |class| {
-        let far = matches!(instr.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32)
-            || instr.op0_kind() == OpKind::Memory
-                && matches!(
-                    instr.code(),
-                    Code::Jmp_m1616
-                        | Code::Jmp_m1632
-                        | Code::Jmp_m1664
-                        | Code::Call_m1616
-                        | Code::Call_m1632
-                        | Code::Call_m1664
-                );
-        if far { Class::System } else { class }
-    };
-    match instr.flow_control() {
-        FlowControl::UnconditionalBranch => near(Class::Jump),
-        FlowControl::IndirectBranch => near(Class::JumpIndirect),
-        FlowControl::ConditionalBranch => match instr.mnemonic() {
-            Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz if counts_cx(instr) => Class::System,
-            Loop | Loope | Loopne | Jcxz | Jecxz | Jrcxz => Class::Loop,
-            _ => Class::Branch,
-        },
-        FlowControl::Return if instr.mnemonic() == Ret => Class::Return,
-        FlowControl::Call if instr.mnemonic() == Call => near(Class::Call),
-        FlowControl::IndirectCall => near(Class::CallIndirect),
-        FlowControl::Return | FlowControl::Call | FlowControl::Interrupt => Class::System,
-        FlowControl::Exception | FlowControl::XbeginXabortXend => Class::Fault(Fault::ud()),
-        FlowControl::Next => classify_next(instr, mode),
-    }
-}
-
-/// True if `instr` uses the stack, or branches through memory or a register, in a way that isn't
-/// worth code of its own: in 16-bit code, with a stack pointer of the other width, or with a
-/// 16-bit instruction pointer in 32-bit code.
-fn odd_stack(instr: &Instruction, mode: Mode) -> bool {
-    if mode.bits == Bits::Bits64 {
-        return false;
-    }
-    use Mnemonic::*;
-    let narrow = mode.bits == Bits::Bits16;
-    match instr.mnemonic() {
-        Push | Pop | Leave => narrow || mode.narrow_stack,
-        Call | Ret => {
-            narrow
-                || mode.narrow_stack
-                || matches!(
-                    instr.code(),
-                    Code::Call_rel16 | Code::Call_rm16 | Code::Retnw | Code::Retnw_imm16
-                )
-        }
-        Jmp => {
-            let indirect = matches!(instr.op0_kind(), OpKind::Register | OpKind::Memory);
-            indirect && (narrow || instr.code() == Code::Jmp_rm16)
-        }
-        _ => false,
-    }
-}
-
-/// True for a branch to what lies beyond the code segment: it faults if it is taken.
-fn leaves_segment(instr: &Instruction, mode: Mode) -> bool {
-    let near = matches!(
-        instr.op0_kind(),
-        OpKind::NearBranch16 | OpKind::NearBranch32
-    );
-    near && mode.bits != Bits::Bits64
-        && instr.near_branch_target() & 0xffff_ffff > mode.code_limit.into()
-}
-
-/// True for loop and jcxz with CX as their count, which 64-bit code has no form of.
-fn counts_cx(instr: &Instruction) -> bool {
-    use Code::*;
-    matches!(
-        instr.code(),
-        Loop_rel8_16_CX
-            | Loop_rel8_32_CX
-            | Loope_rel8_16_CX
-            | Loope_rel8_32_CX
-            | Loopne_rel8_16_CX
-            | Loopne_rel8_32_CX
-            | Jcxz_rel8_16
-            | Jcxz_rel8_32
-    )
-}
-
-fn classify_next(instr: &Instruction, mode: Mode) -> Class {
-    use Mnemonic::*;
-    if inline(instr, mode) {
-        return Class::Privileged;
-    }
-    let system_register = (0..instr.op_count()).any(|operand| {
-        let register = instr.op_register(operand);
-        instr.op_kind(operand) == OpKind::Register
-            && (register.is_segment_register() || register.is_cr() || register.is_dr())
-    });
-    let flag = matches!(instr.mnemonic(), Cli | Sti);
-    if system_register || instr.is_privileged() && !flag || instr.is_string_instruction() {
-        return Class::System;
-    }
-    let has_memory = (0..instr.op_count()).any(|operand| instr.op_kind(operand) == OpKind::Memory);
-    match instr.mnemonic() {
-        Cli if mode.interrupts => Class::Cli,
-        Sti if mode.interrupts && !mode.single => Class::Sti,
-        Cli | Sti | Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq | Cpuid | Rdtscp | Rdpmc
-        | Rdpkru | Wrpkru | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpid | Xgetbv | Xsave
-        | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 | Fxsave
-        | Fxsave64 | Fnsave | Fnstenv | Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd
-        | Vpgatherdd | Vpgatherdq | Vpgatherqd | Vpgatherqq | Vmaskmovps | Vmaskmovpd
-        | Vpmaskmovd | Vpmaskmovq | Vmaskmovdqu | Sgdt | Sidt | Sldt | Str | Smsw | Verr | Verw
-        | Lar | Lsl | Lds | Les | Lss | Lfs | Lgs | Enter | Xlatb | In | Out | Pusha | Pushad
-        | Popa | Popad | Daa | Das | Aaa | Aas | Aam | Aad | Bound | Arpl | Into | Salc => {
-            Class::System
-        }
-        Rdtsc if !mode.tsc => Class::System,
-        Maskmovq | Maskmovdqu => Class::MaskedMove,
-        Push => Class::Push,
-        Pop => Class::Pop,
-        Leave if instr.code() == Code::Leavew => Class::System,
-        Leave => Class::Leave,
-        Lea => Class::Lea,
-        Bt | Bts | Btr | Btc if has_memory && instr.op1_kind() == OpKind::Register => {
-            Class::BitString
-        }
-        _ if has_memory => Class::Memory,
-        _ => Class::Plain,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -561,7 +368,7 @@ mod tests {
     const MODE: Mode = Mode::LONG;
 
     fn check(bytes: &[u8], classes: &[Class]) -> Decoded {
-        let mut info = InstructionInfoFactory::new();
+        let mut info = Forms::new();
         let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
         let found: Vec<Class> = decoded.insns.iter().map(|insn| insn.class).collect();
         assert_eq!(found, classes);
@@ -612,7 +419,7 @@ mod tests {
     fn an_instruction_cut_off_by_the_page_end_is_left_to_the_next_block() {
         let decoded = check(b"\x90\x48\x8b", &[Class::Plain]);
         assert_eq!(decoded.len, 1);
-        let mut info = InstructionInfoFactory::new();
+        let mut info = Forms::new();
         assert!(decode(b"\x48\x8b", 0x1000, MODE, &mut info, Vec::new()).is_none());
     }
 }

@@ -512,7 +512,7 @@ impl Lower<'_> {
     /// Bookkeeping after the body of `insn` has been emitted.
     fn done(&mut self, insn: &Insn) {
         self.homes.spilled &= !insn.writes;
-        if insn.instr.rflags_modified() & crate::decode::ALL_FLAGS != 0 {
+        if insn.flags.modified != 0 {
             self.homes.lazy = false;
         }
     }
@@ -657,9 +657,7 @@ fn lasting(code: Code) -> Option<Code> {
 
 /// True if the body of `insn` wants the host's flags to be the guest's.
 fn needs_flags(insn: &Insn) -> bool {
-    let modified = insn.instr.rflags_modified() & crate::decode::ALL_FLAGS;
-    insn.instr.rflags_read() & crate::decode::ALL_FLAGS != 0
-        || modified != 0 && insn.live_out & !insn.kills() != 0
+    insn.flags.read != 0 || insn.flags.modified != 0 && insn.live_out & !insn.kills() != 0
 }
 
 /// The 64-bit register with this number.

@@ -7,7 +7,7 @@
 use dynasmrt::{DynasmApi, dynasm};
 
 use super::{Lower, RAX, RSP, contract, needs_flags};
-use crate::decode::{ALL_FLAGS, Class, Insn};
+use crate::decode::{Class, Insn};
 
 /// True if the flags that a block is entered with have to be out of the way before anything reads them. They
 /// are saved first thing then, and who comes with the flags saved goes in behind that.
@@ -39,8 +39,7 @@ pub(super) fn saves_first(insns: &[Insn]) -> bool {
         if insn.live_in == 0 || looks_up {
             return insn.live_in != 0;
         }
-        let touches = insn.instr.rflags_read() | insn.instr.rflags_modified();
-        if touches & ALL_FLAGS != 0 || insn.class.ends_block() {
+        if insn.flags.read | insn.flags.modified != 0 || insn.class.ends_block() {
             return false;
         }
     }

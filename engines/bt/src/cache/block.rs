@@ -1,0 +1,149 @@
+//! One translated block, and what it is known by.
+//!
+//! There are as many of these as blocks, so they are kept small: the code cache lies below 2 GiB, and no
+//! block has as much as 64 KiB of code.
+
+use std::hash::{Hash, Hasher};
+use std::ops::Range;
+
+use crate::{
+    checks::Levels,
+    cpu::Bits,
+    decode::{Decoded, Mode},
+    lower::Lowered,
+    mmu::Mmu,
+};
+
+/// What a block is known by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Key {
+    pub virt: u64,
+    pub phys: u64,
+    pub mode: Mode,
+}
+
+impl Hash for Key {
+    /// Few modes are in use at once: the common difference between them is enough.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.virt ^ self.phys.rotate_left(24));
+        let Mode {
+            user, single, bank, ..
+        } = self.mode;
+        state.write_u8(u8::from(user) | u8::from(single) << 1 | bank << 2);
+    }
+}
+
+/// One translated block.
+pub(crate) struct Block {
+    pub key: Key,
+    /// Physical address of the second page, if an instruction crosses into it.
+    second: u64,
+    /// Host address of its first byte.
+    code: u32,
+    /// Where its marks are in the cache's list.
+    first_mark: u32,
+    marks: u16,
+    code_len: u16,
+    entry: u16,
+    inner_entry: u16,
+    lazy_entry: u16,
+    pub guest_len: u16,
+    /// Guest bytes that a write must not change unseen.
+    pub watched: u16,
+    pub alive: bool,
+    /// Shared lookups that could not succeed.
+    pub strikes: u8,
+    pub needs: Levels,
+    /// Sites whose branch is linked to this block.
+    pub incoming: Vec<u32>,
+    /// The next block in its chain of the index.
+    pub(super) next: Option<u32>,
+}
+
+/// No physical address.
+const NOWHERE: u64 = u64::MAX;
+
+impl Block {
+    /// What `lowered` has made of `decoded`, placed at `code`.
+    pub(super) fn new(
+        key: Key,
+        second: Option<u64>,
+        code: u64,
+        lowered: &Lowered,
+        decoded: &Decoded,
+    ) -> Block {
+        Block {
+            key,
+            second: second.unwrap_or(NOWHERE),
+            code: code as u32,
+            first_mark: 0,
+            marks: lowered.marks.len() as u16,
+            code_len: lowered.code.len() as u16,
+            entry: lowered.entry as u16,
+            inner_entry: lowered.inner_entry as u16,
+            lazy_entry: lowered.lazy_entry as u16,
+            guest_len: decoded.len as u16,
+            watched: decoded.watched as u16,
+            alive: true,
+            strikes: 0,
+            needs: lowered.needs,
+            incoming: Vec::new(),
+            next: None,
+        }
+    }
+
+    /// Its marks are in the cache's list from `first` on.
+    pub(super) fn place_marks(&mut self, first: usize) {
+        self.first_mark = first as u32;
+    }
+
+    pub(super) fn marks(&self) -> Range<usize> {
+        let first = self.first_mark as usize;
+        first..first + usize::from(self.marks)
+    }
+
+    pub(crate) fn second(&self) -> Option<u64> {
+        (self.second != NOWHERE).then_some(self.second)
+    }
+
+    /// Host address of its first byte.
+    pub(crate) fn code(&self) -> u64 {
+        self.code.into()
+    }
+
+    pub(crate) fn code_len(&self) -> u32 {
+        self.code_len.into()
+    }
+
+    /// Host address to enter it at.
+    pub(crate) fn entry(&self) -> u64 {
+        self.code() + u64::from(self.entry)
+    }
+
+    /// Host address to enter it at with registers at the levels that it [`needs`](Block::needs).
+    pub(crate) fn inner_entry(&self) -> u64 {
+        self.code() + u64::from(self.inner_entry)
+    }
+
+    /// Host address for who comes with the flags in `Context::lazy_flags`.
+    pub(crate) fn lazy_entry(&self) -> u64 {
+        self.code() + u64::from(self.lazy_entry)
+    }
+
+    /// Host address for indirect branches of code that uses the window.
+    pub(crate) fn checked_entry(&self) -> Option<u64> {
+        (self.entry != 0).then(|| self.code())
+    }
+
+    /// It may be linked to and stand in a jump cache. The page after the last of narrower code may be
+    /// the first.
+    pub(crate) fn links(&self) -> bool {
+        self.second == NOWHERE || self.key.mode.bits == Bits::Bits64
+    }
+
+    /// No indirect branch may lead to it any more.
+    pub(super) fn leave_jumps(&self, mmu: &Mmu) {
+        let jumps = &mmu.jumps[self.key.mode.jumps()];
+        jumps.remove(self.key.virt, self.checked_entry());
+    }
+}

@@ -1,0 +1,547 @@
+//! What there is to know of an instruction by its code alone: which operands it reads and writes, which
+//! flags, and mostly its class.
+//!
+//! Asking iced for all of that costs several times what decoding costs. A code's answers are put together
+//! when it is first met, from what iced says of a probe: that instruction, its general registers replaced by
+//! ones that no instruction uses unsaid. What is said of the probe beyond its operands is said of the code.
+//! Codes about which more matters than that, and instructions whose values change the answer, are asked about
+//! each time.
+//!
+//! Invariant: [`Forms::analyse`] says of every instruction what [`Forms::ask`] says of it.
+
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+
+use super::{
+    ALL_FLAGS, Class, Insn, Memory, Mode,
+    classify::{self, Ready},
+    liveness,
+};
+use crate::features::alignment;
+
+/// Arithmetic flags of one instruction, in iced's numbering.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Flags {
+    pub read: u8,
+    /// It leaves them in another state, defined or not.
+    pub modified: u8,
+    /// As `modified`, whatever they were and whatever its operands are.
+    pub killed: u8,
+}
+
+impl Flags {
+    fn of(instr: &Instruction) -> Flags {
+        Flags {
+            read: (instr.rflags_read() & ALL_FLAGS) as u8,
+            modified: (instr.rflags_modified() & ALL_FLAGS) as u8,
+            killed: liveness::kills(instr) as u8,
+        }
+    }
+}
+
+/// What becomes of an operand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Access {
+    #[default]
+    None,
+    Read,
+    Write,
+    /// Read, and perhaps written.
+    Change,
+}
+
+impl From<OpAccess> for Access {
+    fn from(access: OpAccess) -> Access {
+        match access {
+            OpAccess::None | OpAccess::NoMemAccess => Access::None,
+            OpAccess::Read | OpAccess::CondRead => Access::Read,
+            OpAccess::Write => Access::Write,
+            OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => Access::Change,
+        }
+    }
+}
+
+/// General registers of an instruction, as [`Insn`] has them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Used {
+    reads: u16,
+    writes: u16,
+    modifies: u16,
+}
+
+impl Used {
+    /// `bit` is the register's, all of which is written if `whole`.
+    fn add(&mut self, bit: u16, whole: bool, access: Access) {
+        match access {
+            Access::None => {}
+            Access::Read => self.reads |= bit,
+            Access::Write if whole => {
+                self.writes |= bit;
+                self.modifies |= bit;
+            }
+            Access::Write | Access::Change => {
+                self.reads |= bit;
+                self.modifies |= bit;
+            }
+        }
+    }
+}
+
+/// How a code's registers are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    /// Not at all.
+    Asked,
+    /// They are its operands.
+    Operands,
+    /// They are its operands, and RSP, which it moves.
+    Stack,
+}
+
+/// What a code says.
+#[derive(Clone, Debug)]
+struct Form {
+    known: Known,
+    /// Of the first operands.
+    accesses: [Access; OPERANDS],
+    operands: u8,
+    memory: Option<Memory>,
+    flags: Flags,
+    /// A shift or rotation by an immediate, which leaves the flags alone if that is zero.
+    counted: bool,
+    /// It has an operand that is memory.
+    addressed: bool,
+    /// Writes zero, whatever was there, if its operands are one register.
+    clears: bool,
+    ready: Ready,
+}
+
+/// Operands that a [`Form`] tells of.
+const OPERANDS: usize = 3;
+
+/// Of a register.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    /// Of a general register's 64-bit parent, or 0.
+    bit: u16,
+    /// Writing it leaves nothing of what was in the parent.
+    whole: bool,
+    /// ah, ch, dh, bh.
+    high: bool,
+}
+
+/// Forms of the codes met so far.
+pub(crate) struct Forms {
+    /// One more than the form's number, or 0, by code and whether there is a memory operand.
+    numbers: Vec<u16>,
+    forms: Vec<Form>,
+    places: [Place; 256],
+    factory: InstructionInfoFactory,
+}
+
+impl Forms {
+    pub(crate) fn new() -> Forms {
+        let mut places = [Place::default(); 256];
+        for register in Register::values() {
+            places[register as usize] = Place {
+                bit: super::gpr_bit(register),
+                whole: register.size() >= 4,
+                high: is_high(register),
+            };
+        }
+        Forms {
+            numbers: vec![0; 2 * iced_x86::Code::values().len()],
+            forms: Vec::new(),
+            places,
+            factory: InstructionInfoFactory::new(),
+        }
+    }
+
+    /// The class of `instr` in `mode`, with all that lowering needs to know.
+    pub(super) fn insn(&mut self, instr: Instruction, mode: Mode) -> Insn {
+        let number = self.number(&instr);
+        let form = &self.forms[number];
+        let class = match form.ready.class(mode) {
+            Some(class) => class,
+            None => classify::classify(&instr, mode),
+        };
+        self.analyse(instr, class, number)
+    }
+
+    /// An instruction that raises an exception and does nothing else.
+    pub(super) fn fault(&mut self, instr: Instruction, class: Class) -> Insn {
+        let number = self.number(&instr);
+        self.analyse(instr, class, number)
+    }
+
+    /// Its flags.
+    pub(super) fn flags(&mut self, instr: &Instruction) -> Flags {
+        let number = self.number(instr);
+        self.forms[number].flags(instr)
+    }
+
+    fn analyse(&mut self, instr: Instruction, class: Class, number: usize) -> Insn {
+        let form = &self.forms[number];
+        let mut used = Used::default();
+        let mut high_byte = false;
+        let mut memory = form.memory;
+        let cleared = form.clears
+            && instr.op1_kind() == OpKind::Register
+            && instr.op0_register() == instr.op1_register();
+        match form.known {
+            Known::Asked => {
+                (used, memory) = ask(&mut self.factory, &instr);
+                high_byte = names_high_byte(&instr);
+            }
+            Known::Operands | Known::Stack => {
+                for at in 0..form.operands {
+                    if instr.op_kind(at.into()) == OpKind::Register {
+                        let place = self.places[instr.op_register(at.into()) as usize];
+                        let access = form.accesses[usize::from(at)];
+                        used.add(place.bit, place.whole, access);
+                        high_byte |= place.high;
+                    }
+                }
+                if cleared {
+                    let place = self.places[instr.op0_register() as usize];
+                    used = Used::default();
+                    used.add(place.bit, place.whole, Access::Write);
+                }
+                if form.addressed {
+                    used.reads |= self.places[instr.memory_base() as usize].bit
+                        | self.places[instr.memory_index() as usize].bit;
+                }
+                if form.known == Known::Stack {
+                    used.add(1 << 4, true, Access::Change);
+                }
+            }
+        }
+        Insn {
+            instr,
+            class,
+            reads: used.reads,
+            writes: used.writes,
+            modifies: used.modifies,
+            memory,
+            high_byte,
+            flags: self.forms[number].flags(&instr),
+            live_in: 0,
+            live_out: 0,
+        }
+    }
+
+    /// Where the form of `instr` is.
+    fn number(&mut self, instr: &Instruction) -> usize {
+        let addressed = addressed(instr);
+        let index = 2 * instr.code() as usize + usize::from(addressed);
+        match self.numbers[index] {
+            0 => self.learn(instr, addressed, index),
+            number => usize::from(number) - 1,
+        }
+    }
+
+    #[cold]
+    fn learn(&mut self, instr: &Instruction, addressed: bool, index: usize) -> usize {
+        let form = Form::of(instr, addressed, &mut self.factory);
+        self.forms.push(form);
+        self.numbers[index] = self.forms.len() as u16;
+        self.forms.len() - 1
+    }
+}
+
+impl Form {
+    fn of(instr: &Instruction, addressed: bool, factory: &mut InstructionInfoFactory) -> Form {
+        let probe = probe(instr);
+        let (used, memory) = ask(factory, &probe);
+        let info = factory.info(&probe);
+        let accesses = std::array::from_fn(|operand| Access::from(info.op_access(operand as u32)));
+        let mut own = Used::default();
+        for operand in 0..probe.op_count() {
+            let register = probe.op_register(operand);
+            if probe.op_kind(operand) == OpKind::Register {
+                let access = Access::from(info.op_access(operand));
+                own.add(super::gpr_bit(register), register.size() >= 4, access);
+            }
+        }
+        if addressed {
+            own.reads |= super::gpr_bit(probe.memory_base());
+        }
+        let mut moving = own;
+        moving.add(1 << 4, true, Access::Change);
+        let several = info.used_memory().len() > 1 || probe.op_count() as usize > OPERANDS;
+        let known = match used {
+            _ if several || probe.is_vsib() => Known::Asked,
+            used if used == own => Known::Operands,
+            used if used == moving => Known::Stack,
+            _ => Known::Asked,
+        };
+        use Mnemonic::*;
+        let counted = (0..instr.op_count()).any(|at| instr.op_kind(at) == OpKind::Immediate8)
+            && matches!(
+                instr.mnemonic(),
+                Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd
+            );
+        Form {
+            known,
+            accesses,
+            operands: probe.op_count().min(OPERANDS as u32) as u8,
+            memory,
+            flags: Flags::of(instr),
+            counted,
+            addressed,
+            clears: matches!(instr.mnemonic(), Xor | Sub),
+            ready: classify::ready(instr),
+        }
+    }
+
+    fn flags(&self, instr: &Instruction) -> Flags {
+        if self.counted {
+            Flags::of(instr)
+        } else {
+            self.flags
+        }
+    }
+}
+
+/// `instr` with general registers that are distinct and belong to no instruction by themselves.
+fn probe(instr: &Instruction) -> Instruction {
+    let mut probe = *instr;
+    let mut number = 0;
+    for operand in 0..instr.op_count() {
+        let register = instr.op_register(operand);
+        if instr.op_kind(operand) == OpKind::Register && register.is_gpr() {
+            let first = match register.size() {
+                1 => Register::R8L,
+                2 => Register::R8W,
+                4 => Register::R8D,
+                _ => Register::R8,
+            };
+            probe.set_op_register(operand, first + number);
+            number += 1;
+        }
+    }
+    if addressed(instr) {
+        probe.set_memory_base(Register::R15);
+        if !instr.is_vsib() {
+            probe.set_memory_index(Register::None);
+        }
+    }
+    probe
+}
+
+/// What iced says of `instr`: its registers and its memory operand.
+fn ask(factory: &mut InstructionInfoFactory, instr: &Instruction) -> (Used, Option<Memory>) {
+    let info = factory.info(instr);
+    let mut all = Used::default();
+    for used in info.used_registers() {
+        let register = used.register();
+        let whole = register.size() >= 4;
+        all.add(super::gpr_bit(register), whole, used.access().into());
+    }
+    let memory = info.used_memory().last().map(|used| {
+        let access = Access::from(used.access());
+        Memory {
+            size: used.memory_size().size() as u32,
+            // A conditional write still leaves the old value where it doesn't happen.
+            read: access != Access::Write,
+            write: matches!(access, Access::Write | Access::Change),
+            certain: matches!(
+                used.access(),
+                OpAccess::Read | OpAccess::Write | OpAccess::ReadWrite
+            ),
+            alignment: alignment(instr),
+        }
+    });
+    (all, memory)
+}
+
+fn addressed(instr: &Instruction) -> bool {
+    // The memory operand is among the first three of every instruction.
+    instr.op0_kind() == OpKind::Memory
+        || instr.op1_kind() == OpKind::Memory
+        || instr.op2_kind() == OpKind::Memory
+}
+
+fn is_high(register: Register) -> bool {
+    matches!(
+        register,
+        Register::AH | Register::CH | Register::DH | Register::BH
+    )
+}
+
+fn names_high_byte(instr: &Instruction) -> bool {
+    (0..instr.op_count()).any(|operand| {
+        instr.op_kind(operand) == OpKind::Register && is_high(instr.op_register(operand))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cpu::Bits,
+        decode::{Fpu, OPTIONS},
+    };
+    use iced_x86::Decoder;
+
+    /// Every opcode of every map with most ModRM bytes, some SIB bytes and immediates, under the prefixes
+    /// that change what they are.
+    fn every_encoding(mut visit: impl FnMut(&[u8])) {
+        const PREFIXES: [&[u8]; 11] = [
+            b"",
+            b"\x66",
+            b"\xf2",
+            b"\xf3",
+            b"\x48",
+            b"\x41",
+            b"\x44",
+            b"\x4f",
+            b"\x66\x48",
+            b"\xf0",
+            b"\x67",
+        ];
+        const MAPS: [&[u8]; 4] = [b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a"];
+        const TAILS: [[u8; 9]; 3] = [
+            [0x24, 0, 0, 0, 0, 0, 0, 0, 0],
+            [0x8b, 0x21, 0x25, 0x27, 0x29, 1, 2, 3, 4],
+            [0xe5, 1, 9, 17, 1, 1, 1, 1, 1],
+        ];
+        let mut bytes = Vec::new();
+        let mut visit = |head: &[&[u8]], opcode: u8, modrm: u8, tail: &[u8]| {
+            bytes.clear();
+            head.iter().for_each(|part| bytes.extend_from_slice(part));
+            bytes.extend([opcode, modrm]);
+            bytes.extend_from_slice(tail);
+            visit(&bytes);
+        };
+        for opcode in 0..=u8::MAX {
+            for modrm in (0..=u8::MAX).filter(|modrm| modrm % 8 != 1 && modrm % 4 != 2) {
+                for (prefix, map) in PREFIXES
+                    .iter()
+                    .flat_map(|prefix| MAPS.map(|map| (prefix, map)))
+                {
+                    for tail in &TAILS {
+                        visit(&[prefix, map], opcode, modrm, tail);
+                    }
+                }
+                for (map, last) in (1..=3u8).flat_map(|map| (0..=7u8).map(move |last| (map, last)))
+                {
+                    for first in [0xe0, 0x40] {
+                        let vex = [0xc4, first | map, 0x78 & !(last << 3) | last];
+                        visit(&[&vex], opcode, modrm, &TAILS[1]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the table says of every instruction is what asking says, in a width and in these modes.
+    fn check(width: u32, modes: &[Mode]) {
+        let mut forms = Forms::new();
+        let mut factory = InstructionInfoFactory::new();
+        let (mut met, mut known) = (0u64, 0u64);
+        every_encoding(|bytes| {
+            let mut decoder = Decoder::with_ip(width, bytes, 0x1000, OPTIONS);
+            let instr = decoder.decode();
+            if instr.is_invalid() {
+                return;
+            }
+            let (used, memory) = ask(&mut factory, &instr);
+            // In turn, and so each of them about each code.
+            let mode = modes[met as usize % modes.len()];
+            let insn = forms.insn(instr, mode);
+            let found = Used {
+                reads: insn.reads,
+                writes: insn.writes,
+                modifies: insn.modifies,
+            };
+            assert_eq!(found, used, "registers of {instr}: {bytes:02x?}");
+            assert_eq!(insn.memory, memory, "memory of {instr}: {bytes:02x?}");
+            assert_eq!(
+                insn.flags,
+                Flags::of(&instr),
+                "flags of {instr}: {bytes:02x?}"
+            );
+            assert_eq!(
+                insn.high_byte,
+                names_high_byte(&instr),
+                "high byte of {instr}"
+            );
+            let class = classify::classify(&instr, mode);
+            assert_eq!(
+                insn.class, class,
+                "class of {instr}: {bytes:02x?} in {mode:?}"
+            );
+            let number = forms.number(&instr);
+            met += 1;
+            known += u64::from(forms.forms[number].known != Known::Asked);
+        });
+        assert!(known * 10 > met * 8, "{known} of {met} are known");
+    }
+
+    /// Modes of which each differs from the first in something that classes look at.
+    fn modes(bits: Bits) -> Vec<Mode> {
+        let avx = Fpu {
+            avx: true,
+            ..Fpu::READY
+        };
+        let first = Mode {
+            bits,
+            fpu: avx,
+            ..Mode::LONG
+        };
+        let user = Mode {
+            user: true,
+            ring_0: false,
+            interrupts: false,
+            tsc: false,
+            ..first
+        };
+        let away = Fpu {
+            switched: true,
+            monitored: true,
+            ..avx
+        };
+        let emulated = Fpu {
+            emulated: true,
+            sse: false,
+            ..avx
+        };
+        vec![
+            first,
+            user,
+            Mode {
+                single: true,
+                ..first
+            },
+            Mode {
+                exact: true,
+                ..user
+            },
+            Mode {
+                vectors: false,
+                ..first
+            },
+            Mode { fpu: away, ..user },
+            Mode {
+                fpu: emulated,
+                ..first
+            },
+            Mode {
+                window: true,
+                interrupts: true,
+                ..user
+            },
+        ]
+    }
+
+    #[test]
+    fn the_table_says_of_every_64_bit_instruction_what_asking_says() {
+        check(64, &modes(Bits::Bits64));
+    }
+
+    #[test]
+    fn the_table_says_of_every_narrow_instruction_what_asking_says() {
+        check(32, &modes(Bits::Bits32)[..2]);
+        check(16, &modes(Bits::Bits16)[..1]);
+    }
+}
