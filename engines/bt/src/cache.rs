@@ -7,92 +7,30 @@
 //!
 //! What leads from one to another is in `links`.
 
+mod block;
+mod index;
 mod links;
 
 use std::{
     collections::{HashMap, HashSet},
-    hash::{BuildHasherDefault, Hash, Hasher},
+    hash::{BuildHasherDefault, Hasher},
 };
 
 use iced_x86::{Encoder, Instruction};
 
+pub(crate) use block::{Block, Key};
+use index::Index;
+
 use crate::{
     arena::Arena,
-    checks::{Levels, Outside},
-    cpu::Bits,
-    decode::{self, Forms, Insn, Mode},
+    checks::Outside,
+    decode::{self, Code, Decoded, Forms, Mode, Short},
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
     pages::Set,
     site::{Homes, Kind, Mark, Port, Site},
     tlb::Span,
 };
-
-/// What a block is known by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Key {
-    pub virt: u64,
-    pub phys: u64,
-    pub mode: Mode,
-}
-
-impl Block {
-    /// It may be linked to and stand in a jump cache. The page after the last of narrower code may be
-    /// the first.
-    pub(crate) fn links(&self) -> bool {
-        self.second.is_none() || self.key.mode.bits == Bits::Bits64
-    }
-
-    /// No indirect branch may lead to it any more.
-    fn leave_jumps(&self, mmu: &Mmu) {
-        let jumps = &mmu.jumps[self.key.mode.jumps()];
-        jumps.remove(self.key.virt, self.checked_entry);
-    }
-}
-
-impl Hash for Key {
-    /// Few modes are in use at once: the common difference between them is enough.
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.virt ^ self.phys.rotate_left(24));
-        let Mode {
-            user, single, bank, ..
-        } = self.mode;
-        state.write_u8(u8::from(user) | u8::from(single) << 1 | bank << 2);
-    }
-}
-
-/// One translated block.
-pub(crate) struct Block {
-    pub key: Key,
-    /// Physical address of the second page, if an instruction crosses into it.
-    pub second: Option<u64>,
-    /// Host address of its first byte.
-    pub code: u64,
-    /// Host address to enter it at.
-    pub entry: u64,
-    /// Host address to enter it at with registers at these levels.
-    pub inner_entry: u64,
-    pub needs: Levels,
-    /// Host address for indirect branches of code that uses the window.
-    pub checked_entry: Option<u64>,
-    /// Host address for who comes with the flags in `Context::lazy_flags`.
-    pub lazy_entry: u64,
-    pub code_len: u32,
-    pub guest_len: u32,
-    /// Guest bytes that a write must not change unseen.
-    pub watched: u32,
-    /// Where its marks are in the cache's list.
-    first_mark: u32,
-    marks: u32,
-    /// Sites whose branch is linked to this block.
-    incoming: Vec<u32>,
-    alive: bool,
-    /// Shared lookups that could not succeed.
-    strikes: u8,
-    /// Accesses that the window was not for, and the instructions they are of.
-    misses: u8,
-    missed: Outside,
-}
 
 /// Integer keys need mixing, not protection from collisions by design: a guest that makes its own
 /// lookups slow has slowed itself.
@@ -112,8 +50,20 @@ impl Hasher for Mix {
     fn write_u8(&mut self, value: u8) {
         self.write_u64(value.into());
     }
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(value.into());
+    }
     fn write_isize(&mut self, value: isize) {
         self.write_u64(value as u64);
+    }
+}
+
+impl From<Short> for Refusal {
+    fn from(short: Short) -> Refusal {
+        match short {
+            Short::Crosses => Refusal::Crosses,
+            Short::More => Refusal::More,
+        }
     }
 }
 
@@ -137,6 +87,8 @@ pub(crate) struct Source<'a> {
     pub bytes: &'a [u8],
     /// Guest instruction pointer of the first byte.
     pub ip: u64,
+    /// Bytes of the page behind `bytes` that are code as well.
+    pub more: usize,
 }
 
 /// Why nothing was translated.
@@ -144,6 +96,8 @@ pub(crate) struct Source<'a> {
 pub(crate) enum Refusal {
     /// The first instruction needs bytes of the next page.
     Crosses,
+    /// More of the page has to be seen.
+    More,
     /// A bug: the text names the instruction.
     Bug(String),
 }
@@ -158,18 +112,20 @@ pub(crate) struct Cache {
     sites: Vec<Site>,
     system: Vec<Instruction>,
     marks: Vec<Mark>,
-    by_key: Map<Key, u32>,
+    index: Index,
     by_page: Map<u64, Vec<u32>>,
     /// Blocks whose accesses look up for themselves, because sharing didn't pay.
     apart: HashSet<Key, BuildHasherDefault<Mix>>,
     /// Accesses of blocks that go around the window, because it wasn't for them.
     outside: Map<Key, Outside>,
+    /// Accesses of living blocks that the window was not for, and how many there were.
+    missed: Map<u32, (u8, Outside)>,
     /// Linked sites whose target lies in another page, or reaches into one, by the number of that page.
     across: Map<u64, Vec<u32>>,
     encoder: Encoder,
     /// Buffers of the block before, empty or overwritten.
     lowered: Lowered,
-    insns: Vec<Insn>,
+    decoded: Decoded,
     forms: Forms,
     /// Times the whole cache was emptied for lack of room.
     pub emptied: u64,
@@ -193,14 +149,15 @@ impl Cache {
             sites: Vec::new(),
             system: Vec::new(),
             marks: Vec::new(),
-            by_key: Map::default(),
+            index: Index::default(),
             by_page: Map::default(),
             apart: HashSet::default(),
             outside: Map::default(),
+            missed: Map::default(),
             across: Map::default(),
             encoder: Encoder::new(64),
             lowered: Lowered::default(),
-            insns: Vec::new(),
+            decoded: Decoded::default(),
             forms: Forms::new(),
             emptied: 0,
             keep_guesses: false,
@@ -247,22 +204,21 @@ impl Cache {
 
     /// The block for `key`.
     pub(crate) fn find(&self, key: &Key) -> Option<u32> {
-        self.by_key.get(key).copied()
+        self.index.find(key, &self.blocks)
     }
 
     /// The mark that covers the host address `rip`, and its block's number.
     pub(crate) fn mark(&self, rip: u64) -> Option<(Mark, u32)> {
         let index = self
             .blocks
-            .partition_point(|block| block.code <= rip)
+            .partition_point(|block| block.code() <= rip)
             .checked_sub(1)?;
         let block = &self.blocks[index];
-        let offset = (rip - block.code) as u32;
-        if offset >= block.code_len {
+        let offset = (rip - block.code()) as u32;
+        if offset >= block.code_len() {
             return None;
         }
-        let first = block.first_mark as usize;
-        let marks = &self.marks[first..first + block.marks as usize];
+        let marks = &self.marks[block.marks()];
         let at = marks
             .partition_point(|mark| mark.offset <= offset)
             .checked_sub(1)?;
@@ -284,11 +240,12 @@ impl Cache {
         self.sites.clear();
         self.system.clear();
         self.marks.clear();
-        self.by_key.clear();
+        self.index.clear();
         self.by_page.clear();
         self.across.clear();
         self.apart.clear();
         self.outside.clear();
+        self.missed.clear();
         mmu.jumps.iter().for_each(|jumps| jumps.flush());
         self.emptied += 1;
     }
@@ -311,15 +268,14 @@ impl Cache {
             second,
             bytes,
             ip,
+            more,
         } = *source;
         let mode = Mode {
             single: key.mode.single || second.is_some(),
             ..key.mode
         };
-        let decoded = {
-            let insns = std::mem::take(&mut self.insns);
-            decode::decode(bytes, ip, mode, &mut self.forms, insns).ok_or(Refusal::Crosses)?
-        };
+        let code = Code { bytes, ip, more };
+        decode::decode(code, mode, &mut self.forms, &mut self.decoded)?;
         let number = self.blocks.len() as u32;
         let place = Place {
             ip,
@@ -331,7 +287,7 @@ impl Cache {
             outside: self.outside.get(&key).copied().unwrap_or_default(),
         };
         lower::lower(
-            &decoded,
+            &self.decoded,
             bytes,
             mode,
             place,
@@ -340,48 +296,22 @@ impl Cache {
             &mut self.lowered,
         )
         .map_err(Refusal::Bug)?;
-        let Lowered {
-            code,
-            entry,
-            inner_entry,
-            needs,
-            lazy_entry,
-            sites,
-            marks,
-            system,
-            ..
-        } = &mut self.lowered;
-        if code.len() as u64 > self.end - self.next {
-            return Err(Refusal::Bug(format!("a block of {} bytes", code.len())));
+        let lowered = &mut self.lowered;
+        let length = lowered.code.len() as u64;
+        if length > (self.end - self.next).min(BLOCK_ROOM) {
+            return Err(Refusal::Bug(format!("a block of {length} bytes")));
         }
-        arena.populate(self.next + code.len() as u64);
-        arena.write_code(self.next, code);
-        self.blocks.push(Block {
-            key,
-            second,
-            code: self.next,
-            entry: self.next + u64::from(*entry),
-            inner_entry: self.next + u64::from(*inner_entry),
-            needs: *needs,
-            checked_entry: (*entry != 0).then_some(self.next),
-            lazy_entry: self.next + u64::from(*lazy_entry),
-            code_len: code.len() as u32,
-            guest_len: decoded.len,
-            watched: decoded.watched,
-            first_mark: self.marks.len() as u32,
-            marks: marks.len() as u32,
-            incoming: Vec::new(),
-            alive: true,
-            strikes: 0,
-            misses: 0,
-            missed: Outside::default(),
-        });
-        self.next = (self.next + code.len() as u64).next_multiple_of(16);
-        self.sites.append(sites);
-        self.system.append(system);
-        self.marks.append(marks);
-        self.insns = decoded.insns;
-        if let Some(old) = self.by_key.insert(key, number) {
+        arena.populate(self.next + length);
+        arena.write_code(self.next, &lowered.code);
+        let mut block = Block::new(key, second, self.next, lowered, &self.decoded);
+        block.place_marks(self.marks.len());
+        let replaced = self.index.enter(&mut block, number, &mut self.blocks);
+        self.blocks.push(block);
+        self.next = (self.next + length).next_multiple_of(16);
+        self.sites.append(&mut lowered.sites);
+        self.system.append(&mut lowered.system);
+        self.marks.append(&mut lowered.marks);
+        if let Some(old) = replaced {
             self.unlink_incoming(old, arena);
         }
         for page in [Some(key.phys), second].into_iter().flatten() {
@@ -409,31 +339,26 @@ impl Cache {
     pub(crate) fn miss(&mut self, block: u32, missed: Outside, arena: &Arena, mmu: &Mmu) {
         /// A stray pointer now and then is no reason to slow its instruction down for good.
         const MISSES: u8 = 8;
-        let found = &mut self.blocks[block as usize];
-        found.misses = found.misses.saturating_add(1);
-        found.missed.sum |= missed.sum;
-        found.missed.tlb |= missed.tlb;
-        found.missed.head |= missed.head;
-        if found.misses != MISSES || !found.alive {
+        let found = &self.blocks[block as usize];
+        let (misses, of) = self.missed.entry(block).or_default();
+        *misses = misses.saturating_add(1);
+        of.sum |= missed.sum;
+        of.tlb |= missed.tlb;
+        of.head |= missed.head;
+        if *misses != MISSES || !found.alive {
             return;
         }
-        self.outside
-            .entry(found.key)
-            .or_default()
-            .fail(found.missed);
+        self.outside.entry(found.key).or_default().fail(*of);
         self.discard(block, arena, mmu);
     }
 
     /// Throws one block away. Its pages stay entered.
     pub(crate) fn discard(&mut self, block: u32, arena: &Arena, mmu: &Mmu) {
+        self.index.remove(block, &mut self.blocks);
         let found = &mut self.blocks[block as usize];
         found.alive = false;
-        let key = found.key;
-        if self.by_key.get(&key) == Some(&block) {
-            self.by_key.remove(&key);
-        }
+        found.leave_jumps(mmu);
         self.unlink_incoming(block, arena);
-        self.blocks[block as usize].leave_jumps(mmu);
     }
 
     /// Kills the blocks made from any of `len` bytes at `phys`. Returns how many there were.
@@ -455,16 +380,10 @@ impl Cache {
                 };
                 let hit = overlaps(start, first)
                     || block
-                        .second
+                        .second()
                         .is_some_and(|second| overlaps(second, u64::from(block.watched) - first));
                 if hit {
-                    self.blocks[number as usize].alive = false;
-                    let key = self.blocks[number as usize].key;
-                    if self.by_key.get(&key) == Some(&number) {
-                        self.by_key.remove(&key);
-                    }
-                    self.unlink_incoming(number, arena);
-                    self.blocks[number as usize].leave_jumps(mmu);
+                    self.discard(number, arena, mmu);
                     killed += 1;
                 }
                 !hit

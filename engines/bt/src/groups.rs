@@ -108,10 +108,10 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, plan: &mut Plan) {
         found,
     } = plan;
     list.clear();
-    accesses(insns, list);
-    if list.iter().flatten().count() < 2 {
+    if !worthwhile(insns) {
         return;
     }
+    accesses(insns, list);
     let accesses = &list[..];
     members.resize(insns.len(), None);
     alive.clear();
@@ -170,6 +170,35 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, plan: &mut Plan) {
     }
 }
 
+/// Two accesses of one kind, by their classes: most blocks have no more than one.
+fn worthwhile(insns: &[Insn]) -> bool {
+    let (mut reads, mut writes) = (0, 0);
+    for insn in insns {
+        match insn.class {
+            Class::Push | Class::Call | Class::CallIndirect => writes += 1,
+            Class::Pop | Class::Return => reads += 1,
+            Class::Memory if insn.memory.is_some_and(|memory| memory.write) => writes += 1,
+            Class::Memory => reads += 1,
+            Class::Plain
+            | Class::Nop
+            | Class::Lea
+            | Class::BitString
+            | Class::MaskedMove
+            | Class::Leave
+            | Class::Cli
+            | Class::Sti
+            | Class::Jump
+            | Class::JumpIndirect
+            | Class::Branch
+            | Class::Loop
+            | Class::Privileged
+            | Class::System
+            | Class::Fault(_) => {}
+        }
+    }
+    reads >= 2 || writes >= 2
+}
+
 fn accesses(insns: &[Insn], list: &mut Vec<Option<Access>>) {
     let mut versions = [0u32; 16];
     let mut moved = 0i64;
@@ -196,11 +225,13 @@ fn accesses(insns: &[Insn], list: &mut Vec<Option<Access>>) {
         }
         let step = rsp_step(insn);
         moved = step.map_or(0, |step| moved + step);
-        for (register, version) in versions.iter_mut().enumerate() {
-            let known = register == Register::RSP.number() && step.is_some();
-            if insn.modifies >> register & 1 == 1 && !known {
-                *version += 1;
-            }
+        let mut changed = insn.modifies;
+        if step.is_some() {
+            changed &= !(1 << Register::RSP.number());
+        }
+        while changed != 0 {
+            versions[changed.trailing_zeros() as usize] += 1;
+            changed &= changed - 1;
         }
         access
     }));
@@ -294,7 +325,7 @@ fn rsp_step(insn: &Insn) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decode::{Forms, decode};
+    use crate::decode::decode_whole;
 
     const MODE: Mode = Mode {
         user: true,
@@ -304,8 +335,7 @@ mod tests {
     };
 
     fn check(bytes: &[u8], expected: &[(usize, usize, i64, u32)]) {
-        let mut info = Forms::new();
-        let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
+        let decoded = decode_whole(bytes, MODE).expect("decodes");
         let mut groups = Plan::default();
         plan(&decoded.insns, MODE, &mut groups);
         let found: Vec<_> = groups

@@ -636,7 +636,7 @@ impl BtVcpu {
         // It was just executed from: should it be gone all the same, the next boundary says so.
         if let Ok(number) = self.block(mode, virt) {
             lower::lend(self.core.context());
-            self.resume = Resume::Host(self.cache.block(number).entry);
+            self.resume = Resume::Host(self.cache.block(number).entry());
         }
     }
 

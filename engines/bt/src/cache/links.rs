@@ -41,23 +41,23 @@ impl Cache {
         let from = &self.blocks[source as usize];
         let to = &self.blocks[target as usize];
         let single = from.key.mode.single || to.key.mode.single;
-        let (page, crosses) = (to.key.virt >> 12, to.second.is_some());
+        let (page, crosses) = (to.key.virt >> 12, to.second().is_some());
         // Who has lost the flags can't go where they are read.
-        if lost && to.lazy_entry != to.entry {
+        if lost && to.lazy_entry() != to.entry() {
             return false;
         }
         if !from.alive || !to.alive || single || !to.links() || from.key.mode != to.key.mode {
             return false;
         }
-        let same_page = from.second.is_none()
+        let same_page = from.second().is_none()
             && from.key.virt >> 12 == to.key.virt >> 12
             && from.key.phys >> 12 == to.key.phys >> 12;
-        let entry = if lazy && to.lazy_entry != to.entry {
-            to.lazy_entry
+        let entry = if lazy && to.lazy_entry() != to.entry() {
+            to.lazy_entry()
         } else if known.cover(to.needs) {
-            to.inner_entry
+            to.inner_entry()
         } else {
-            to.entry
+            to.entry()
         };
         point(patch, entry, arena);
         self.blocks[target as usize].incoming.push(site as u32);

@@ -1,5 +1,5 @@
 use super::*;
-use crate::decode::{Forms, decode};
+use crate::decode::decode_whole;
 
 const MODE: Mode = Mode {
     user: true,
@@ -14,8 +14,7 @@ const HEAD: usize = 99;
 
 /// (before, register, index, users)
 fn check(bytes: &[u8], outside: Outside, routes: &[Route], expected: &[(usize, u8, bool, u64)]) {
-    let mut info = Forms::new();
-    let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
+    let decoded = decode_whole(bytes, MODE).expect("decodes");
     let checks = plan(&decoded.insns, MODE, outside);
     assert_eq!(checks.routes, routes);
     let found: Vec<_> = checks
@@ -143,8 +142,7 @@ fn far_constants_and_thread_segments_are_left_alone() {
 
 /// A block that is a loop, and what its branch back knows.
 fn check_loop(bytes: &[u8], expected: &[(usize, u8, bool, u64)], goes_on: bool) {
-    let mut info = Forms::new();
-    let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
+    let decoded = decode_whole(bytes, MODE).expect("decodes");
     let direct = vec![Direct; decoded.insns.len()];
     let routes: Vec<Route> = decoded
         .insns
@@ -225,8 +223,7 @@ fn accesses_that_were_outside_have_their_comparison_in_line() {
 fn a_prefetch_shows_nothing() {
     // 1: prefetcht0 [rsi]; add rsi, 64; dec rcx; jne 1b
     let bytes = b"\x0f\x18\x0e\x48\x83\xc6\x40\x48\xff\xc9\x75\xf4";
-    let mut info = Forms::new();
-    let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
+    let decoded = decode_whole(bytes, MODE).expect("decodes");
     let checks = plan(&decoded.insns, MODE, NONE);
     assert!(checks.routes[0] == Tlb || checks.head.is_empty());
 }

@@ -156,7 +156,7 @@ impl Forms {
         }
     }
 
-    /// The class of `instr` in `mode`, with all that lowering needs to know.
+    /// `instr` with its class in `mode` and all else that lowering needs to know.
     pub(super) fn insn(&mut self, instr: Instruction, mode: Mode) -> Insn {
         let number = self.number(&instr);
         let form = &self.forms[number];
@@ -167,7 +167,7 @@ impl Forms {
         self.analyse(instr, class, number)
     }
 
-    /// An instruction that raises an exception and does nothing else.
+    /// `instr` with a class that is known: it raises an exception.
     pub(super) fn fault(&mut self, instr: Instruction, class: Class) -> Insn {
         let number = self.number(&instr);
         self.analyse(instr, class, number)
@@ -226,6 +226,7 @@ impl Forms {
             flags: self.forms[number].flags(&instr),
             live_in: 0,
             live_out: 0,
+            live_taken: ALL_FLAGS,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind};
 
-use super::{ALL_FLAGS, Class, Decoded, Forms, Insn, OPTIONS};
+use super::{ALL_FLAGS, Class, Code, Decoded, Forms, Insn, OPTIONS, Short};
 
 impl Decoded {
     /// An sti stays in line only if its shadow is in this block and goes on behind itself, or
@@ -27,34 +27,47 @@ impl Decoded {
 
     /// Fills in `live_in` and `live_out`. Nothing is known of a successor, so all flags live at the
     /// end, unless saving them would cost something: then the successors' first instructions decide.
-    pub(super) fn liveness(&mut self, bytes: &[u8], ip: u64, width: u32, forms: &mut Forms) {
-        self.backward(ALL_FLAGS, |_| ALL_FLAGS);
+    ///
+    /// # Errors
+    /// [`Short::More`] if those are where nothing has been read yet.
+    pub(super) fn liveness(
+        &mut self,
+        code: Code<'_>,
+        width: u32,
+        forms: &mut Forms,
+    ) -> Result<(), Short> {
+        self.backward(ALL_FLAGS);
         let costs = |insn: &Insn| {
             let saves = insn.class.ends_block() || insn.class == Class::Privileged;
             insn.live_in != 0 && (insn.memory.is_some() || saves)
         };
         if !self.insns.iter().any(costs) {
-            return;
+            return Ok(());
         }
         let Some(last) = self.insns.last() else {
-            return;
+            return Ok(());
         };
-        let (last, class) = (last.instr, last.class);
-        let next = last.next_ip();
         let mut watched = self.len;
         let mut peek = |target: u64| {
-            let offset = target.wrapping_sub(ip);
-            match bytes.get(offset as usize..) {
-                Some(code) if !code.is_empty() => {
-                    let (live, seen) = live_at(code, target, width, forms);
+            let offset = target.wrapping_sub(code.ip);
+            let left = (code.bytes.len() as u64).checked_sub(offset);
+            match left.map(|_| &code.bytes[offset as usize..]) {
+                Some(bytes) if !bytes.is_empty() => {
+                    let (live, seen) = live_at(bytes, target, width, forms);
+                    if seen as usize == bytes.len() && live != 0 && code.more != 0 {
+                        return Err(Short::More);
+                    }
                     watched = watched.max(offset as u32 + seen);
-                    live
+                    Ok(live)
                 }
-                Some(_) | None => ALL_FLAGS,
+                Some(_) | None if offset < (code.bytes.len() + code.more) as u64 => {
+                    Err(Short::More)
+                }
+                Some(_) | None => Ok(ALL_FLAGS),
             }
         };
-        let live = match class {
-            Class::Jump | Class::Call => peek(last.near_branch_target()),
+        let live = match last.class {
+            Class::Jump | Class::Call => peek(last.instr.near_branch_target())?,
             Class::Branch
             | Class::Plain
             | Class::Memory
@@ -67,7 +80,7 @@ impl Decoded {
             | Class::Leave
             | Class::Cli
             | Class::Sti
-            | Class::Privileged => peek(next),
+            | Class::Privileged => peek(last.instr.next_ip())?,
             Class::JumpIndirect
             | Class::Loop
             | Class::CallIndirect
@@ -75,17 +88,13 @@ impl Decoded {
             | Class::System
             | Class::Fault(_) => ALL_FLAGS,
         };
-        let taken: Vec<(u64, u32)> = self
-            .insns
-            .iter()
-            .filter(|insn| insn.class == Class::Branch)
-            .map(|insn| (insn.instr.ip(), peek(insn.instr.near_branch_target())))
-            .collect();
+        let branches = self.insns.iter_mut();
+        for insn in branches.filter(|insn| insn.class == Class::Branch) {
+            insn.live_taken = peek(insn.instr.near_branch_target())?;
+        }
         self.watched = watched;
-        self.backward(live, |ip| {
-            let found = taken.iter().find(|&&(branch, _)| branch == ip);
-            found.map_or(ALL_FLAGS, |&(_, live)| live)
-        });
+        self.backward(live);
+        Ok(())
     }
 
     /// Flags count as read everywhere.
@@ -95,17 +104,17 @@ impl Decoded {
         }
     }
 
-    /// `taken` says which flags live where the branch at an address leads.
-    pub(super) fn backward(&mut self, live_at_end: u32, taken: impl Fn(u64) -> u32) {
+    /// From the end, where those flags live, to the head.
+    fn backward(&mut self, live_at_end: u32) {
         let mut live = live_at_end;
         for insn in self.insns.iter_mut().rev() {
             if insn.class == Class::Branch {
-                live |= taken(insn.instr.ip());
+                live |= insn.live_taken;
             }
             insn.live_out = live;
             live &= !insn.kills();
             live |= u32::from(insn.flags.read);
-            if matches!(insn.class, Class::System | Class::Fault(_)) {
+            if insn.class.asks_runtime() {
                 live = ALL_FLAGS;
             }
             insn.live_in = live;

@@ -249,6 +249,8 @@ pub(crate) struct Insn {
     pub live_in: u32,
     /// Flags that somebody reads after it.
     pub live_out: u32,
+    /// Flags that somebody reads where it leads, if it is a [`Class::Branch`].
+    pub live_taken: u32,
 }
 
 impl Insn {
@@ -263,8 +265,8 @@ impl Insn {
     }
 }
 
-/// A decoded block.
-#[derive(Debug)]
+/// A decoded block: a buffer that serves one after the other.
+#[derive(Debug, Default)]
 pub(crate) struct Decoded {
     pub insns: Vec<Insn>,
     /// Guest bytes from the first instruction's first to the last one's last.
@@ -274,35 +276,58 @@ pub(crate) struct Decoded {
     pub watched: u32,
 }
 
-/// Decodes the instructions at `ip` from `bytes`, which end with the page (or hold exactly one
-/// instruction that crosses it).
+/// Code to be decoded.
+#[derive(Clone, Copy)]
+pub(crate) struct Code<'a> {
+    /// Up to the end of the page, but for `more`; or exactly one instruction that crosses it.
+    pub bytes: &'a [u8],
+    /// Guest instruction pointer of the first.
+    pub ip: u64,
+    /// How many bytes there are behind those.
+    pub more: usize,
+}
+
+/// Why nothing was decoded.
+#[derive(Debug)]
+pub(crate) enum Short {
+    /// The first instruction needs more bytes than the page has.
+    Crosses,
+    /// Some of the bytes that aren't there matter.
+    More,
+}
+
+/// Decodes the block at the start of `code`.
 ///
-/// None means that the first instruction needs more bytes than there are. `insns` is a buffer: what it
-/// holds does not matter.
+/// # Errors
+/// See [`Short`].
 pub(crate) fn decode(
-    bytes: &[u8],
-    ip: u64,
+    code: Code<'_>,
     mode: Mode,
     forms: &mut Forms,
-    mut insns: Vec<Insn>,
-) -> Option<Decoded> {
+    decoded: &mut Decoded,
+) -> Result<(), Short> {
+    let Code { bytes, ip, more } = code;
     let width = match mode.bits {
         Bits::Bits16 => 16,
         Bits::Bits32 => 32,
         Bits::Bits64 => 64,
     };
     let mut decoder = Decoder::with_ip(width, bytes, ip, OPTIONS);
+    let insns = &mut decoded.insns;
     insns.clear();
     let limit = if mode.single { 1 } else { MAX_INSTRUCTIONS };
     let mut len = 0;
-    while insns.len() < limit && decoder.can_decode() {
+    loop {
         let instr = decoder.decode();
         if instr.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
+            if more != 0 {
+                return Err(Short::More);
+            }
             if !insns.is_empty() {
                 break;
             }
             if !hopeless(bytes, width) {
-                return None;
+                return Err(Short::Crosses);
             }
             len += instr.len() as u32;
             insns.push(forms.fault(instr, Class::Fault(Fault::ud())));
@@ -320,22 +345,33 @@ pub(crate) fn decode(
         insns.push(insn);
         // Accesses through the window share nothing that a way out in the middle would have to undo.
         let goes_on = class == Class::Branch && mode.window;
-        if class.ends_block() && !goes_on {
+        let ends = class.ends_block() && !goes_on;
+        if ends || insns.len() == limit || !decoder.can_decode() && more == 0 {
             break;
         }
     }
-    let mut decoded = Decoded {
-        insns,
-        len,
-        watched: len,
-    };
+    decoded.len = len;
+    decoded.watched = len;
     decoded.settle_sti();
     if mode.exact {
         decoded.all_live();
+        Ok(())
     } else {
-        decoded.liveness(bytes, ip, width, forms);
+        decoded.liveness(code, width, forms)
     }
-    Some(decoded)
+}
+
+/// All of `bytes`, for tests.
+#[cfg(test)]
+pub(crate) fn decode_whole(bytes: &[u8], mode: Mode) -> Result<Decoded, Short> {
+    let mut decoded = Decoded::default();
+    let code = Code {
+        bytes,
+        ip: 0x1000,
+        more: 0,
+    };
+    decode(code, mode, &mut Forms::new(), &mut decoded)?;
+    Ok(decoded)
 }
 
 /// Segment of the memory operand. 64-bit mode ignores prefixes other than fs and gs, so a stack
@@ -368,8 +404,7 @@ mod tests {
     const MODE: Mode = Mode::LONG;
 
     fn check(bytes: &[u8], classes: &[Class]) -> Decoded {
-        let mut info = Forms::new();
-        let decoded = decode(bytes, 0x1000, MODE, &mut info, Vec::new()).expect("decodes");
+        let decoded = decode_whole(bytes, MODE).expect("decodes");
         let found: Vec<Class> = decoded.insns.iter().map(|insn| insn.class).collect();
         assert_eq!(found, classes);
         decoded
@@ -419,7 +454,7 @@ mod tests {
     fn an_instruction_cut_off_by_the_page_end_is_left_to_the_next_block() {
         let decoded = check(b"\x90\x48\x8b", &[Class::Plain]);
         assert_eq!(decoded.len, 1);
-        let mut info = Forms::new();
-        assert!(decode(b"\x48\x8b", 0x1000, MODE, &mut info, Vec::new()).is_none());
+        let cut = decode_whole(b"\x48\x8b", MODE);
+        assert!(matches!(cut, Err(Short::Crosses)));
     }
 }

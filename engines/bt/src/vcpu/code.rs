@@ -26,10 +26,10 @@ impl BtVcpu {
         }
         let number = self.block(mode, virt)?;
         let block = self.cache.block(number);
-        let entry = block.lazy_entry;
+        let entry = block.lazy_entry();
         // Translated code looks a branch's offset up, which is the address only in a flat segment.
         if !single && block.links() && mode.flat && self.stepping.is_none() {
-            let checked = block.checked_entry;
+            let checked = block.checked_entry();
             self.core.mmu.jumps[index].fill(virt, entry, checked);
         }
         Ok((entry, Some(number)))
@@ -55,7 +55,7 @@ impl BtVcpu {
             mode,
         };
         if let Some(number) = self.cache.find(&key) {
-            match self.cache.block(number).second {
+            match self.cache.block(number).second() {
                 None => return Ok(number),
                 Some(second) if self.next_page(virt, mode)? == second => return Ok(number),
                 Some(_) => {}
@@ -70,21 +70,11 @@ impl BtVcpu {
         self.enter_pages(&[key.phys])?;
         let room = 4096 - (virt & 0xfff) as usize;
         let inside = self.core.code_left();
-        let mut bytes = [0xff; 1024];
-        let bytes = &mut bytes[..room.min(1024).min(inside)];
-        self.fetch(key.phys, bytes);
-        let source = Source {
-            key,
-            second: None,
-            bytes,
-            ip: self.core.rip,
-        };
-        match self.cache.translate(&source, &self.arena) {
-            Ok(number) if self.still_there(number, bytes) => return Ok(number),
-            Ok(_) => return self.block(mode, virt),
-            Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message).into()),
-            Err(Refusal::Crosses) if inside <= room => return Err(Fault::gp().into()),
-            Err(Refusal::Crosses) => {}
+        if let Some(number) = self.translate_inside(key, room.min(inside))? {
+            return Ok(number);
+        }
+        if inside <= room {
+            return Err(Fault::gp().into());
         }
         let second = self.next_page(virt, mode)?;
         self.enter_pages(&[key.phys, second])?;
@@ -96,15 +86,49 @@ impl BtVcpu {
             second: Some(second),
             bytes: &bytes,
             ip: self.core.rip,
+            more: 0,
         };
         match self.cache.translate(&source, &self.arena) {
             Ok(number) if self.still_there(number, &bytes) => Ok(number),
             Ok(_) => self.block(mode, virt),
             // Fifteen bytes hold any instruction: it is one that is too long, or it leaves the
             // code segment.
-            Err(Refusal::Crosses) => Err(Fault::gp().into()),
+            Err(Refusal::Crosses | Refusal::More) => Err(Fault::gp().into()),
             Err(Refusal::Bug(message)) => Err(Trap::Unsupported(message).into()),
         }
+    }
+
+    /// Translates the block of `key` from the next `left` bytes of its page. None if its first instruction
+    /// has more.
+    fn translate_inside(&mut self, key: Key, left: usize) -> Result<Option<u32>, Missing> {
+        /// Most blocks, and where they lead, are seen with the first of these; no block, with its
+        /// surroundings, needs more than the second.
+        const READ: [usize; 2] = [256, 1024];
+        let mut buffer = [0xff; READ[1]];
+        for read in READ {
+            let bytes = &mut buffer[..read.min(left)];
+            let more = if read == READ[1] {
+                0
+            } else {
+                left - bytes.len()
+            };
+            self.fetch(key.phys, bytes);
+            let source = Source {
+                key,
+                second: None,
+                bytes,
+                ip: self.core.rip,
+                more,
+            };
+            match self.cache.translate(&source, &self.arena) {
+                Ok(number) if self.still_there(number, bytes) => return Ok(Some(number)),
+                Ok(_) => return self.block(key.mode, key.virt).map(Some),
+                Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message).into()),
+                Err(Refusal::Crosses) => return Ok(None),
+                Err(Refusal::More) => {}
+            }
+        }
+        Ok(None)
     }
 
     pub(super) fn next_page(&self, virt: u64, mode: Mode) -> Result<u64, Fault> {

@@ -17,7 +17,7 @@ impl BtVcpu {
             self.fetch(block.key.phys, &mut guest);
             // SAFETY: a block's code lies in the cache, whose pages are readable.
             let host = unsafe {
-                std::slice::from_raw_parts(block.code as *const u8, block.code_len as usize)
+                std::slice::from_raw_parts(block.code() as *const u8, block.code_len() as usize)
             };
             let bits = match block.key.mode.bits {
                 crate::cpu::Bits::Bits64 => 64,
@@ -25,7 +25,8 @@ impl BtVcpu {
                 crate::cpu::Bits::Bits16 => 16,
             };
             text += &format!("block {:#x} {:?}\n", block.key.virt, block.key.mode);
-            for (bits, bytes, ip) in [(bits, &guest[..], block.key.virt), (64, host, block.code)] {
+            for (bits, bytes, ip) in [(bits, &guest[..], block.key.virt), (64, host, block.code())]
+            {
                 for instr in iced_x86::Decoder::with_ip(bits, bytes, ip, 0) {
                     text += &format!("  {:#12x}  {instr}\n", instr.ip());
                 }

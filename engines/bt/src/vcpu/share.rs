@@ -122,7 +122,7 @@ impl BtVcpu {
             return true;
         }
         let block = self.cache.block(number);
-        let (phys, second, len) = (block.key.phys, block.second, u64::from(block.watched));
+        let (phys, second, len) = (block.key.phys, block.second(), u64::from(block.watched));
         let first = len.min(4096 - (phys & 0xfff));
         let pages = &self.core.mmu.vm.pages;
         let mut news = pages.watch(phys, first);
