@@ -33,6 +33,8 @@ pub(crate) enum Way {
     Tight,
     /// With the window held open.
     Window,
+    /// With interrupts and NMIs at any time.
+    Interrupted,
     /// vCPUs aren't told that their code is overwritten: a control.
     Untold,
 }
@@ -46,6 +48,7 @@ pub(crate) fn run(plan: &Plan, way: Way) -> Result<Vec<Vec<u64>>, String> {
         assert!(life.steps.len() <= MOST_STEPS);
         let own = own(cpu);
         put(&ram, own.tss + 4, &own.stack.to_le_bytes());
+        put(&ram, own.tss + 0x24, &own.nmi_stack.to_le_bytes());
         put(&ram, own.tss + 0x66, &0x68u16.to_le_bytes());
         for (number, step) in life.steps.iter().enumerate() {
             for (word, value) in step.words().into_iter().enumerate() {
@@ -66,7 +69,8 @@ pub(crate) fn run(plan: &Plan, way: Way) -> Result<Vec<Vec<u64>>, String> {
     };
     let mut vcpus = made.expect("vCPUs");
     let failed = AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    let kicks: Vec<_> = vcpus.iter().map(Vcpu::kick_handle).collect();
+    let all = std::thread::scope(|scope| {
         let (ram, failed) = (&ram, &failed);
         let threads: Vec<_> = vcpus
             .iter_mut()
@@ -84,11 +88,25 @@ pub(crate) fn run(plan: &Plan, way: Way) -> Result<Vec<Vec<u64>>, String> {
                 })
             })
             .collect();
+        while way == Way::Interrupted && !threads.iter().all(|thread| thread.is_finished()) {
+            kicks.iter().for_each(|kick| kick.kick());
+            // Some hundred instructions, so that they hit everywhere.
+            (0..200).for_each(|_| std::hint::spin_loop());
+        }
         let ends = threads
             .into_iter()
             .map(|thread| thread.join().expect("no panic"));
         ends.collect()
-    })
+    });
+    let interrupts: u64 = ram
+        .read_obj(GuestAddress(INTERRUPTS))
+        .expect("in guest memory");
+    assert_eq!(
+        interrupts > 0,
+        way == Way::Interrupted,
+        "{interrupts} interrupts"
+    );
+    all
 }
 
 /// One vCPU, to its end or until another has failed.
@@ -98,6 +116,7 @@ fn live(
     ram: &Arc<GuestRam>,
     failed: &AtomicBool,
 ) -> Result<Vec<u64>, String> {
+    let mut kicks = 0u64;
     let ended = loop {
         match vcpu.run().map_err(|error| error.to_string())? {
             Exit::Hlt => break Ok(()),
@@ -119,6 +138,18 @@ fn live(
                     .expect("in guest memory");
                 put(ram, to, &bytes);
                 vcpu.memory_written(&[to / PAGE]);
+            }
+            Exit::Interrupted | Exit::InterruptWindow => {
+                let now = vcpu.interruptible();
+                if now {
+                    vcpu.interrupt(INTERRUPT)
+                        .map_err(|error| error.to_string())?;
+                }
+                vcpu.request_interrupt_window(!now);
+                kicks += 1;
+                if kicks.is_multiple_of(5) {
+                    vcpu.nmi().map_err(|error| error.to_string())?;
+                }
             }
             other => break Err(format!("{other:?}")),
         }
@@ -216,10 +247,16 @@ fn kernel(ram: &GuestRam) {
     }
     for vector in 0..256u64 {
         let handler = HANDLERS + vector * HANDLER_STRIDE;
-        let low = handler & 0xffff | u64::from(KERNEL_CS) << 16 | 0x8e00 << 32;
+        let stack = u64::from(vector == 2);
+        let low = handler & 0xffff | u64::from(KERNEL_CS) << 16 | (0x8e00 | stack) << 32;
         let low = low | (handler >> 16 & 0xffff) << 48;
         put(ram, IDT + 16 * vector, &low.to_le_bytes());
-        put(ram, handler, &[0xf4]);
+        // lock inc qword [INTERRUPTS]; iretq
+        let mut code = b"\xf0\x48\xff\x04\x25".to_vec();
+        code.extend((INTERRUPTS as u32).to_le_bytes());
+        code.extend(b"\x48\xcf");
+        let harmless = vector == 2 || vector == u64::from(INTERRUPT);
+        put(ram, handler, if harmless { &code } else { &[0xf4] });
     }
     for (at, body) in [
         (USER_CALL, user_call as fn(&mut CodeAssembler) -> Built),
@@ -281,6 +318,11 @@ fn body(asm: &mut CodeAssembler, labels: &mut Vec<CodeLabel>) -> Built {
     asm.mov(edx, u32::from(KERNEL_CS) | u32::from(KERNEL_SS | 3) << 16)?;
     asm.dec(ecx)?;
     asm.wrmsr()?;
+    // FMASK: no interrupts while RSP is ring 3's.
+    asm.xor(edx, edx)?;
+    asm.mov(eax, 0x200)?;
+    asm.mov(ecx, 0xc000_0084u32)?;
+    asm.wrmsr()?;
     asm.xor(r14d, r14d)?;
     asm.jmp(next)?;
 
@@ -289,6 +331,7 @@ fn body(asm: &mut CodeAssembler, labels: &mut Vec<CodeLabel>) -> Built {
     asm.imul_3(r14, r14, FACTOR)?;
     asm.xor(r14, rax)?;
     asm.set_label(&mut next)?;
+    asm.sti()?;
     asm.mov(qword_ptr(r13), r14)?;
     asm.add(r13, 8)?;
     asm.mov(rax, qword_ptr(r15))?;
@@ -339,14 +382,15 @@ fn body(asm: &mut CodeAssembler, labels: &mut Vec<CodeLabel>) -> Built {
     asm.mov(eax, r14d)?;
     asm.push(i32::from(USER_SS))?;
     asm.push(rbp)?;
-    asm.push(2)?;
+    asm.push(0x202)?;
     asm.push(i32::from(USER_CS))?;
     asm.push(rcx)?;
     asm.iretq()?;
     handler(asm)?;
     asm.mov(eax, r14d)?;
     asm.mov(rcx, USER_CALL)?;
-    asm.mov(r11d, 2)?;
+    asm.mov(r11d, 0x202)?;
+    asm.cli()?;
     asm.mov(rsp, rbp)?;
     asm.sysretq()?;
     handler(asm)?;

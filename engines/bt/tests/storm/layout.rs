@@ -29,6 +29,7 @@ pub(crate) struct Own {
     pub(crate) tss: u64,
     pub(crate) descriptor: u64,
     pub(crate) stack: u64,
+    pub(crate) nmi_stack: u64,
     pub(crate) user_stack: u64,
     /// What was folded before each step.
     pub(crate) trace: u64,
@@ -43,11 +44,16 @@ pub(crate) fn own(cpu: usize) -> Own {
         tss: 0x20_8000 + cpu * PAGE,
         descriptor: 0x21_0000 + cpu * PAGE,
         stack: 0x30_0000 + cpu * PAGE,
+        nmi_stack: 0x31_0000 + cpu * PAGE,
         user_stack: USER_CODE + (cpu + 2) * PAGE,
         trace: 0x50_0000 + cpu * 0x1_0000,
         steps: 0x60_0000 + cpu * 0x2_0000,
     }
 }
+
+/// An external interrupt, and how many of it and of NMIs there were.
+pub(crate) const INTERRUPT: u8 = 0x40;
+pub(crate) const INTERRUPTS: u64 = 0x20_5000;
 
 /// Ports: it isn't this vCPU's turn; a device is to write.
 pub(crate) const WAIT_PORT: u16 = 0xf6;

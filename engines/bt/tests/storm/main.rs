@@ -14,6 +14,7 @@ mod model;
 #[expect(dead_code, reason = "values are for instructions")]
 mod random;
 mod step;
+mod tables;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
