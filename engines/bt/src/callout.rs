@@ -26,7 +26,6 @@ use crate::{
 /// General registers that a callee may change.
 const CHANGED: [u8; 9] = [0, 1, 2, 6, 7, 8, 9, 10, 11];
 const RSP: u8 = 4;
-const DF: i32 = 1 << 10;
 
 /// Emits the stub for a context at `context`, to be placed at `base`.
 pub(crate) fn emit(context: i32, stubs: &Stubs, base: u64) -> Vec<u8> {
@@ -34,6 +33,7 @@ pub(crate) fn emit(context: i32, stubs: &Stubs, base: u64) -> Vec<u8> {
     let slot = |offset: usize| context + offset as i32;
     let gpr = |register: u8| slot(offset_of!(Context, gpr)) + 8 * i32::from(register);
     let host_rsp = slot(offset_of!(Context, host_rsp));
+    let direction = slot(offset_of!(Context, direction));
     let live = slot(offset_of!(Context, live));
     let owner = slot(offset_of!(Context, owner));
     let callee = slot(offset_of!(Context, callee));
@@ -45,11 +45,9 @@ pub(crate) fn emit(context: i32, stubs: &Stubs, base: u64) -> Vec<u8> {
     dynasm!(ops
         ; .arch x64
         ; mov rsp, [host_rsp]
-        ; pushfq
-        ; pop rax
         ; mov rdi, [owner]
-        ; test eax, DF
-        ; jnz >leave
+        ; cmp DWORD [direction], 0
+        ; jne >leave
         ; cmp DWORD [live], 0
         ; jne >leave
         ; test rdi, rdi

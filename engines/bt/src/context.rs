@@ -31,9 +31,13 @@ pub(crate) struct Context {
     pub resume: u64,
     /// Host stack pointer while the guest runs.
     pub host_rsp: u64,
-    /// RFLAGS.IF, 0 or 1: a slot of its own, so that cli and sti are one store.
+    /// RFLAGS.IF at its place in RFLAGS: a slot of its own, so that cli and sti are one store.
     pub interrupt_flag: u64,
-    /// 1 if somebody wants to hear when an interrupt can be taken: code that has enabled them leaves.
+    /// RFLAGS.DF at its place in RFLAGS, as the host's flags have it while the guest runs: to load it
+    /// here costs a fraction of what pushing the flags does.
+    pub direction: u64,
+    /// RFLAGS.IF's bit if somebody wants to hear when an interrupt can be taken: code that has enabled
+    /// them leaves.
     pub window_wanted: u64,
     /// Bases of es, cs, ss, ds, fs, gs.
     pub segment_base: [u64; 6],

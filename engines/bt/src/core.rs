@@ -157,7 +157,7 @@ impl Core {
 
     pub(crate) fn rflags(&self) -> u64 {
         let slots = self.slots();
-        slots.flags & NATIVE_FLAGS | self.cpu.flags | slots.interrupt_flag << 9 | 2
+        slots.flags & NATIVE_FLAGS | self.cpu.flags | slots.interrupt_flag | 2
     }
 
     pub(crate) fn set_rflags(&mut self, value: u64) {
@@ -175,7 +175,7 @@ impl Core {
     }
 
     pub(crate) fn set_interrupts(&mut self, enabled: bool) {
-        self.context().interrupt_flag = enabled.into();
+        self.context().interrupt_flag = if enabled { FLAG_IF } else { 0 };
     }
 
     /// General registers and RFLAGS with `homes` taken into account.

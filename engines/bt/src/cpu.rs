@@ -50,6 +50,8 @@ pub(crate) const EFER_NXE: u64 = 1 << 11;
 
 pub(crate) const FLAG_TF: u64 = 1 << 8;
 pub(crate) const FLAG_IF: u64 = 1 << 9;
+/// String instructions go down. It is in the host's flags while the guest runs.
+pub(crate) const FLAG_DF: u64 = 1 << 10;
 pub(crate) const FLAG_IOPL: u64 = 3 << 12;
 pub(crate) const FLAG_NT: u64 = 1 << 14;
 pub(crate) const FLAG_RF: u64 = 1 << 16;

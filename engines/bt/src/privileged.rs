@@ -108,10 +108,6 @@ pub(crate) struct Shortcuts {
     pub counts: [u64; count::ALL],
     /// Registers that a stub has borrowed.
     pub save: [u64; 6],
-    /// RSP while `stack` is in use.
-    pub rsp: u64,
-    /// Room for pushfq and pop.
-    pub stack: [u64; 2],
     /// CS and SS of syscall.
     pub syscall: [Segment; 2],
     /// CS and SS of sysret to 64-bit code.
@@ -149,8 +145,6 @@ impl Shortcuts {
             error: 0,
             counts: [0; count::ALL],
             save: [0; 6],
-            rsp: 0,
-            stack: [0; 2],
             syscall: Default::default(),
             sysret: Default::default(),
             null: Segment {

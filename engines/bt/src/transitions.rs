@@ -21,7 +21,8 @@ use crate::{
     arena::Arena,
     context::Context,
     cpu::{
-        Cpu, FLAG_AC, FLAG_ID, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, SYSTEM_FLAGS, Seg,
+        Cpu, FLAG_AC, FLAG_DF, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM,
+        SYSTEM_FLAGS, Seg,
     },
     privileged::{GATES, Gate, KERNEL, Privileged, Return, SYSCALLS, Shortcuts, USER, count},
     stubs::Stubs,
@@ -41,7 +42,7 @@ pub(crate) const FROM_USER: i32 = 1 << 9;
 /// There is an error code, in `Shortcuts::error`.
 pub(crate) const HAS_ERROR: i32 = 1 << 10;
 
-const DF: i32 = 1 << 10;
+const DF: i32 = FLAG_DF as i32;
 const ARITHMETIC: i32 = 0xd5;
 const RAX: u8 = 0;
 const RCX: u8 = 1;
@@ -228,32 +229,29 @@ impl Emit {
 
     /// The guest's RFLAGS to `to`, with `scratch`.
     fn collect_flags(&mut self, to: u8, scratch: u8) {
-        let parked = self.shortcut(offset_of!(Shortcuts, rsp));
-        let top = self.shortcut(offset_of!(Shortcuts, stack) + 16);
+        let direction = self.slot(offset_of!(Context, direction));
         let lazy = self.slot(offset_of!(Context, lazy_flags));
         let enabled = self.slot(offset_of!(Context, interrupt_flag));
         let system = self.cpu(offset_of!(Cpu, flags));
         dynasm!(self.ops
             ; .arch x64
-            // DF alone is still in the host's flags.
-            ; mov [parked], rsp
-            ; mov Rd(4), top
-            ; pushfq
-            ; pop Rq(to)
-            ; mov rsp, [parked]
-            ; and Rd(to), DF
-            ; or Rq(to), [system]
+            ; mov Rd(to), [direction]
+            ; or Rd(to), [system]
+            ; or Rd(to), [enabled]
             ; movzx Rd(scratch), BYTE [lazy + 1]
             ; and Rd(scratch), ARITHMETIC
             ; or Rd(to), Rd(scratch)
             ; mov Rd(scratch), [lazy]
             ; and Rd(scratch), 1
             ; shl Rd(scratch), 11
-            ; or Rd(to), Rd(scratch)
-            ; mov Rd(scratch), [enabled]
-            ; shl Rd(scratch), 9
             ; lea Rd(to), [Rq(to) + Rq(scratch) + 2]
         );
+    }
+
+    /// Clears DF.
+    fn clear_direction(&mut self) {
+        let direction = self.slot(offset_of!(Context, direction));
+        dynasm!(self.ops ; .arch x64 ; cld ; mov DWORD [direction], 0);
     }
 
     /// Takes arithmetic flags and IF from the image in `from`, which is used up, with `scratch`.
@@ -263,8 +261,7 @@ impl Emit {
         dynasm!(self.ops
             ; .arch x64
             ; mov Rd(scratch), Rd(from)
-            ; shr Rd(scratch), 9
-            ; and Rd(scratch), 1
+            ; and Rd(scratch), FLAG_IF as i32
             ; mov [enabled], Rq(scratch)
             ; mov Rd(scratch), Rd(from)
             ; and Rd(scratch), ARITHMETIC
@@ -374,9 +371,9 @@ impl Emit {
             ; jz >same
             ; test r13d, DF
             ; jnz >same
-            ; cld
-            ;same:
         );
+        self.clear_direction();
+        dynasm!(self.ops ; .arch x64 ;same:);
         self.spread_flags(13, 12);
         self.load_flat(Seg::CS, code, 12);
         self.load_flat(Seg::SS, code + size_of::<Segment>() as i32, 12);
@@ -403,7 +400,10 @@ impl Emit {
             ; jnz >slow
             ; test DWORD [flags], FLAG_AC as i32
             ; jnz >slow
-            ; cld
+        );
+        self.clear_direction();
+        dynasm!(self.ops
+            ; .arch x64
             ; mov r12d, r11d
             ; and r12d, FLAG_ID as i32
             ; mov [flags], r12
@@ -488,7 +488,10 @@ impl Emit {
             ;same:
             ; test edi, (FLAG_TF | FLAG_NT | FLAG_VM) as i32 | DF
             ; jnz >back
-            ; cld
+        );
+        self.clear_direction();
+        dynasm!(self.ops
+            ; .arch x64
             ; mov eax, edi
             ; and eax, SYSTEM_FLAGS as i32
             ; mov [flags], rax

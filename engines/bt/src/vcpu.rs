@@ -36,7 +36,7 @@ use crate::{
     cache::{Cache, Dropped, Key, Refusal, Source},
     context::HOST_FAULT,
     core::{Core, Flushed, Shutdown},
-    cpu::{Bits, EFER_SCE, Seg, canonical},
+    cpu::{Bits, EFER_SCE, FLAG_DF, Seg, canonical},
     decode::Mode,
     fault::Fault,
     features::uses_vectors,
@@ -231,7 +231,7 @@ impl BtVcpu {
             let entry = match self.resume {
                 Resume::Host(entry) => entry,
                 Resume::Stub(entry) => {
-                    lazy = self.core.context().flags & 1 << 10 == 0;
+                    lazy = self.core.context().flags & FLAG_DF == 0;
                     // It brings them in itself.
                     vectors = Some(false);
                     entry
@@ -246,7 +246,7 @@ impl BtVcpu {
                         },
                     };
                     lower::lend(self.core.context());
-                    lazy = self.core.context().flags & 1 << 10 == 0;
+                    lazy = self.core.context().flags & FLAG_DF == 0;
                     entry
                 }
             };
@@ -509,6 +509,7 @@ impl BtVcpu {
         let context = self.core.context();
         context.owner = owner;
         context.resume = entry;
+        context.direction = context.flags & FLAG_DF;
         // SAFETY: the stub follows the C calling convention, and translated code reaches nothing
         // but the arena and guest RAM. If it calls out, it is with this vCPU, and nobody else uses it
         // meanwhile.
@@ -516,6 +517,12 @@ impl BtVcpu {
             let enter: extern "C" fn() = std::mem::transmute(stub as usize);
             enter();
         }
+        let context = self.core.context();
+        debug_assert_eq!(
+            context.flags & FLAG_DF,
+            context.direction,
+            "DF changes together with its slot"
+        );
         self.resume = Resume::Boundary;
     }
 

@@ -53,7 +53,7 @@ use crate::{
     arena::Arena,
     checks::{self, Checks, Levels, Outside},
     context::Context,
-    cpu::Bits,
+    cpu::{Bits, FLAG_DF, FLAG_IF},
     decode::{Class, Decoded, Insn, Mode},
     fault::{self, Fault},
     groups::{self, Plan},
@@ -401,8 +401,8 @@ impl Lower<'_> {
             Class::Leave => self.leave_frame(insn),
             Class::Cli | Class::Sti => {
                 let flag = self.layout.slot(offset_of!(Context, interrupt_flag));
-                let enabled = i32::from(insn.class == Class::Sti);
-                dynasm!(self.asm ; .arch x64 ; mov QWORD [flag], enabled);
+                let enabled = if insn.class == Class::Sti { FLAG_IF } else { 0 };
+                dynasm!(self.asm ; .arch x64 ; mov QWORD [flag], enabled as i32);
                 Ok(())
             }
             Class::Jump => {
@@ -479,8 +479,20 @@ impl Lower<'_> {
             }
             None => self.asm.extend(raw),
         }
+        self.note_direction(insn);
         self.done(insn);
         Ok(())
+    }
+
+    /// Writes DF's slot where `insn` has changed it.
+    fn note_direction(&mut self, insn: &Insn) {
+        let value = match insn.instr.code() {
+            Code::Std => FLAG_DF as i32,
+            Code::Cld => 0,
+            _ => return,
+        };
+        let direction = self.layout.slot(offset_of!(Context, direction));
+        dynasm!(self.asm ; .arch x64 ; mov DWORD [direction], value);
     }
 
     fn lea(&mut self, insn: &Insn) -> Result<(), String> {

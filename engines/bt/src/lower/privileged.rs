@@ -15,7 +15,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use super::{Cold, Lower, memory::Address, stack::Source, strings};
 use crate::{
     context::Context,
-    cpu::{Bits, Cpu, FLAG_AC, FLAG_ID, FLAG_IOPL, FLAG_NT, FLAG_TF, Seg},
+    cpu::{Bits, Cpu, FLAG_AC, FLAG_DF, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_TF, Seg},
     decode::{Insn, Mode},
     fault::Fault,
     privileged::{LEAVES, Leaf, Privileged, Shortcuts, count},
@@ -157,32 +157,28 @@ impl Lower<'_> {
     }
 
     fn push_flags(&mut self, insn: &Insn) -> Result<(), String> {
-        if self.homes.lazy {
-            self.restore_flags(0);
+        // pushfq on the host's side would cost several times as much.
+        if !self.homes.lazy {
+            self.save_flags(0);
         }
         self.need(insn.reads);
         let value = self.take(0, insn);
-        let parked = self.shortcut(offset_of!(Shortcuts, rsp));
-        let top = self.shortcut(offset_of!(Shortcuts, stack) + 16);
-        dynasm!(self.asm
-            ; .arch x64
-            ; mov [parked], rsp
-            ; mov esp, top
-            ; pushfq
-            ; pop Rq(value)
-            ; mov rsp, [parked]
-        );
-        self.free_flags(insn, 1 << value);
-        let enabled = self.take(1 << value, insn);
+        let other = self.take(1 << value, insn);
         let system = self.cpu(offset_of!(Cpu, flags));
+        let direction = self.layout.slot(offset_of!(Context, direction));
         let interrupts = self.layout.slot(offset_of!(Context, interrupt_flag));
+        let lazy = self.layout.lazy_flags();
         dynasm!(self.asm
             ; .arch x64
-            ; and Rd(value), crate::context::NATIVE_FLAGS as i32
-            ; or Rq(value), [system]
-            ; mov Rd(enabled), [interrupts]
-            ; shl Rd(enabled), 9
-            ; lea Rd(value), [Rq(value) + Rq(enabled) + 2]
+            ; movzx Rd(value), BYTE [lazy + 1]
+            ; movzx Rd(other), BYTE [lazy]
+            ; or Rd(value), [system]
+            ; shl Rd(other), 11
+            ; or Rd(value), [direction]
+            ; or Rd(value), [interrupts]
+            ; or Rd(value), Rd(other)
+            // Set already where lahf was.
+            ; or Rd(value), 2
         );
         self.store_push(insn, Source::Register(value), 8, 1 << value)?;
         self.move_rsp(-8);
@@ -190,53 +186,58 @@ impl Lower<'_> {
     }
 
     fn pop_flags(&mut self, insn: &Insn) -> Result<(), String> {
+        const E: u8 = 4;
         const NE: u8 = 5;
         self.need(insn.reads);
         let value = self.load_stack(insn, Address::Stack(0), 8, 0)?;
         self.need(insn.reads);
         let other = self.take(1 << value, insn);
-        let mut held = FLAG_TF | FLAG_NT | FLAG_AC | FLAG_ID;
+        let mut held = FLAG_DF | FLAG_TF | FLAG_NT | FLAG_AC | FLAG_ID;
         if self.mode.ring_0 {
             held |= FLAG_IOPL;
         }
         let system = self.cpu(offset_of!(Cpu, flags));
+        let direction = self.layout.slot(offset_of!(Context, direction));
         let interrupts = self.layout.slot(offset_of!(Context, interrupt_flag));
         dynasm!(self.asm
             ; .arch x64
             ; mov Rd(other), Rd(value)
             ; xor Rd(other), [system]
+            ; xor Rd(other), [direction]
             ; test Rd(other), held as i32
         );
         self.unless(insn, NE);
-        dynasm!(self.asm
-            ; .arch x64
-            ; bt Rd(value), 10
-        );
-        // jc over cld and a jump over std.
-        self.asm.extend([0x72, 3, 0xfc, 0xeb, 1, 0xfd]);
+        // One store: a load of what two have written would wait for both.
         dynasm!(self.asm
             ; .arch x64
             ; mov Rd(other), Rd(value)
             ; and Rd(other), 0xd5
             ; shl Rd(other), 8
-            ; mov [self.layout.lazy_flags()], Rq(other)
             ; bt Rd(value), 11
-            ; setc BYTE [self.layout.lazy_flags()]
+            ; adc Rd(other), 0
+            ; mov [self.layout.lazy_flags()], Rq(other)
         );
         self.homes.lazy = true;
         self.move_rsp(8);
         if self.mode.interrupts {
+            // Where IF stays, the flags pushed next need not wait for this store.
             dynasm!(self.asm
                 ; .arch x64
                 ; mov Rd(other), Rd(value)
-                ; shr Rd(other), 9
-                ; and Rd(other), 1
-                ; mov [interrupts], Rq(other)
+                ; and Rd(other), FLAG_IF as i32
+                ; cmp Rd(other), [interrupts]
             );
+            self.asm.extend([0x70 | E, 0]);
+            let over = self.position();
             // An interrupt that waits gets in behind it, if it may.
             let wanted = self.layout.slot(offset_of!(Context, window_wanted));
-            dynasm!(self.asm ; .arch x64 ; test [wanted], Rd(other));
+            dynasm!(self.asm
+                ; .arch x64
+                ; mov [interrupts], Rq(other)
+                ; test [wanted], Rd(other)
+            );
             self.leave_for_window(insn);
+            self.asm.ops[over - 1] = (self.position() - over) as u8;
         }
         Ok(())
     }

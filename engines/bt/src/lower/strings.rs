@@ -15,16 +15,16 @@
 //! (devices and translated code never are in them), a direction of down. It leaves with RSI, RDI and
 //! RCX as after the elements that are done, as the instruction may be interrupted there (SDM 2B, REP).
 //!
-//! The direction flag is the host's own, and only pushing the flags would show it. A `scas` at the
-//! destination, which was just found to be readable RAM, moves RDI the way that `movs` would.
-//!
 //! Invariant: between `retry` and the copy nothing of the guest changes but for its registers' homes.
+
+use std::mem::offset_of;
 
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::{Cold, Lower, Path};
 use crate::{
+    context::Context,
     decode::Insn,
     site::{Homes, Ip},
     tlb::TLB_ENTRIES,
@@ -80,7 +80,6 @@ impl Lower<'_> {
         self.need(insn.reads | STRING);
         let table = self.take(STRING, insn);
         let count = self.take(STRING | 1 << table, insn);
-        let other = self.take(STRING | 1 << table | 1 << count, insn);
         if copies {
             self.spill(RSI);
         }
@@ -100,17 +99,21 @@ impl Lower<'_> {
         dynasm!(self.asm ; .arch x64 ; add rdi, [Rq(table) + host]);
         if copies {
             self.find_element(insn, RSI, table, last, false);
+            let host = self.tlb(false) + 8;
             if repeats {
                 dynasm!(self.asm
                     ; .arch x64
-                    ; mov Rd(other), 4096
-                    ; sub Rd(other), esi
-                    ; cmp Rd(other), Rd(count)
-                    ; cmovb Rd(count), Rd(other)
+                    ; mov Rq(table), [Rq(table) + host]
+                    ; add Rq(table), rsi
+                    ; sub esi, 4096
+                    ; neg esi
+                    ; cmp esi, Rd(count)
+                    ; cmovb Rd(count), esi
+                    ; mov rsi, Rq(table)
                 );
+            } else {
+                dynasm!(self.asm ; .arch x64 ; add rsi, [Rq(table) + host]);
             }
-            let host = self.tlb(false) + 8;
-            dynasm!(self.asm ; .arch x64 ; add rsi, [Rq(table) + host]);
         }
         if !repeats {
             // What the host's instruction moves by is what the guest's does.
@@ -120,6 +123,7 @@ impl Lower<'_> {
             self.move_pointers(table, copies);
             return Ok(());
         }
+        let direction = self.layout.slot(offset_of!(Context, direction));
         if log != 0 {
             dynasm!(self.asm ; .arch x64 ; shr Rd(count), log as i8);
         }
@@ -127,14 +131,11 @@ impl Lower<'_> {
             ; .arch x64
             ; cmp rcx, Rq(count)
             ; cmovb Rq(count), rcx
-            ; lea Rq(other), [rdi + 1]
-            ; scasb
-            ; cmp rdi, Rq(other)
+            ; cmp DWORD [direction], 0
         );
         self.unless(insn, NE);
         dynasm!(self.asm
             ; .arch x64
-            ; dec rdi
             ; xchg rcx, Rq(count)
             ; sub Rq(count), rcx
             ; mov Rq(table), rcx

@@ -10,7 +10,7 @@ use engine_core::{
 use engine_core::{Stepping, Supply};
 
 use super::{BtVcpu, Pending, Resume, Stop};
-use crate::{core::Cause, lower::Path, privileged::count, site::Homes};
+use crate::{core::Cause, cpu::FLAG_IF, lower::Path, privileged::count, site::Homes};
 
 /// Source of what translated code counts by itself.
 const TRANSLATED_CODE: &str = "translated-code";
@@ -301,7 +301,7 @@ impl Vcpu for BtVcpu {
     fn request_interrupt_window(&mut self, wanted: bool) {
         if self.window != wanted {
             self.window = wanted;
-            self.core.context().window_wanted = wanted.into();
+            self.core.context().window_wanted = if wanted { FLAG_IF } else { 0 };
         }
     }
 

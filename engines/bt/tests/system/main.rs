@@ -8,6 +8,7 @@
 //! | `branches` | near branches at the edges of a segment, instructions that are none |
 //! | `descriptors` | what loading a descriptor checks and changes |
 //! | `devices` | every form of memory operand on device memory |
+//! | `direction` | the direction flag across everything that changes or carries it |
 //! | `nmi` | non-maskable interrupts |
 //! | `exceptions` | frames, stacks, error codes, double and triple faults |
 //! | `debug` | single steps, breakpoints, alignment checks |
@@ -39,6 +40,7 @@ mod code;
 mod debug;
 mod descriptors;
 mod devices;
+mod direction;
 mod exceptions;
 mod interrupts;
 mod kernel;
