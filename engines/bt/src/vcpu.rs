@@ -502,9 +502,11 @@ impl BtVcpu {
     #[inline]
     fn enter(&mut self, stub: u64, entry: u64) {
         self.entries += 1;
+        // Who debugs is told of every access in the run loop. Nothing that translated code does changes
+        // whether somebody does.
         let owner = match self.bus {
-            Some(_) => std::ptr::from_mut(self) as u64,
-            None => 0,
+            Some(_) if !self.core.debugging() => std::ptr::from_mut(self) as u64,
+            Some(_) | None => 0,
         };
         let context = self.core.context();
         context.owner = owner;

@@ -22,7 +22,7 @@ struct MemoryRange {
 /// Ports and memory ranges of a machine's devices.
 pub struct AddressMap {
     /// Device and offset in it, of each port.
-    ports: Box<[(Slot, u8)]>,
+    ports: Box<[(Slot, u8); 1 << 16]>,
     /// Sorted by start.
     memory: Vec<MemoryRange>,
 }
@@ -30,7 +30,9 @@ pub struct AddressMap {
 impl Default for AddressMap {
     fn default() -> Self {
         AddressMap {
-            ports: vec![(UNASSIGNED, 0); 1 << 16].into_boxed_slice(),
+            ports: vec![(UNASSIGNED, 0); 1 << 16]
+                .try_into()
+                .expect("as many as that"),
             memory: Vec::new(),
         }
     }

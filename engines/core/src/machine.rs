@@ -399,6 +399,12 @@ impl Machine {
         let Some((slot, offset)) = self.map.port(port) else {
             return Action::None;
         };
+        if slot == SERIAL && data.len() == 1 {
+            // The most frequent by far: no call through a table.
+            let action = self.serial.read(offset, data);
+            self.accessed(slot, self.serial.deadline());
+            return action;
+        }
         self.access(slot, |device| {
             // Nearly every access is one item: no division for those.
             if data.len() == usize::from(size) {
@@ -415,6 +421,11 @@ impl Machine {
         let Some((slot, offset)) = self.map.port(port) else {
             return Action::None;
         };
+        if slot == SERIAL && data.len() == 1 {
+            let action = self.serial.write(offset, data);
+            self.accessed(slot, self.serial.deadline());
+            return action;
+        }
         self.access(slot, |device| {
             if data.len() == usize::from(size) {
                 return device.write(offset, data);
@@ -468,6 +479,13 @@ impl Machine {
         let device = self.device(slot);
         let action = access(device);
         let deadline = device.deadline();
+        self.accessed(slot, deadline);
+        action
+    }
+
+    /// Takes over what an access to a device has changed.
+    #[inline]
+    fn accessed(&mut self, slot: Slot, deadline: Option<u64>) {
         if deadline != self.schedule.of(slot.into()) {
             self.reschedule(slot, deadline);
         }
@@ -481,7 +499,6 @@ impl Machine {
         if self.posting.iter().any(|posting| posting.0 == slot) {
             self.repost(slot);
         }
-        action
     }
 
     #[cold]

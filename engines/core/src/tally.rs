@@ -58,7 +58,7 @@ pub struct Tally {
     exits: ExitCounts,
     total: u64,
     /// For each port and direction: index into `ports` plus one, 0 for none yet.
-    index: Box<[u32]>,
+    index: Box<[u32; 2 << 16]>,
     ports: Vec<PortCounter>,
     /// By device slot; the last one is for addresses without a device.
     memory: Vec<(&'static str, Accesses)>,
@@ -85,7 +85,7 @@ impl Tally {
         Tally {
             exits: ExitCounts::default(),
             total: 0,
-            index: vec![0; 2 << 16].into_boxed_slice(),
+            index: vec![0; 2 << 16].try_into().expect("as many as that"),
             ports: Vec::with_capacity(64),
             memory: devices
                 .chain(["unassigned"])

@@ -34,7 +34,6 @@ pub(crate) fn inline(instr: &Instruction, mode: Mode) -> bool {
         Code::Rdpid_r64 => true,
         Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg => instr.op0_kind() == OpKind::Register,
         Code::Cpuid | Code::Pushfq => true,
-        // Whether it is allowed is asked each time.
         _ if matches!(instr.mnemonic(), Mnemonic::In | Mnemonic::Out) => true,
         Code::Popfq => mode.ring_0 || mode.user && !mode.interrupts,
         Code::Swapgs | Code::Invlpg_m => mode.ring_0,
@@ -389,7 +388,14 @@ impl Lower<'_> {
         self.need(insn.reads | insn.writes);
         let site = self.add_site(insn.instr.ip(), Kind::Port(port));
         self.store_site(site, 0);
-        self.jump_to(0xe9, self.layout.callout);
+        // Who may access all ports is told by the mode; others are looked at by the runtime.
+        let entitled = self.mode.interrupts;
+        let target = if entitled {
+            self.layout.callout
+        } else {
+            self.layout.exit
+        };
+        self.jump_to(0xe9, target);
         let resume = self.address(self.position());
         self.sites[site].kind = Kind::Port(Port { resume, ..port });
         Ok(())

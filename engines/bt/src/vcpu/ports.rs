@@ -104,9 +104,8 @@ impl BtVcpu {
         let Some(mut bus) = self.bus else {
             return false;
         };
-        if !self.core.may_access_ports() || self.core.debugging() {
-            return false;
-        }
+        debug_assert!(self.core.may_access_ports(), "as the code's mode says");
+        debug_assert!(!self.core.debugging(), "there is no owner then");
         // SAFETY: whoever runs this vCPU has lent it for as long as the run lasts.
         let bus = unsafe { bus.as_mut() };
         self.counts.add(ExitReason::Helper);

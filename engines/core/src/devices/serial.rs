@@ -97,6 +97,48 @@ impl Serial {
         }
     }
 
+    #[inline]
+    fn read_register(&mut self, at: u64, byte: &mut u8) -> Action {
+        if at == DATA || at == LINE_STATUS {
+            self.refill();
+        }
+        *byte = self.uart.read(at as u8);
+        if at == LINE_STATUS && *byte & DATA_READY == 0 {
+            Action::Poll
+        } else {
+            Action::None
+        }
+    }
+
+    #[inline]
+    fn write_register(&mut self, at: u64, byte: u8) -> Action {
+        let action = match self.uart.write(at as u8, byte) {
+            Err(Error::IOError(_)) => Action::ConsoleClosed,
+            // Neither can happen: the trigger is infallible and a write never fills the FIFO.
+            Ok(()) | Err(Error::Trigger(_) | Error::FullFifo) => Action::None,
+        };
+        if at == INTERRUPT_ENABLE {
+            self.input_came();
+        }
+        action
+    }
+
+    /// A wider access, which the ISA bus splits into bytes; what the last of them that asks for
+    /// something asks for.
+    #[cold]
+    fn read_registers(&mut self, offset: u64, data: &mut [u8]) -> Action {
+        let bytes = (offset..REGISTERS).zip(data);
+        let actions = bytes.map(|(at, byte)| self.read_register(at, byte));
+        last_of(actions)
+    }
+
+    #[cold]
+    fn write_registers(&mut self, offset: u64, data: &[u8]) -> Action {
+        let bytes = (offset..REGISTERS).zip(data);
+        let actions = bytes.map(|(at, &byte)| self.write_register(at, byte));
+        last_of(actions)
+    }
+
     /// Moves waiting input into the receive FIFO.
     fn refill(&mut self) {
         if self.input.is_empty() || self.input.claimed() {
@@ -118,40 +160,26 @@ impl Device for Serial {
         "serial"
     }
 
+    #[inline]
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
-        let mut action = Action::None;
-        for (at, byte) in registers(offset).zip(data) {
-            if at == DATA || at == LINE_STATUS {
-                self.refill();
-            }
-            *byte = self.uart.read(at as u8);
-            if at == LINE_STATUS && *byte & DATA_READY == 0 {
-                action = Action::Poll;
-            }
+        match data {
+            [byte] => self.read_register(offset, byte),
+            _ => self.read_registers(offset, data),
         }
-        action
     }
 
+    #[inline]
     fn write(&mut self, offset: u64, data: &[u8]) -> Action {
-        let mut action = Action::None;
-        for (at, &byte) in registers(offset).zip(data) {
-            match self.uart.write(at as u8, byte) {
-                Ok(()) => {}
-                Err(Error::IOError(_)) => action = Action::ConsoleClosed,
-                // Neither can happen: the trigger is infallible and a write never fills the FIFO.
-                Err(Error::Trigger(_) | Error::FullFifo) => {}
-            }
-            if at == INTERRUPT_ENABLE {
-                self.input_came();
-            }
+        match data {
+            &[byte] => self.write_register(offset, byte),
+            _ => self.write_registers(offset, data),
         }
-        action
     }
 }
 
-/// The registers that a wider access reaches: the ISA bus splits it into bytes.
-fn registers(offset: u64) -> std::ops::Range<u64> {
-    offset..REGISTERS
+fn last_of(actions: impl Iterator<Item = Action>) -> Action {
+    let asking = actions.filter(|&action| action != Action::None);
+    asking.last().unwrap_or(Action::None)
 }
 
 #[cfg(test)]
