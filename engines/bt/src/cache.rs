@@ -24,7 +24,7 @@ use index::Index;
 use crate::{
     arena::Arena,
     checks::Outside,
-    decode::{self, Code, Decoded, Forms, Mode, Short},
+    decode::{self, Code, Decoded, Forms, Mode, Short, leaf::Reader},
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
     pages::Set,
@@ -89,6 +89,8 @@ pub(crate) struct Source<'a> {
     pub ip: u64,
     /// Bytes of the page behind `bytes` that are code as well.
     pub more: usize,
+    /// Code elsewhere.
+    pub leaves: &'a Reader<'a>,
 }
 
 /// Why nothing was translated.
@@ -98,6 +100,8 @@ pub(crate) enum Refusal {
     Crosses,
     /// More of the page has to be seen.
     More,
+    /// It goes through code of this page, which hasn't been [entered](Cache::enter).
+    Leans(u64),
     /// A bug: the text names the instruction.
     Bug(String),
 }
@@ -269,13 +273,25 @@ impl Cache {
             bytes,
             ip,
             more,
+            leaves,
         } = *source;
         let mode = Mode {
             single: key.mode.single || second.is_some(),
             ..key.mode
         };
-        let code = Code { bytes, ip, more };
+        let code = Code {
+            bytes,
+            ip,
+            more,
+            leaves,
+        };
         decode::decode(code, mode, &mut self.forms, &mut self.decoded)?;
+        let leaf = self.decoded.leaf.map(|leaf| leaf.phys);
+        if let Some(leaf) = leaf
+            && !self.by_page.contains_key(&(leaf >> 12))
+        {
+            return Err(Refusal::Leans(leaf));
+        }
         let number = self.blocks.len() as u32;
         let place = Place {
             ip,
@@ -314,7 +330,8 @@ impl Cache {
         if let Some(old) = replaced {
             self.unlink_incoming(old, arena);
         }
-        for page in [Some(key.phys), second].into_iter().flatten() {
+        let other = leaf.filter(|leaf| leaf >> 12 != key.phys >> 12);
+        for page in [Some(key.phys), second, other].into_iter().flatten() {
             self.by_page.entry(page >> 12).or_default().push(number);
         }
         Ok(number)
@@ -381,7 +398,9 @@ impl Cache {
                 let hit = overlaps(start, first)
                     || block
                         .second()
-                        .is_some_and(|second| overlaps(second, u64::from(block.watched) - first));
+                        .is_some_and(|second| overlaps(second, u64::from(block.watched) - first))
+                    || (block.leaf.as_ref())
+                        .is_some_and(|leaf| overlaps(leaf.phys, leaf.len.into()));
                 if hit {
                     self.discard(number, arena, mmu);
                     killed += 1;

@@ -9,7 +9,7 @@ use engine_core::{CpuState, GuestRam, Segment, cpuid::Place};
 
 use crate::{
     arena::Arena,
-    context::{Context, NATIVE_FLAGS, flags_from_lazy},
+    context::{Context, NATIVE_FLAGS},
     cpu::{
         Bits, CR0_EM, CR0_MP, CR0_TS, CR4_OSFXSR, CR4_OSXSAVE, CR4_TSD, Cpu, FLAG_AC, FLAG_IF,
         FLAG_IOPL, FLAG_VM, SYSTEM_FLAGS, Seg, XCR0_AVX, XCR0_SSE, canonical,
@@ -188,11 +188,7 @@ impl Core {
                 slots.gpr[register]
             }
         });
-        let native = if homes.lazy {
-            slots.flags & !0x8d5 | flags_from_lazy(slots.lazy_flags)
-        } else {
-            slots.flags
-        };
+        let native = homes.flags(slots.flags, slots.lazy_flags);
         (gpr, native & NATIVE_FLAGS | self.rflags() & !NATIVE_FLAGS)
     }
 

@@ -175,7 +175,7 @@ fn worthwhile(insns: &[Insn]) -> bool {
     let (mut reads, mut writes) = (0, 0);
     for insn in insns {
         match insn.class {
-            Class::Push | Class::Call | Class::CallIndirect => writes += 1,
+            Class::Push | Class::Call | Class::CallIndirect | Class::CallInline => writes += 1,
             Class::Pop | Class::Return => reads += 1,
             Class::Memory if insn.memory.is_some_and(|memory| memory.write) => writes += 1,
             Class::Memory => reads += 1,
@@ -191,6 +191,7 @@ fn worthwhile(insns: &[Insn]) -> bool {
             | Class::JumpIndirect
             | Class::Branch
             | Class::Loop
+            | Class::ReturnInline
             | Class::Privileged
             | Class::System
             | Class::Fault(_) => {}
@@ -247,7 +248,9 @@ fn operand(insn: &Insn, moved: i64) -> Option<Operand> {
     let plain = (0..instr.op_count()).all(|operand| instr.op_kind(operand) != OpKind::Memory);
     let step = i64::from(instr.stack_pointer_increment());
     match insn.class {
-        Class::Push | Class::Call | Class::CallIndirect if plain => stack(step, -step, true),
+        Class::Push | Class::Call | Class::CallIndirect | Class::CallInline if plain => {
+            stack(step, -step, true)
+        }
         Class::Pop if plain && gpr_bit(instr.op0_register()) != 1 << Register::RSP.number() => {
             stack(0, step, false)
         }
@@ -273,6 +276,8 @@ fn operand(insn: &Insn, moved: i64) -> Option<Operand> {
         | Class::Pop
         | Class::Call
         | Class::CallIndirect
+        | Class::CallInline
+        | Class::ReturnInline
         | Class::Plain
         | Class::Nop
         | Class::Lea
@@ -304,6 +309,7 @@ fn rsp_step(insn: &Insn) -> Option<i64> {
         {
             Some(i64::from(instr.stack_pointer_increment()))
         }
+        Class::CallInline | Class::ReturnInline => Some(i64::from(instr.stack_pointer_increment())),
         Class::Plain if instr.op0_register() == Register::RSP => match instr.code() {
             Code::Add_rm64_imm8 | Code::Add_rm64_imm32 => Some(instr.immediate(1) as i64),
             Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 => {

@@ -18,6 +18,8 @@ pub(crate) struct Homes {
     pub spilled: u16,
     /// The arithmetic flags are in `Context::lazy_flags`; the host's are scratch.
     pub lazy: bool,
+    /// CF alone is there; the others are in the host's.
+    pub carry: bool,
 }
 
 impl Homes {
@@ -25,7 +27,18 @@ impl Homes {
     pub(crate) const MEETING: Homes = Homes {
         spilled: 1 << 12 | 1 << 13,
         lazy: true,
+        carry: false,
     };
+
+    /// The arithmetic flags, if the host's are `flags` and the slot holds `lazy_flags`.
+    pub(crate) fn flags(self, flags: u64, lazy_flags: u64) -> u64 {
+        let waiting = match self {
+            Homes { lazy: true, .. } => 0x8d5,
+            Homes { carry: true, .. } => 1,
+            Homes { .. } => return flags,
+        };
+        flags & !waiting | flags_from_lazy(lazy_flags) & waiting
+    }
 
     /// Brings every register and flag home to `gpr` and `flags`.
     pub(crate) fn settle(self, context: &mut Context) {
@@ -35,9 +48,7 @@ impl Homes {
             spilled &= spilled - 1;
             context.gpr[register] = context.spill[register];
         }
-        if self.lazy {
-            context.flags = context.flags & !0x8d5 | flags_from_lazy(context.lazy_flags);
-        }
+        context.flags = self.flags(context.flags, context.lazy_flags);
     }
 }
 
@@ -147,6 +158,8 @@ pub(crate) struct Slow {
     pub rsp: i32,
     /// The body is atomic.
     pub locked: bool,
+    /// The block relies on what it has written to be there.
+    pub relied: bool,
     /// The block is still to write through an address that it looked up before this access.
     pub pinned: bool,
 }

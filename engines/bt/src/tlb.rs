@@ -89,6 +89,15 @@ impl Pages {
         word.get() & bit != 0
     }
 
+    /// True if it may hold a page of `span`.
+    fn may_meet(&self, span: Span) -> bool {
+        if span.bytes == 4096 {
+            self.may_hold(span.start)
+        } else {
+            self.0.iter().any(|word| word.get() != 0)
+        }
+    }
+
     pub(crate) fn clear(&self) {
         self.0.iter().for_each(|word| word.set(0));
     }
@@ -162,6 +171,8 @@ pub(crate) struct JumpCache {
     /// The pages that a target was entered for since the last flush: most invalidations concern pages
     /// that hold none.
     pages: Pages,
+    /// Pages that code behind a target depends on besides its own.
+    leaves: Pages,
     targets: Option<Targets>,
 }
 
@@ -175,6 +186,7 @@ impl JumpCache {
             // SAFETY: the caller's promise.
             entries: unsafe { Table::new(address) },
             pages: Pages::default(),
+            leaves: Pages::default(),
             targets: None,
         }
     }
@@ -192,6 +204,11 @@ impl JumpCache {
         if let (Some(targets), Some(checked)) = (&self.targets, checked) {
             targets.fill(target, checked);
         }
+    }
+
+    /// A block is entered that depends on the page around `address` as well.
+    pub(crate) fn lean_on(&self, address: u64) {
+        self.leaves.add(address);
     }
 
     /// Where the block at `target` is entered; None as well if it could have a checked entry but has
@@ -214,6 +231,7 @@ impl JumpCache {
     pub(crate) fn flush(&self) {
         self.entries.flush();
         self.pages.clear();
+        self.leaves.clear();
         if let Some(targets) = &self.targets {
             targets.flush();
         }
@@ -221,6 +239,10 @@ impl JumpCache {
 
     /// Forgets the targets in `span`.
     pub(crate) fn remove_span(&self, span: Span) {
+        if self.leaves.may_meet(span) {
+            // Whose they are is not known here.
+            return self.flush();
+        }
         let before = span.start.wrapping_sub(4096);
         if span.bytes == 4096 && !self.pages.may_hold(span.start) && !self.pages.may_hold(before) {
             return;

@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::{
     checks::Levels,
     cpu::Bits,
-    decode::{Decoded, Mode},
+    decode::{Decoded, Mode, leaf::Leaf},
     lower::Lowered,
     mmu::Mmu,
 };
@@ -54,6 +54,8 @@ pub(crate) struct Block {
     /// Shared lookups that could not succeed.
     pub strikes: u8,
     pub needs: Levels,
+    /// Code that it goes through besides its own.
+    pub leaf: Option<Box<Leaf>>,
     /// Sites whose branch is linked to this block.
     pub incoming: Vec<u32>,
     /// The next block in its chain of the index.
@@ -87,6 +89,7 @@ impl Block {
             alive: true,
             strikes: 0,
             needs: lowered.needs,
+            leaf: decoded.leaf.map(Box::new),
             incoming: Vec::new(),
             next: None,
         }

@@ -42,6 +42,7 @@ impl Cache {
         let to = &self.blocks[target as usize];
         let single = from.key.mode.single || to.key.mode.single;
         let (page, crosses) = (to.key.virt >> 12, to.second().is_some());
+        let leaf = to.leaf.as_ref().map(|leaf| leaf.virt >> 12);
         // Who has lost the flags can't go where they are read.
         if lost && to.lazy_entry() != to.entry() {
             return false;
@@ -61,7 +62,12 @@ impl Cache {
         };
         point(patch, entry, arena);
         self.blocks[target as usize].incoming.push(site as u32);
-        for (page, depends) in [(page, !same_page), (page + 1, crosses)] {
+        let other = leaf.filter(|&leaf| leaf != page);
+        for (page, depends) in [
+            (page, !same_page),
+            (page + 1, crosses),
+            (other.unwrap_or_default(), other.is_some()),
+        ] {
             if depends {
                 self.across.entry(page).or_default().push(site as u32);
             }

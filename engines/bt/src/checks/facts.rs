@@ -413,7 +413,14 @@ pub(crate) fn step(insn: &Insn, register: u8) -> Option<i64> {
         |operand: Register| operand.is_gpr64() && operand.number() == usize::from(register);
     let small = |by: i64| (by.unsigned_abs() <= SLACK).then_some(by);
     match insn.class {
-        Class::Push | Class::Call | Class::CallIndirect | Class::Return if register == 4 => {
+        Class::Push
+        | Class::Call
+        | Class::CallIndirect
+        | Class::CallInline
+        | Class::Return
+        | Class::ReturnInline
+            if register == 4 =>
+        {
             Some(i64::from(instr.stack_pointer_increment()))
         }
         Class::Pop if register == 4 && !is_target(instr.op0_register()) => {

@@ -59,6 +59,8 @@ pub(super) fn needs(insn: &Insn, mode: Mode) -> Option<Needs> {
         | Class::JumpIndirect
         | Class::Branch
         | Class::Loop
+        | Class::CallInline
+        | Class::ReturnInline
         | Class::Privileged
         | Class::System
         | Class::Fault(_) => None,

@@ -64,7 +64,13 @@ pub(super) fn ready(instr: &Instruction) -> Ready {
         | Class::Call
         | Class::CallIndirect
         | Class::Return => true,
-        Class::Cli | Class::Sti | Class::Privileged | Class::System | Class::Fault(_) => false,
+        Class::Cli
+        | Class::Sti
+        | Class::CallInline
+        | Class::ReturnInline
+        | Class::Privileged
+        | Class::System
+        | Class::Fault(_) => false,
     };
     let quiet = Fpu::all().filter(|&fpu| fpu_fault(instr, fpu).is_none());
     Ready {

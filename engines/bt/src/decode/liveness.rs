@@ -80,6 +80,8 @@ impl Decoded {
             | Class::Leave
             | Class::Cli
             | Class::Sti
+            | Class::CallInline
+            | Class::ReturnInline
             | Class::Privileged => peek(last.instr.next_ip())?,
             Class::JumpIndirect
             | Class::Loop
@@ -89,11 +91,31 @@ impl Decoded {
             | Class::Fault(_) => ALL_FLAGS,
         };
         let branches = self.insns.iter_mut();
+        let mut around = false;
         for insn in branches.filter(|insn| insn.class == Class::Branch) {
-            insn.live_taken = peek(insn.instr.near_branch_target())?;
+            let target = insn.instr.near_branch_target();
+            if target == code.ip {
+                around = true;
+                insn.live_taken = 0;
+            } else {
+                insn.live_taken = peek(target)?;
+            }
         }
         self.watched = watched;
         self.backward(live);
+        // What comes out at the head lives where a branch leads back there. From none on: what a way
+        // around adds is read by somebody.
+        let mut before = 0;
+        while around && self.insns[0].live_in != before {
+            before = self.insns[0].live_in;
+            let back = |insn: &&mut Insn| {
+                insn.class == Class::Branch && insn.instr.near_branch_target() == code.ip
+            };
+            for insn in self.insns.iter_mut().filter(back) {
+                insn.live_taken = before;
+            }
+            self.backward(live);
+        }
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 
 mod classify;
 mod forms;
+pub(crate) mod leaf;
 mod liveness;
 mod undefined;
 
@@ -14,6 +15,7 @@ use iced_x86::{Decoder, DecoderOptions, Instruction, Register, RflagsBits};
 
 use crate::{cpu::Bits, fault::Fault, tlb::jump_index};
 pub(crate) use forms::{Flags, Forms};
+use leaf::{Leaf, Reader};
 use undefined::{hopeless, too_long};
 
 /// The six arithmetic flags, in iced's numbering.
@@ -173,6 +175,9 @@ pub(crate) enum Class {
     Call,
     CallIndirect,
     Return,
+    /// A call whose callee comes next, and the callee's return ([`leaf`]).
+    CallInline,
+    ReturnInline,
     /// Has code of its own that acts on system registers, and leaves for the runtime at will.
     Privileged,
     /// Executed by the runtime.
@@ -196,6 +201,8 @@ impl Class {
             | Class::Leave
             | Class::Cli
             | Class::Sti
+            | Class::CallInline
+            | Class::ReturnInline
             | Class::Privileged => false,
             Class::Jump
             | Class::JumpIndirect
@@ -274,6 +281,8 @@ pub(crate) struct Decoded {
     /// Guest bytes that the translation depends on: those of the block, and of the code behind it
     /// that was looked at to learn which flags it reads.
     pub watched: u32,
+    /// What it goes through elsewhere, which neither counts.
+    pub leaf: Option<Leaf>,
 }
 
 /// Code to be decoded.
@@ -285,6 +294,8 @@ pub(crate) struct Code<'a> {
     pub ip: u64,
     /// How many bytes there are behind those.
     pub more: usize,
+    /// Asked for leaves.
+    pub leaves: &'a Reader<'a>,
 }
 
 /// Why nothing was decoded.
@@ -306,7 +317,9 @@ pub(crate) fn decode(
     forms: &mut Forms,
     decoded: &mut Decoded,
 ) -> Result<(), Short> {
-    let Code { bytes, ip, more } = code;
+    let Code {
+        bytes, ip, more, ..
+    } = code;
     let width = match mode.bits {
         Bits::Bits16 => 16,
         Bits::Bits32 => 32,
@@ -317,6 +330,7 @@ pub(crate) fn decode(
     insns.clear();
     let limit = if mode.single { 1 } else { MAX_INSTRUCTIONS };
     let mut len = 0;
+    decoded.leaf = None;
     loop {
         let instr = decoder.decode();
         if instr.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
@@ -343,12 +357,22 @@ pub(crate) fn decode(
         };
         let class = insn.class;
         insns.push(insn);
+        if class == Class::Call
+            && (decoder.can_decode() || more != 0)
+            && let Some(leaf) = leaf::inline(insns, mode, decoded.leaf, code.leaves, forms)
+        {
+            decoded.leaf = Some(leaf);
+            continue;
+        }
         // Accesses through the window share nothing that a way out in the middle would have to undo.
         let goes_on = class == Class::Branch && mode.window;
         let ends = class.ends_block() && !goes_on;
         if ends || insns.len() == limit || !decoder.can_decode() && more == 0 {
             break;
         }
+    }
+    if leaf::retract(insns) && insns.iter().all(|insn| insn.class != Class::CallInline) {
+        decoded.leaf = None;
     }
     decoded.len = len;
     decoded.watched = len;
@@ -369,6 +393,7 @@ pub(crate) fn decode_whole(bytes: &[u8], mode: Mode) -> Result<Decoded, Short> {
         bytes,
         ip: 0x1000,
         more: 0,
+        leaves: leaf::NONE,
     };
     decode(code, mode, &mut Forms::new(), &mut decoded)?;
     Ok(decoded)

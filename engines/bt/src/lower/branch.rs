@@ -39,17 +39,32 @@ impl Lower<'_> {
     }
 
     pub(super) fn branch(&mut self, insn: &Insn) -> Result<(), String> {
+        if self.homes.carry {
+            return self.branch_around(insn);
+        }
         self.flags_for(insn);
         self.leave(insn.live_out != 0);
         let target = self.wrap(insn.instr.near_branch_target());
         if target <= insn.instr.ip() && !std::mem::take(&mut self.rung) {
             self.doorbell(Ip::At(insn.instr.ip()));
         }
+        self.jump_if(insn, self.homes.lazy)
+    }
+
+    /// A conditional branch, with the flags in `Context::lazy_flags` where it leads if `lazy`.
+    pub(super) fn jump_if(&mut self, insn: &Insn, lazy: bool) -> Result<(), String> {
         // Either way: exactly one of two ways is taken.
         self.count(Path::Direct);
         let condition = condition(&insn.instr).ok_or("no condition")?;
         let known = self.checks.taken(self.at);
-        self.linked(&[0x0f, 0x80 | condition], insn.instr.ip(), target, known);
+        let target = self.wrap(insn.instr.near_branch_target());
+        self.linked(
+            &[0x0f, 0x80 | condition],
+            insn.instr.ip(),
+            target,
+            known,
+            lazy,
+        );
         Ok(())
     }
 
@@ -95,7 +110,7 @@ impl Lower<'_> {
         // Taken: over the short jump that skips the linked one.
         self.asm.extend([opcode, 2, 0xeb, 5]);
         let known = self.checks.end;
-        self.linked(&[0xe9], insn.instr.ip(), target, known);
+        self.linked(&[0xe9], insn.instr.ip(), target, known, self.homes.lazy);
         self.direct(insn.instr.ip(), insn.instr.next_ip());
         Ok(())
     }
@@ -110,6 +125,19 @@ impl Lower<'_> {
         self.count(Path::Direct);
         self.direct(insn.instr.ip(), target);
         Ok(())
+    }
+
+    /// A call whose callee comes next in the block.
+    pub(super) fn call_inline(&mut self, insn: &Insn) -> Result<(), String> {
+        self.push_return(insn)?;
+        self.count(Path::Direct);
+        Ok(())
+    }
+
+    /// Its return: what it would load is what the call has stored ([`crate::decode::leaf`]).
+    pub(super) fn return_inline(&mut self, insn: &Insn) {
+        self.count(Path::Indirect);
+        self.move_rsp(insn.instr.stack_pointer_increment());
     }
 
     pub(super) fn call_indirect(&mut self, insn: &Insn) -> Result<(), String> {
@@ -227,10 +255,10 @@ impl Lower<'_> {
     pub(super) fn direct(&mut self, ip: u64, target: u64) {
         let target = self.wrap(target);
         let known = self.checks.end;
-        self.linked(&[0xe9], ip, target, known);
+        self.linked(&[0xe9], ip, target, known, self.homes.lazy);
     }
 
-    fn linked(&mut self, opcode: &[u8], ip: u64, target: u64, known: Levels) {
+    fn linked(&mut self, opcode: &[u8], ip: u64, target: u64, known: Levels, lazy: bool) {
         self.asm.extend(opcode);
         let patch = self.position();
         self.asm.push_i32(0);
@@ -239,7 +267,7 @@ impl Lower<'_> {
             patch: self.address(patch),
             stub: 0,
             known,
-            lazy: self.homes.lazy,
+            lazy,
         };
         let site = self.add_site(ip, kind);
         self.cold.push(Cold::Direct { site, patch });

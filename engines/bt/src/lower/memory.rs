@@ -67,6 +67,7 @@ pub(super) struct Open {
     homes: Homes,
     first_mark: usize,
     locked: bool,
+    relied: bool,
     pinned: bool,
 }
 
@@ -227,7 +228,11 @@ impl Lower<'_> {
             read: !write
                 || !matches!(
                     insn.class,
-                    Class::Push | Class::Pop | Class::Call | Class::CallIndirect
+                    Class::Push
+                        | Class::Pop
+                        | Class::Call
+                        | Class::CallIndirect
+                        | Class::CallInline
                 ) && insn.memory.is_some_and(|memory| memory.read),
             stack: lookup.stack,
             limited: lookup.limited,
@@ -239,6 +244,7 @@ impl Lower<'_> {
             homes: lookup.homes,
             first_mark: self.marks.len(),
             locked: is_locked(&insn.instr),
+            relied: insn.class == Class::CallInline,
             pinned: self.pins_write(),
         })
     }
@@ -303,6 +309,7 @@ impl Lower<'_> {
             homes: self.homes,
             first_mark: self.marks.len(),
             locked: false,
+            relied: false,
             pinned: false,
         })
     }
@@ -425,6 +432,7 @@ impl Lower<'_> {
             next_ip,
             rsp,
             locked: open.locked,
+            relied: open.relied,
             pinned: open.pinned,
         };
         let site = self.add_site(open.ip, Kind::Memory(bounce_later));

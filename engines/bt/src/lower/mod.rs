@@ -30,6 +30,7 @@
 
 mod branch;
 mod buffer;
+mod carry;
 mod count;
 mod invlpg;
 mod memory;
@@ -194,6 +195,9 @@ pub(crate) struct Lower<'a> {
     at: usize,
     /// The doorbell of the branch that comes next has been rung.
     rung: bool,
+    /// The instruction that comes next [branches back](carry::goes_around) to the head; whether CF lives
+    /// there.
+    goes_around: Option<bool>,
     /// How the flags can be made again behind this instruction.
     recipe: Option<returns::Recipe>,
 }
@@ -273,6 +277,7 @@ pub(crate) fn lower(
         homes: Homes {
             spilled: contract(mode),
             lazy: false,
+            carry: false,
         },
         busy: 0,
         pinned: 0,
@@ -286,6 +291,7 @@ pub(crate) fn lower(
         upcoming: std::mem::take(&mut lowered.upcoming),
         at: 0,
         rung: false,
+        goes_around: None,
         recipe: None,
     };
     lower.checked_entry(ip);
@@ -310,12 +316,13 @@ pub(crate) fn lower(
         lower.at = at;
         if let Some(next) = decoded.insns.get(at + 1) {
             lower.ring_early(insn, next);
+            lower.goes_around = (!mode.window && carry::goes_around(&decoded.insns, next))
+                .then(|| decoded.insns[0].live_in != 0);
         }
         if insn.class == Class::Return && mode.window && mode.bits == Bits::Bits64 {
             lower.recipe = returns::recipe(&decoded.insns[..at]);
         }
-        let offset = insn.instr.ip().wrapping_sub(ip) as usize;
-        let raw = &bytes[offset..offset + insn.instr.len()];
+        let raw = decoded.raw(bytes, ip, insn);
         lower
             .insn(insn, raw)
             .map_err(|error| format!("{error} for `{}` at {:#x}", insn.instr, insn.instr.ip()))?;
@@ -373,6 +380,7 @@ impl Lower<'_> {
         self.homes = Homes {
             spilled: contract(self.mode),
             lazy: true,
+            carry: false,
         };
         self.restore_flags(0);
         self.settle_registers();
@@ -415,6 +423,11 @@ impl Lower<'_> {
             Class::Call => self.call(insn),
             Class::CallIndirect => self.call_indirect(insn),
             Class::Return => self.ret(insn),
+            Class::CallInline => self.call_inline(insn),
+            Class::ReturnInline => {
+                self.return_inline(insn);
+                Ok(())
+            }
             Class::Privileged => self.privileged(insn),
             Class::System if self.transition(insn) || self.port(insn) => Ok(()),
             Class::System => {
@@ -461,7 +474,10 @@ impl Lower<'_> {
         if matches!(insn.instr.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
             self.check_divisor(insn);
         }
-        self.flags_for(insn);
+        let carry = self.keeps_carry(insn);
+        if !carry {
+            self.flags_for(insn);
+        }
         self.need(insn.reads);
         self.mark(Ip::At(insn.instr.ip()));
         let code = insn.instr.code();
@@ -481,6 +497,7 @@ impl Lower<'_> {
         }
         self.note_direction(insn);
         self.done(insn);
+        self.homes.carry = carry;
         Ok(())
     }
 

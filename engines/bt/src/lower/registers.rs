@@ -22,6 +22,7 @@ pub(super) fn saves_first(insns: &[Insn]) -> bool {
             | Class::Leave
             | Class::Call
             | Class::CallIndirect
+            | Class::CallInline
             | Class::JumpIndirect
             | Class::Return => true,
             Class::Plain
@@ -29,6 +30,7 @@ pub(super) fn saves_first(insns: &[Insn]) -> bool {
             | Class::Lea
             | Class::Cli
             | Class::Sti
+            | Class::ReturnInline
             | Class::Jump
             | Class::Branch
             | Class::Loop
@@ -165,6 +167,8 @@ impl Lower<'_> {
     pub(super) fn leave_lazily(&mut self, flags_live: bool) {
         self.homes.lazy &= flags_live;
         self.settle_registers();
+        self.homes.carry &= flags_live;
+        self.restore_carry();
     }
 
     pub(super) fn settle_registers(&mut self) {

@@ -82,7 +82,7 @@ impl Lower<'_> {
         }
         let next_ip = match insn.class {
             Class::Push | Class::Privileged => Some(insn.instr.next_ip()),
-            Class::Call => Some(insn.instr.near_branch_target()),
+            Class::Call | Class::CallInline => Some(insn.instr.near_branch_target()),
             // CallIndirect: the target is in its slot, and only the code that follows knows.
             Class::CallIndirect
             | Class::Plain
@@ -100,6 +100,7 @@ impl Lower<'_> {
             | Class::Branch
             | Class::Loop
             | Class::Return
+            | Class::ReturnInline
             | Class::System
             | Class::Fault(_) => None,
         };

@@ -377,6 +377,8 @@ impl Lower<'_> {
             // Half of these is the branch: `push_return` and its kin ask for themselves.
             Class::Call
             | Class::CallIndirect
+            | Class::CallInline
+            | Class::ReturnInline
             | Class::JumpIndirect
             | Class::Return
             | Class::Plain

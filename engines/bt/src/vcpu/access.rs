@@ -186,13 +186,13 @@ impl BtVcpu {
                 killed += self.overwritten(phys, len);
             }
         }
-        self.after_write(slow, killed);
+        self.after_write(slow, killed > 0);
     }
 
-    /// Goes on after a write has arrived.
-    fn after_write(&mut self, slow: Slow, killed: usize) {
+    /// Goes on after a write has arrived, behind the instruction if `leaves`.
+    fn after_write(&mut self, slow: Slow, leaves: bool) {
         let waiting = self.window || self.core.nmi_due();
-        if let (true, Some(next)) = (killed > 0 || waiting || self.stale, slow.next_ip) {
+        if let (true, Some(next)) = (leaves || waiting || self.stale, slow.next_ip) {
             // The rest of this block may be what was overwritten, by this access or by the device
             // that it reached, or a device that was written to has an interrupt to deliver.
             self.settle(slow.after, next);
@@ -311,7 +311,9 @@ impl BtVcpu {
             context.gpr[usize::from(slow.register)] = bounce;
             self.resume = Resume::Host(slow.bounce);
         } else {
-            self.after_write(slow, killed);
+            // What a device was told is not what it says.
+            let elsewhere = slow.relied && transfer.step != 0;
+            self.after_write(slow, killed > 0 || elsewhere);
         }
         Ok(())
     }

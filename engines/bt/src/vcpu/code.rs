@@ -1,6 +1,7 @@
 //! The code for RIP: looked up, translated if need be.
 
 use super::*;
+use crate::decode::leaf::{Leaf, ROOM};
 
 impl BtVcpu {
     /// Address of the code for RIP, and its block's number if it is one to link to.
@@ -30,7 +31,11 @@ impl BtVcpu {
         // Translated code looks a branch's offset up, which is the address only in a flat segment.
         if !single && block.links() && mode.flat && self.stepping.is_none() {
             let checked = block.checked_entry();
-            self.core.mmu.jumps[index].fill(virt, entry, checked);
+            let jumps = &self.core.mmu.jumps[index];
+            jumps.fill(virt, entry, checked);
+            if let Some(leaf) = &block.leaf {
+                jumps.lean_on(leaf.virt);
+            }
         }
         Ok((entry, Some(number)))
     }
@@ -55,10 +60,13 @@ impl BtVcpu {
             mode,
         };
         if let Some(number) = self.cache.find(&key) {
-            match self.cache.block(number).second() {
-                None => return Ok(number),
+            let block = self.cache.block(number);
+            let leaf = block.leaf.as_deref().copied();
+            let leans = leaf.is_none_or(|leaf| self.leans(leaf, mode));
+            match block.second() {
+                None if leans => return Ok(number),
                 Some(second) if self.next_page(virt, mode)? == second => return Ok(number),
-                Some(_) => {}
+                Some(_) | None => {}
             }
         }
         if self.cache.full() {
@@ -87,13 +95,14 @@ impl BtVcpu {
             bytes: &bytes,
             ip: self.core.rip,
             more: 0,
+            leaves: &|_| None,
         };
         match self.cache.translate(&source, &self.arena) {
             Ok(number) if self.still_there(number, &bytes) => Ok(number),
             Ok(_) => self.block(mode, virt),
             // Fifteen bytes hold any instruction: it is one that is too long, or it leaves the
             // code segment.
-            Err(Refusal::Crosses | Refusal::More) => Err(Fault::gp().into()),
+            Err(Refusal::Crosses | Refusal::More | Refusal::Leans(_)) => Err(Fault::gp().into()),
             Err(Refusal::Bug(message)) => Err(Trap::Unsupported(message).into()),
         }
     }
@@ -119,9 +128,19 @@ impl BtVcpu {
                 bytes,
                 ip: self.core.rip,
                 more,
+                leaves: &|virt| code_at(&self.core, virt, key.mode),
             };
             match self.cache.translate(&source, &self.arena) {
-                Ok(number) if self.still_there(number, bytes) => return Ok(Some(number)),
+                Ok(number) if self.still_there(number, bytes) => {
+                    if let Some(leaf) = self.cache.block(number).leaf.as_deref() {
+                        self.leans(*leaf, key.mode);
+                    }
+                    return Ok(Some(number));
+                }
+                Err(Refusal::Leans(leaf)) => {
+                    self.enter_pages(&[key.phys, leaf])?;
+                    return self.block(key.mode, key.virt).map(Some);
+                }
                 Ok(_) => return self.block(key.mode, key.virt).map(Some),
                 Err(Refusal::Bug(message)) => return Err(Trap::Unsupported(message).into()),
                 Err(Refusal::Crosses) => return Ok(None),
@@ -129,6 +148,18 @@ impl BtVcpu {
             }
         }
         Ok(None)
+    }
+
+    /// True if `leaf` is where it was, and may be executed. Then it counts as fetched.
+    fn leans(&self, leaf: Leaf, mode: Mode) -> bool {
+        let mmu = &self.core.mmu;
+        match mmu.walk(&self.core.cpu, leaf.virt, Access::Fetch, mode.user) {
+            Ok(page) if page.phys == leaf.phys & !0xfff => {
+                mmu.fetched(leaf.virt, page, mode.jumps());
+                true
+            }
+            Ok(_) | Err(_) => false,
+        }
     }
 
     pub(super) fn next_page(&self, virt: u64, mode: Mode) -> Result<u64, Fault> {
@@ -148,4 +179,19 @@ impl BtVcpu {
             unsafe { guest::read(host, bytes) };
         }
     }
+}
+
+/// Code at `virt`, if it may be executed: where it is, and what there is of it in its page. Who looks
+/// ahead may set accessed bits (SDM 3A 4.8).
+fn code_at(core: &Core, virt: u64, mode: Mode) -> Option<(u64, [u8; ROOM], usize)> {
+    let page = (core.mmu)
+        .walk(&core.cpu, virt, Access::Fetch, mode.user)
+        .ok()?;
+    let len = (4096 - (virt & 0xfff) as usize).min(ROOM);
+    let phys = page.phys | virt & 0xfff;
+    let host = core.mmu.host(phys, len as u64)?;
+    let mut bytes = [0; ROOM];
+    // SAFETY: `host` covers the length.
+    unsafe { guest::read(host, &mut bytes[..len]) };
+    Some((phys, bytes, len))
 }

@@ -25,8 +25,12 @@ impl BtVcpu {
                 crate::cpu::Bits::Bits16 => 16,
             };
             text += &format!("block {:#x} {:?}\n", block.key.virt, block.key.mode);
-            for (bits, bytes, ip) in [(bits, &guest[..], block.key.virt), (64, host, block.code())]
-            {
+            let mut parts = vec![(bits, &guest[..], block.key.virt)];
+            if let Some(leaf) = &block.leaf {
+                parts.push((bits, &leaf.bytes[..leaf.len as usize], leaf.virt));
+            }
+            parts.push((64, host, block.code()));
+            for (bits, bytes, ip) in parts {
                 for instr in iced_x86::Decoder::with_ip(bits, bytes, ip, 0) {
                     text += &format!("  {:#12x}  {instr}\n", instr.ip());
                 }

@@ -123,11 +123,15 @@ impl BtVcpu {
         }
         let block = self.cache.block(number);
         let (phys, second, len) = (block.key.phys, block.second(), u64::from(block.watched));
+        let leaf = block.leaf.as_deref().copied();
         let first = len.min(4096 - (phys & 0xfff));
         let pages = &self.core.mmu.vm.pages;
         let mut news = pages.watch(phys, first);
         if let Some(second) = second {
             news |= pages.watch(second, len - first);
+        }
+        if let Some(leaf) = leaf {
+            news |= pages.watch(leaf.phys, leaf.len.into());
         }
         if !news {
             return true;
@@ -137,7 +141,12 @@ impl BtVcpu {
         if let Some(second) = second {
             self.fetch(second, &mut now[first as usize..]);
         }
-        if now == bytes[..now.len()] {
+        let same = leaf.is_none_or(|leaf| {
+            let mut now = leaf.bytes;
+            self.fetch(leaf.phys, &mut now[..leaf.len as usize]);
+            now == leaf.bytes
+        });
+        if same && now == bytes[..now.len()] {
             return true;
         }
         self.cache.discard(number, &self.arena, &self.core.mmu);

@@ -32,10 +32,13 @@
 //! | `narrow` | instructions of 16-bit code, as QEMU has them |
 //! | `switches` | faults of task switches, returns from nested tasks |
 //! | `tasks` | gates, tasks, virtual-8086 mode, limits |
+//! | `leaves` | callees in line with their callers |
+//! | `carry` | CF in loops that count down |
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
 
 mod access;
 mod branches;
+mod carry;
 mod code;
 mod debug;
 mod descriptors;
@@ -44,6 +47,7 @@ mod direction;
 mod exceptions;
 mod interrupts;
 mod kernel;
+mod leaves;
 mod legacy;
 mod limits;
 mod memory;

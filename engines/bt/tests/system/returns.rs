@@ -6,6 +6,8 @@ use iced_x86::code_asm::*;
 use crate::rig::{CODE, End, FREE, Rig, TABLES};
 
 const RET: u8 = 0xc3;
+/// No leaf, for those run in line with their callers: push rax; pop rax; ret.
+const FUNCTION: [u8; 3] = [0x50, 0x58, RET];
 /// A large page of its own, and what it can be mapped to instead.
 const PLACE: u64 = 2 << 21;
 const OTHER: u64 = 3 << 21;
@@ -17,7 +19,7 @@ fn changed_between_runs(keep: bool) -> [u64; 2] {
     if keep {
         rig.vcpu.keep_guesses();
     }
-    rig.put(FREE, &[RET]);
+    rig.put(FREE, &FUNCTION);
     rig.code(|asm| {
         asm.call(FREE)?;
         asm.mov(eax, 1)
@@ -79,7 +81,7 @@ fn each_ring_returns_to_code_of_its_own() {
     let kernel = rig.state;
     rig = rig.in_ring_3();
     let user = rig.state;
-    rig.put(FREE, &[RET]);
+    rig.put(FREE, &FUNCTION);
     // hlt behind it is for ring 0 alone.
     rig.code(|asm| {
         asm.call(FREE)?;
@@ -154,7 +156,7 @@ fn flags_reach_the_caller_through_the_window() {
 #[test]
 fn a_return_knows_more_places_than_it_remembers() {
     let mut rig = Rig::long();
-    rig.put(FREE, &[RET]);
+    rig.put(FREE, &FUNCTION);
     let end = rig.try_code(|asm| {
         let mut again = asm.create_label();
         asm.mov(ecx, 100)?;

@@ -280,6 +280,16 @@ impl Rig {
         rig
     }
 
+    /// Maps the first 2 MiB with nothing but 4 KiB pages, and returns where their entries are.
+    pub(crate) fn small_pages(&mut self) -> u64 {
+        let table = TABLES + 0x1_0000;
+        for page in 0..512u64 {
+            self.word(table + 8 * page, page << 12 | 3);
+        }
+        self.word(TABLES + 0x2000, table | 3);
+        table
+    }
+
     /// Goes on in ring 3, 64-bit or 32-bit as in ring 0.
     pub(crate) fn in_ring_3(mut self) -> Rig {
         let code = if self.state.segments[CpuState::CS].long() {
