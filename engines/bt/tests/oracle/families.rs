@@ -3,9 +3,7 @@
 //!
 //! A unit is a few items that belong together; branches lead to unit boundaries only.
 
-use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, Instruction, MemoryOperand, OpKind, Register,
-};
+use iced_x86::{Code, Decoder, DecoderOptions, Encoder, Instruction, OpKind, Register};
 
 use crate::layout::{COMPARED_FLAGS, DATA, PAGE};
 use crate::operands::{Builder, gpr64};
@@ -108,7 +106,7 @@ impl Builder<'_> {
         let mask = self.random.pick(&[7u64, 7, 7, 6, 5, 4, 3, 2, 1, 0]);
         let area = DATA + 64 * self.random.below(PAGE / 64 * 3);
         let area = area + u64::from(self.random.chance(3)) * self.random.below(64);
-        let at = MemoryOperand::with_displ(area, 8);
+        let at = crate::layout::operand(area);
         let mut instructions = Vec::new();
         let ask = |instructions: &mut Vec<Instruction>, mask: u64| {
             let set = |register, value| Instruction::with2(Mov_r32_imm32, register, value);
@@ -117,7 +115,7 @@ impl Builder<'_> {
         };
         let clear = |instructions: &mut Vec<Instruction>| {
             for word in (512..576).step_by(8) {
-                let at = MemoryOperand::with_displ((area & !63) + word, 8);
+                let at = crate::layout::operand((area & !63) + word);
                 let instr = Instruction::with2(Mov_rm64_imm32, at, 0i32);
                 instructions.push(instr.expect("mov"));
             }
@@ -382,7 +380,7 @@ impl Builder<'_> {
             }
             2 => {
                 let place = DATA + 8 * self.random.below(64);
-                let at = MemoryOperand::with_displ(place, 8);
+                let at = crate::layout::operand(place);
                 let store = Instruction::with2(Code::Mov_rm64_r64, at, gpr64(scratch));
                 self.items.push(Item::Plain(store.expect("mov")));
                 let instr = Instruction::with1(Code::Call_rm64, at);
@@ -466,7 +464,7 @@ impl Builder<'_> {
             }
             1 => {
                 let place = DATA + self.random.below(4 * PAGE - 8);
-                let at = MemoryOperand::with_displ(place, 8);
+                let at = crate::layout::operand(place);
                 let store = Instruction::with2(Code::Mov_rm64_r64, at, gpr64(register));
                 self.items.push(Item::Plain(store.expect("mov")));
                 let instr = Instruction::with1(Code::Jmp_rm64, at).expect("jmp");

@@ -1,8 +1,10 @@
 //! Where everything lies, on the host and in the guest alike, and the states before and after a
 //! sequence.
 //!
-//! All addresses are below 2 GiB, so absolute displacements reach them. Between and around the
-//! pages named here nothing is mapped on either side.
+//! All addresses are below 2 GiB, so absolute displacements reach them, unless the tests were built with
+//! another place for the data. Between and around the pages named here nothing is mapped on either side.
+
+use iced_x86::{MemoryOperand, Register};
 
 pub(crate) const PAGE: u64 = 4096;
 
@@ -13,7 +15,42 @@ pub(crate) const SLOT_STRIDE: u64 = 4 * PAGE;
 pub(crate) const SLOT_BYTES: usize = 2 * PAGE as usize;
 
 /// Data, as eight pages of which [`DATA_PAGES`] are mapped.
-pub(crate) const DATA: u64 = 0x2000_0000;
+pub(crate) const DATA: u64 = match option_env!("TRAPLINE_ORACLE_DATA") {
+    Some(digits) => hexadecimal(digits.as_bytes()),
+    None => 0x2000_0000,
+};
+
+const fn hexadecimal(mut digits: &[u8]) -> u64 {
+    let mut value = 0;
+    while let [first, rest @ ..] = digits {
+        value = value << 4
+            | match *first {
+                digit @ b'0'..=b'9' => digit - b'0',
+                digit @ b'a'..=b'f' => digit - b'a' + 10,
+                _ => panic!("not a hexadecimal digit"),
+            } as u64;
+        digits = rest;
+    }
+    value
+}
+
+/// An operand that leads to `address` of the data without a register: absolute, or by GS.
+pub(crate) fn operand(address: u64) -> MemoryOperand {
+    match i32::try_from(address) {
+        Ok(_) => MemoryOperand::with_displ(address, 8),
+        Err(_) => {
+            let offset = address.wrapping_sub(GS_BASE) as i64;
+            MemoryOperand::with_base_displ_size_bcst_seg(
+                Register::None,
+                offset,
+                8,
+                false,
+                Register::GS,
+            )
+        }
+    }
+}
+
 /// (page number from DATA, writable).
 pub(crate) const DATA_PAGES: [(u64, bool); 6] = [
     (0, true),
