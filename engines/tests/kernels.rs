@@ -185,3 +185,98 @@ fn kernels_that_make_no_sense_are_usage_errors() {
         .run()
         .check(2, "takes no bare-metal kernel");
 }
+
+/// Leads EBX to the fixed description table, by way of the root pointer.
+fn find_fadt(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut search = asm.create_label();
+    asm.mov(ebx, 0xe_0000 - 16)?;
+    asm.set_label(&mut search)?;
+    asm.add(ebx, 16)?;
+    asm.cmp(dword_ptr(ebx), i32::from_le_bytes(*b"RSD "))?;
+    asm.jne(search)?;
+    asm.mov(ebx, dword_ptr(ebx + 16))?;
+    asm.mov(ebx, dword_ptr(ebx + 36))?;
+    let mut found = asm.create_label();
+    asm.cmp(dword_ptr(ebx), i32::from_le_bytes(*b"FACP"))?;
+    asm.je(found)?;
+    end(asm, 1)?;
+    asm.set_label(&mut found)?;
+    asm.nop()
+}
+
+/// Enters the sleep state of type `kind` by PM1a_CNT_BLK of the table that EBX leads to.
+fn sleep(asm: &mut CodeAssembler, kind: u32) -> Result<(), IcedError> {
+    asm.mov(edx, dword_ptr(ebx + 64))?;
+    asm.mov(eax, 1 << 13 | kind << 10)?;
+    asm.out(dx, ax)
+}
+
+#[test]
+fn a_guest_that_switches_its_machine_off_has_ended_well() {
+    let image = Guest::protected(|asm| {
+        find_fadt(asm)?;
+        sleep(asm, 0)?;
+        end(asm, 1)
+    })
+    .elf();
+    on_every_mode(|mode| {
+        for args in [&[][..], &["--exit-port", "raw"]] {
+            kernel(Call::new(mode.name), &image, args)
+                .run()
+                .check(0, "");
+        }
+    });
+}
+
+#[test]
+fn a_machine_that_is_suspended_goes_on_at_its_waking_vector() {
+    const VECTOR: u64 = 0x8003;
+    let guest = |alarm: bool| {
+        let mut guest = Guest::protected(|asm| {
+            find_fadt(asm)?;
+            asm.mov(ecx, dword_ptr(ebx + 36))?;
+            asm.mov(dword_ptr(ecx + 12), VECTOR as u32)?;
+            asm.mov(dword_ptr(0x7000), 0x5a5a_1234)?;
+            // The clock's alarm: every second, and enabled or not.
+            let enable = if alarm { 0x22 } else { 2 };
+            for (register, value) in [(1u32, 0xc0u32), (3, 0xc0), (5, 0xc0), (0xb, enable)] {
+                asm.mov(eax, register)?;
+                asm.out(0x70, al)?;
+                asm.mov(eax, value)?;
+                asm.out(0x71, al)?;
+            }
+            sleep(asm, 1)?;
+            end(asm, 1)
+        });
+        let page = assemble(16, 3, |asm| {
+            let mut bad = asm.create_label();
+            // In real mode, with memory as it was and WAK_STS set.
+            asm.xor(ax, ax)?;
+            asm.mov(ds, ax)?;
+            asm.cmp(dword_ptr(0x7000), 0x5a5a_1234)?;
+            asm.jne(bad)?;
+            asm.smsw(ax)?;
+            asm.test(al, 1)?;
+            asm.jne(bad)?;
+            asm.mov(dx, 0x600)?;
+            asm.in_(ax, dx)?;
+            asm.test(ah, 0x80)?;
+            asm.je(bad)?;
+            asm.xor(eax, eax)?;
+            asm.out(0xf4, eax)?;
+            asm.set_label(&mut bad)?;
+            asm.mov(eax, 2)?;
+            asm.out(0xf4, eax)
+        });
+        let size = page.len() as u64;
+        guest.segments.push((VECTOR, page, size));
+        guest.elf()
+    };
+    on_every_mode(|mode| {
+        let ended = kernel(Call::new(mode.name), &guest(true), &[]).run();
+        ended.check(0, "");
+        // Nothing else wakes it.
+        let ended = kernel(Call::new(mode.name), &guest(false), &[]).run();
+        ended.check(4, "nothing can wake it");
+    });
+}

@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use super::{
-    DebugConsole, Device, ExitPort, FwCfg, Ignored, Keyboard, MarkPort, PmTimer, ResetPorts, Rtc,
-    debug_console, fw_cfg, i8042, ioapic, lapic, pm_timer, reset, rtc,
+    DebugConsole, Device, ExitPort, FwCfg, Ignored, Keyboard, MarkPort, Power, ResetPorts, Rtc,
+    debug_console, fw_cfg, i8042, ioapic, lapic, power, reset, rtc,
 };
 use crate::bus::{AddressMap, Slot};
 use crate::{GuestPhys, Machine};
@@ -52,8 +52,8 @@ pub(crate) fn devices(
             Box::new(DebugConsole::new(debug)),
         ),
         (
-            &[(pm_timer::PORT, 4)],
-            Box::new(PmTimer::new(clock.clone())),
+            power::PORTS,
+            Box::new(Power::new(clock.clone(), machine.line(power::IRQ))),
         ),
         (
             &[(fw_cfg::PORT, 2)],

@@ -239,6 +239,11 @@ impl Lapics {
         }
     }
 
+    /// Sends every processor an INIT, as a machine does that has been suspended.
+    pub fn init_all(&mut self) {
+        (0..self.all.len()).for_each(|cpu| self.init(cpu));
+    }
+
     /// All but the boot processor wait for a start-up IPI then (SDM 3A 9.4.3).
     fn init(&mut self, cpu: usize) {
         self.all[cpu].init();

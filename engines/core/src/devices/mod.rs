@@ -19,7 +19,7 @@ mod mark;
 pub mod ne2000;
 pub mod pic;
 pub mod pit;
-pub(crate) mod pm_timer;
+pub(crate) mod power;
 mod reset;
 pub mod rtc;
 pub mod serial;
@@ -42,7 +42,7 @@ pub use mark::MarkPort;
 pub use ne2000::Ne2000;
 pub use pic::Pics;
 pub use pit::Pit;
-pub use pm_timer::PmTimer;
+pub use power::Power;
 pub use reset::ResetPorts;
 pub use rtc::Rtc;
 pub use serial::Serial;
@@ -58,6 +58,10 @@ pub enum Action {
     Exit(u32),
     /// The guest pulled the reset line.
     Reset,
+    /// The guest switched its machine off.
+    Off,
+    /// The guest suspended its machine to memory.
+    Suspend,
     /// The guest wrote this value to the mark port.
     Mark(u8),
     /// The host's end of the console is gone.

@@ -7,7 +7,8 @@
 //!
 //! INIT brings the boot processor to F000:FFF0, as a jump of its own does. Code there does what a PC/AT's
 //! does after a reset with a shutdown code in CMOS 0Fh: with 5 and 0Ah it goes on at the far pointer in
-//! 40:67, after an end of interrupt to both 8259s with 5. Any other code resets the machine.
+//! 40:67, after an end of interrupt to both 8259s with 5. A machine that was suspended to memory waits for
+//! the clock's alarm there and goes on at the waking vector (ACPI specification 16.3.2.3); any other is reset.
 //!
 //! Invariant: nothing of this lies where [`super::tables`] or boot information does.
 
@@ -68,21 +69,35 @@ pub(super) fn write(ram: &GuestRam) -> Result<(), LoadError> {
 
 /// What runs at the reset vector: real-mode code.
 fn after_reset() -> Vec<u8> {
+    const STATUS: [u8; 2] = (crate::devices::power::EVENTS + 1).to_le_bytes();
+    const VECTOR: [u8; 2] = (super::tables::WAKING_VECTOR as u16).to_le_bytes();
     let code: &[&[u8]] = &[
         &[0xfa],                                           //         cli
         &[0x66, 0xb8, 0x10, 0, 0, 0],                      //         mov eax, 10h: caches on
         &[0x0f, 0x22, 0xc0],                               //         mov cr0, eax
-        &[0xb0, 0x0f, 0xe6, 0x70, 0xe4, 0x71, 0x88, 0xc4], //         ah = CMOS 0Fh
-        &[0xb0, 0x0f, 0xe6, 0x70, 0xb0, 0x00, 0xe6, 0x71], //         CMOS 0Fh = 0
         &[0xb9, 0x30, 0x00, 0x8e, 0xd1],                   //         mov cx, 30h; mov ss, cx
         &[0xbc, 0x00, 0x01],                               //         mov sp, 100h
         &[0x31, 0xc9, 0x8e, 0xd9],                         //         xor cx, cx; mov ds, cx
+        &[0xb0, 0x0f, 0xe6, 0x70, 0xe4, 0x71, 0x88, 0xc4], //         ah = CMOS 0Fh
+        &[0xb0, 0x0f, 0xe6, 0x70, 0xb0, 0x00, 0xe6, 0x71], //         CMOS 0Fh = 0
         &[0x80, 0xfc, 0x0a, 0x74, 0x0b],                   //         cmp ah, 0Ah; je resume
-        &[0x80, 0xfc, 0x05, 0x75, 0x0a],                   //         cmp ah, 5; jne reset
+        &[0x80, 0xfc, 0x05, 0x75, 0x0a],                   //         cmp ah, 5; jne wakes
         &[0xb0, 0x20, 0xe6, 0xa0, 0xe6, 0x20],             //         EOI to both 8259s
         &[0xff, 0x2e, 0x67, 0x04],                         // resume: jmp far [467h]
+        &[0xba, STATUS[0], STATUS[1], 0xec],               // wakes:  WAK_STS?
+        &[0xa8, 0x80, 0x74, 0x2e],                         //         test al, 80h; jz reset
+        &[0xb0, 0x0b, 0xe6, 0x70, 0xe4, 0x71],             // wait:   the clock's alarm is enabled?
+        &[0xa8, 0x20, 0x74, 0x2a],                         //         test al, 20h; jz halt
+        &[0xb0, 0x0c, 0xe6, 0x70, 0xe4, 0x71],             //         has it come?
+        &[0xa8, 0x20, 0x74, 0xec],                         //         test al, 20h; jz wait
+        &[0xb9, 0x00, 0xf0, 0x8e, 0xd9],                   //         mov cx, 0F000h; mov ds, cx
+        &[0x66, 0xa1, VECTOR[0], VECTOR[1]],               //         eax = the waking vector
+        &[0x66, 0x85, 0xc0, 0x74, 0x0c],                   //         test eax, eax; jz reset
+        &[0x89, 0xc1, 0x83, 0xe1, 0x0f],                   //         cx = ax & 0Fh
+        &[0x66, 0xc1, 0xe8, 0x04],                         //         shr eax, 4
+        &[0x50, 0x51, 0xcb],                               //         to ax:cx
         &[0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee],             // reset:  CF9h = hard reset
-        &[0xf4, 0xeb, 0xfd],                               //         hlt; jmp back
+        &[0xf4, 0xeb, 0xfd],                               // halt:   hlt; jmp back
     ];
     code.concat()
 }

@@ -2,8 +2,9 @@
 //! specification 5.2) and a MultiProcessor table (Intel MultiProcessor Specification 1.4, chapter 4),
 //! for bare-metal kernels, which are entered without firmware.
 //!
-//! They say what is there and no more: local APICs, the I/O APIC, the timer's line at its pin 2 and
-//! the power-management timer. No sleep states, no power button, no code (the DSDT is empty).
+//! They say what is there and no more: local APICs, the I/O APIC, the timer's line at its pin 2, the
+//! power-management registers and the reset register. No buttons, no devices: all that the DSDT names
+//! is how to switch the machine off.
 //!
 //! Invariant: all of it lies in the last page range below 1 MiB that a kernel searches, every
 //! table's bytes add up to 0.
@@ -11,6 +12,7 @@
 use vm_memory::{Bytes, GuestAddress};
 
 use super::LoadError;
+use crate::devices::power;
 use crate::{GuestRam, cpuid};
 
 /// Physical address of the RSDP.
@@ -20,6 +22,9 @@ const MP_TABLE: u64 = RSDP + 0x80;
 const RSDT: u64 = RSDP + 0x400;
 const XSDT: u64 = RSDP + 0x440;
 const FADT: u64 = RSDP + 0x480;
+const FACS: u64 = RSDP + 0x580;
+/// Where a system that was suspended wants to go on, below 1 MiB.
+pub(super) const WAKING_VECTOR: u64 = FACS + 12;
 const DSDT: u64 = RSDP + 0x5c0;
 const MADT: u64 = RSDP + 0x600;
 
@@ -54,7 +59,8 @@ pub(super) fn write(ram: &GuestRam, cpus: u8) -> Result<(), LoadError> {
             table(b"XSDT", 1, &[FADT, MADT].map(u64::to_le_bytes).concat()),
         ),
         (FADT, fadt()),
-        (DSDT, table(b"DSDT", 1, &[])),
+        (FACS, facs()),
+        (DSDT, table(b"DSDT", 1, &DEFINITIONS)),
         (MADT, madt(cpus)),
     ] {
         ram.write_slice(&bytes, GuestAddress(at))
@@ -62,6 +68,18 @@ pub(super) fn write(ram: &GuestRam, cpus: u8) -> Result<(), LoadError> {
     }
     Ok(())
 }
+
+/// `Name (_S5_, Package (4) { 0, 0, 0, 0 })` (ACPI specification 7.4.2, 20.2): the first is SLP_TYP.
+const DEFINITIONS: [u8; 12] = {
+    const NAME: u8 = 0x08;
+    const PACKAGE: u8 = 0x12;
+    const ZERO: u8 = 0x00;
+    assert!(power::OFF == ZERO);
+    // Six bytes from the length on, four elements.
+    [
+        NAME, b'_', b'S', b'5', b'_', PACKAGE, 6, 4, ZERO, ZERO, ZERO, ZERO,
+    ]
+};
 
 /// Makes `bytes` add up to 0 by the one at `at`.
 fn sum_up(bytes: &mut [u8], at: usize) {
@@ -98,29 +116,65 @@ fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The fixed description table, revision 3: where the timer is, and that a PC's old devices are
-/// there.
+/// The firmware control structure: the waking vector, which is the guest's to write.
+fn facs() -> Vec<u8> {
+    const LENGTH: u32 = 64;
+    let mut bytes = b"FACS".to_vec();
+    bytes.extend(LENGTH.to_le_bytes());
+    bytes.resize(LENGTH as usize, 0);
+    bytes[32] = 1;
+    bytes
+}
+
+/// The fixed description table, revision 3: where the power-management registers are, and that a PC's
+/// old devices are there.
 fn fadt() -> Vec<u8> {
     const HEADER: usize = 36;
     const SIZE: usize = 244;
-    const SCI: u16 = 9;
+    const EVENT_BYTES: u8 = 4;
+    const CONTROL_BYTES: u8 = 2;
     const PM_TIMER_BYTES: u8 = 4;
+    /// No state is entered by reading a port (P_LVL2_LAT, P_LVL3_LAT).
+    const NO_STATES: [u16; 2] = [101, 1001];
+    const CENTURY: u8 = 0x32;
+    /// WBINVD, PROC_C1, no fixed power and sleep buttons, no fixed RTC status, RESET_REG_SUP.
+    const FLAGS: u32 = 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 10;
+    const RESET_PORT: u64 = 0xcf9;
+    const RESET_VALUE: u8 = 6;
     /// Devices on the LPC or ISA bus, and a keyboard controller.
     const LEGACY_AND_8042: u16 = 0b11;
-    let port = crate::devices::pm_timer::PORT;
+    /// A generic address: system I/O, this many bits, at offset 0, accessed as such.
+    fn port(port: u64, bits: u8) -> Vec<u8> {
+        let access = match bits {
+            8 => 1,
+            16 => 2,
+            _ => 3,
+        };
+        [&[1, bits, 0, access][..], &port.to_le_bytes()].concat()
+    }
     let mut body = vec![0; SIZE - HEADER];
     let mut put = |offset: usize, bytes: &[u8]| {
         body[offset - HEADER..offset - HEADER + bytes.len()].copy_from_slice(bytes);
     };
+    put(36, &(FACS as u32).to_le_bytes());
     put(40, &(DSDT as u32).to_le_bytes());
-    put(46, &SCI.to_le_bytes());
-    put(76, &u32::from(port).to_le_bytes());
+    put(46, &u16::from(power::IRQ).to_le_bytes());
+    put(56, &u32::from(power::EVENTS).to_le_bytes());
+    put(64, &u32::from(power::CONTROL).to_le_bytes());
+    put(76, &u32::from(power::TIMER).to_le_bytes());
+    put(88, &[EVENT_BYTES, CONTROL_BYTES]);
     put(91, &[PM_TIMER_BYTES]);
+    put(96, &NO_STATES[0].to_le_bytes());
+    put(98, &NO_STATES[1].to_le_bytes());
+    put(108, &[CENTURY]);
     put(109, &LEGACY_AND_8042.to_le_bytes());
+    put(112, &FLAGS.to_le_bytes());
+    put(116, &port(RESET_PORT, 8));
+    put(128, &[RESET_VALUE]);
     put(140, &DSDT.to_le_bytes());
-    // X_PM_TMR_BLK as a generic address: system I/O, 32 bits, at offset 0, accessed as such.
-    put(208, &[1, 32, 0, 3]);
-    put(212, &u64::from(port).to_le_bytes());
+    put(148, &port(power::EVENTS.into(), 32));
+    put(172, &port(power::CONTROL.into(), 16));
+    put(208, &port(power::TIMER.into(), 32));
     table(b"FACP", 3, &body)
 }
 
@@ -139,6 +193,10 @@ fn madt(cpus: u8) -> Vec<u8> {
     body.extend([2, 10, 0, TIMER.0]);
     body.extend(u32::from(TIMER.1).to_le_bytes());
     body.extend([0, 0]);
+    // The system control interrupt is a level, active high.
+    body.extend([2, 10, 0, power::IRQ]);
+    body.extend(u32::from(power::IRQ).to_le_bytes());
+    body.extend([0b1101, 0]);
     table(b"APIC", 1, &body)
 }
 
@@ -259,10 +317,17 @@ mod tests {
                 entries = &entries[usize::from(*length)..];
             }
             assert_eq!(ids, (0..cpus).collect::<Vec<u8>>());
-            assert_eq!(kinds[ids.len()..], [1, 2]);
+            assert_eq!(kinds[ids.len()..], [1, 2, 2]);
             let fadt = find(&ram, b"FACP");
             assert_eq!((fadt.len(), word(&fadt, 76), fadt[91]), (244, 0x608, 4));
             assert!(table_at(&ram, word(&fadt, 40).into()).starts_with(b"DSDT"));
+            assert_eq!((word(&fadt, 56), word(&fadt, 64)), (0x600, 0x604));
+            let mut facs = [0; 64];
+            ram.read_slice(&mut facs, GuestAddress(word(&fadt, 36).into()))
+                .unwrap();
+            assert_eq!((&facs[..4], word(&facs, 4)), (&b"FACS"[..], 64));
+            // Nothing lies over it.
+            assert_eq!((facs[32], &facs[33..]), (1, &[0; 31][..]));
         }
     }
 

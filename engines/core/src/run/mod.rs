@@ -87,6 +87,8 @@ pub enum Outcome {
     Failure(u32),
     /// The guest reset the machine, which ends the run: one machine serves one.
     Reset,
+    /// The guest switched the machine off.
+    Off,
     /// The guest is beyond help.
     Crashed {
         /// The vCPU at that point, if it can still be read.
@@ -116,6 +118,7 @@ enum Next {
     Poll,
     Mark(u8),
     Halt,
+    Suspend,
     End(Outcome),
 }
 
@@ -276,6 +279,10 @@ impl<'a, const SHARED: bool> Run<'a, SHARED> {
                     }
                     machine = reach.hold();
                 }
+                Next::Suspend => {
+                    machine.irqchip.lapics.init_all();
+                    machine.attention = true;
+                }
                 Next::End(Outcome::Crashed { message, .. }) => return Ok(self.crashed(message)),
                 Next::End(outcome) => return Ok(outcome.into()),
             }
@@ -345,7 +352,7 @@ impl<'a, const SHARED: bool> Run<'a, SHARED> {
         for action in [input, devices] {
             match next(action) {
                 Next::End(outcome) => return Some(outcome.into()),
-                Next::Continue | Next::Poll | Next::Mark(_) | Next::Halt => {}
+                Next::Continue | Next::Poll | Next::Mark(_) | Next::Halt | Next::Suspend => {}
             }
         }
         if flags & flag::TIMER != 0 {
@@ -476,6 +483,8 @@ fn next(action: Action) -> Next {
         Action::Exit(0) => Next::End(Outcome::Success),
         Action::Exit(code) => Next::End(Outcome::Failure(code)),
         Action::Reset => Next::End(Outcome::Reset),
+        Action::Off => Next::End(Outcome::Off),
+        Action::Suspend => Next::Suspend,
         Action::ConsoleClosed => {
             let signal = libc::SIGPIPE as u32;
             Next::End(Outcome::Interrupted { signal })

@@ -28,7 +28,8 @@ Examples:
 
 Exit status:
   0 guest success      1 guest failure      2 usage      3 mode unavailable on this host
-  4 guest crashed      5 limit reached      128+N ended by signal N";
+  4 guest crashed      5 limit reached      128+N ended by signal N
+  A guest that switches its machine off has ended with success.";
 
 /// Runs one guest in one virtualization mode, and counts what traps.
 #[derive(Debug, Parser)]

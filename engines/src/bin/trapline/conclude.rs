@@ -42,6 +42,7 @@ pub(crate) fn conclude(
             format!("the guest failed with code {code}"),
             status::FAILURE,
         ),
+        Outcome::Off => ("off", String::new(), status::SUCCESS),
         Outcome::Reset => (
             "reset",
             "the guest reset the machine".to_owned(),
