@@ -10,6 +10,7 @@
 mod block;
 mod index;
 mod links;
+mod list;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,6 +21,7 @@ use iced_x86::{Encoder, Instruction};
 
 pub(crate) use block::{Block, Key};
 use index::Index;
+use list::List;
 
 use crate::{
     arena::Arena,
@@ -112,10 +114,10 @@ pub(crate) struct Cache {
     start: u64,
     next: u64,
     end: u64,
-    blocks: Vec<Block>,
-    sites: Vec<Site>,
+    blocks: List<Block>,
+    sites: List<Site>,
     system: Vec<Instruction>,
-    marks: Vec<Mark>,
+    marks: List<Mark>,
     index: Index,
     by_page: Map<u64, Vec<u32>>,
     /// Blocks whose accesses look up for themselves, because sharing didn't pay.
@@ -144,16 +146,18 @@ impl Cache {
     /// A cache that places code from `start` on.
     pub(crate) fn new(arena: &Arena, layout: Layout, start: u64) -> Cache {
         let start = start.next_multiple_of(64);
+        // A block has some 200 bytes, and one site in 60; a part of the sites has marks.
+        let bytes = arena.code_bytes();
         Cache {
             layout,
             start,
             next: start,
             end: arena.code() + arena.code_bytes() as u64,
-            blocks: Vec::new(),
-            sites: Vec::new(),
+            blocks: List::new(bytes / 128),
+            sites: List::new(bytes / 40),
             system: Vec::new(),
-            marks: Vec::new(),
-            index: Index::default(),
+            marks: List::new(bytes / 80),
+            index: Index::new(bytes / 2048),
             by_page: Map::default(),
             apart: HashSet::default(),
             outside: Map::default(),
@@ -313,12 +317,12 @@ impl Cache {
         )
         .map_err(Refusal::Bug)?;
         let lowered = &mut self.lowered;
-        let length = lowered.code.len() as u64;
+        let length = lowered.code.code().len() as u64;
         if length > (self.end - self.next).min(BLOCK_ROOM) {
             return Err(Refusal::Bug(format!("a block of {length} bytes")));
         }
         arena.populate(self.next + length);
-        arena.write_code(self.next, &lowered.code);
+        arena.write_code(self.next, lowered.code.code());
         let mut block = Block::new(key, second, self.next, lowered, &self.decoded);
         block.place_marks(self.marks.len());
         let replaced = self.index.enter(&mut block, number, &mut self.blocks);

@@ -6,10 +6,7 @@ use std::sync::OnceLock;
 use engine_core::cpuid;
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
 
-use crate::{
-    decode::Fpu,
-    fault::{self, Fault},
-};
+use crate::decode::{Fpu, Raised};
 
 /// What the address of a memory operand has to be a multiple of: 16 for legacy SSE instructions,
 /// with exceptions, and the operand's size for AVX moves that say so (SDM 1 12.10.4, 14.9 and the
@@ -173,11 +170,11 @@ pub(crate) fn announced(instr: &Instruction) -> bool {
 
 /// The exception that `instr` raises because of CR0.EM, CR0.TS or CR4.OSFXSR (SDM 3A 2.5 and
 /// table 13-1, SDM 2 on each).
-pub(crate) fn fpu_fault(instr: &Instruction, fpu: Fpu) -> Option<Fault> {
+pub(crate) fn fpu_fault(instr: &Instruction, fpu: Fpu) -> Option<Raised> {
     use CpuidFeature::*;
     use Mnemonic::*;
-    let away = Some(Fault::plain(fault::NM));
-    let undefined = Some(Fault::ud());
+    let away = Some(Raised::Unavailable);
+    let undefined = Some(Raised::Undefined);
     match instr.mnemonic() {
         Mfence | Lfence | Sfence | Movnti | Clflush | Crc32 => return None,
         Wait => return away.filter(|_| fpu.switched && fpu.monitored),

@@ -129,6 +129,21 @@ pub(crate) struct Port {
     pub resume: u64,
 }
 
+/// A host address in the code cache, which lies below 2 GiB. There is hardly anything of which there are more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place(u32);
+
+impl Place {
+    pub(crate) fn new(address: u64) -> Place {
+        debug_assert!(address <= u32::MAX.into());
+        Place(address as u32)
+    }
+
+    pub(crate) fn address(self) -> u64 {
+        self.0.into()
+    }
+}
+
 /// An access on its slow path.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slow {
@@ -139,11 +154,11 @@ pub(crate) struct Slow {
     /// Host register that holds the operand's host address in the body.
     pub register: u8,
     /// Computes the address again and looks it up.
-    pub retry: u64,
+    pub retry: Place,
     /// The body, out of line.
-    pub bounce: u64,
+    pub bounce: Place,
     /// Just after the body, in line.
-    pub resume: u64,
+    pub resume: Place,
     /// Where things are after the body.
     pub after: Homes,
     /// The access is to the stack: #SS instead of #GP.

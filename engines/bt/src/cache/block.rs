@@ -80,7 +80,7 @@ impl Block {
             code: code as u32,
             first_mark: 0,
             marks: lowered.marks.len() as u16,
-            code_len: lowered.code.len() as u16,
+            code_len: lowered.code.code().len() as u16,
             entry: lowered.entry as u16,
             inner_entry: lowered.inner_entry as u16,
             lazy_entry: lowered.lazy_entry as u16,

@@ -10,7 +10,6 @@ use std::hash::BuildHasher;
 use super::{Block, Key, Map, Mix};
 
 /// Numbers of living blocks.
-#[derive(Default)]
 pub(super) struct Index {
     heads: Map<u64, u32>,
 }
@@ -20,6 +19,13 @@ fn hash(key: &Key) -> u64 {
 }
 
 impl Index {
+    /// With room for so many.
+    pub(super) fn new(blocks: usize) -> Index {
+        Index {
+            heads: Map::with_capacity_and_hasher(blocks, Default::default()),
+        }
+    }
+
     pub(super) fn clear(&mut self) {
         self.heads.clear();
     }

@@ -2,10 +2,9 @@
 
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
 
-use super::{Class, Fpu, Mode};
+use super::{Class, Fpu, Mode, Raised};
 use crate::{
     cpu::Bits,
-    fault::Fault,
     features::{announced, fpu_fault, uses_vectors},
     lower::inline,
 };
@@ -21,11 +20,16 @@ pub(super) struct Ready {
 
 impl Ready {
     /// The class in `mode`, None if that has to be found out for each instruction.
-    pub(super) fn class(&self, mode: Mode) -> Option<Class> {
+    pub(super) fn class(&self, mode: &Mode) -> Option<Class> {
         let usable = mode.bits == Bits::Bits64
             && self.quiet >> mode.fpu.index() & 1 == 1
             && (mode.vectors || !self.vectors);
         if usable { self.class } else { None }
+    }
+
+    /// No control register makes it fault.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet == u32::MAX
     }
 }
 
@@ -86,7 +90,7 @@ pub(super) fn classify(instr: &Instruction, mode: Mode) -> Class {
         return Class::Nop;
     }
     if instr.is_invalid() || !announced(instr) {
-        return Class::Fault(Fault::ud());
+        return Class::Fault(Raised::Undefined);
     }
     if let Some(fault) = fpu_fault(instr, mode.fpu) {
         return Class::Fault(fault);
@@ -123,7 +127,7 @@ pub(super) fn classify(instr: &Instruction, mode: Mode) -> Class {
         FlowControl::Call if instr.mnemonic() == Call => near(Class::Call),
         FlowControl::IndirectCall => near(Class::CallIndirect),
         FlowControl::Return | FlowControl::Call | FlowControl::Interrupt => Class::System,
-        FlowControl::Exception | FlowControl::XbeginXabortXend => Class::Fault(Fault::ud()),
+        FlowControl::Exception | FlowControl::XbeginXabortXend => Class::Fault(Raised::Undefined),
         FlowControl::Next => classify_next(instr, mode),
     }
 }

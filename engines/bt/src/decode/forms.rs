@@ -7,7 +7,7 @@
 //! Codes about which more matters than that, and instructions whose values change the answer, are asked about
 //! each time.
 //!
-//! Invariant: [`Forms::analyse`] says of every instruction what [`Forms::ask`] says of it.
+//! Invariant: [`Forms::push`] says of every instruction what [`ask`] says of it.
 
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
@@ -113,6 +113,7 @@ struct Form {
     /// Writes zero, whatever was there, if its operands are one register.
     clears: bool,
     ready: Ready,
+    faults: bool,
 }
 
 /// Operands that a [`Form`] tells of.
@@ -157,20 +158,34 @@ impl Forms {
     }
 
     /// `instr` with its class in `mode` and all else that lowering needs to know.
+    #[inline]
     pub(super) fn insn(&mut self, instr: Instruction, mode: Mode) -> Insn {
         let number = self.number(&instr);
-        let form = &self.forms[number];
-        let class = match form.ready.class(mode) {
+        let class = match self.forms[number].ready.class(&mode) {
             Some(class) => class,
             None => classify::classify(&instr, mode),
         };
-        self.analyse(instr, class, number)
+        self.analyse(&instr, class, number)
     }
 
-    /// `instr` with a class that is known: it raises an exception.
-    pub(super) fn fault(&mut self, instr: Instruction, class: Class) -> Insn {
-        let number = self.number(&instr);
-        self.analyse(instr, class, number)
+    /// Appends that, and answers the class.
+    #[inline]
+    pub(super) fn push(
+        &mut self,
+        instr: &Instruction,
+        mode: &Mode,
+        insns: &mut Vec<Insn>,
+    ) -> Class {
+        let insn = self.insn(*instr, *mode);
+        let class = insn.class;
+        insns.push(insn);
+        class
+    }
+
+    /// As [`Forms::push`], with a class that is known.
+    pub(super) fn push_as(&mut self, instr: &Instruction, class: Class, insns: &mut Vec<Insn>) {
+        let number = self.number(instr);
+        insns.push(self.analyse(instr, class, number));
     }
 
     /// Its flags.
@@ -179,7 +194,8 @@ impl Forms {
         self.forms[number].flags(instr)
     }
 
-    fn analyse(&mut self, instr: Instruction, class: Class, number: usize) -> Insn {
+    #[inline]
+    fn analyse(&mut self, instr: &Instruction, class: Class, number: usize) -> Insn {
         let form = &self.forms[number];
         let mut used = Used::default();
         let mut high_byte = false;
@@ -189,8 +205,8 @@ impl Forms {
             && instr.op0_register() == instr.op1_register();
         match form.known {
             Known::Asked => {
-                (used, memory) = ask(&mut self.factory, &instr);
-                high_byte = names_high_byte(&instr);
+                (used, memory) = ask(&mut self.factory, instr);
+                high_byte = names_high_byte(instr);
             }
             Known::Operands | Known::Stack => {
                 for at in 0..form.operands {
@@ -216,14 +232,15 @@ impl Forms {
             }
         }
         Insn {
-            instr,
+            instr: *instr,
             class,
             reads: used.reads,
             writes: used.writes,
             modifies: used.modifies,
             memory,
             high_byte,
-            flags: self.forms[number].flags(&instr),
+            flags: form.flags(instr),
+            faults: form.faults,
             live_in: 0,
             live_out: 0,
             live_taken: ALL_FLAGS,
@@ -281,6 +298,7 @@ impl Form {
                 instr.mnemonic(),
                 Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd
             );
+        let ready = classify::ready(instr);
         Form {
             known,
             accesses,
@@ -290,7 +308,9 @@ impl Form {
             counted,
             addressed,
             clears: matches!(instr.mnemonic(), Xor | Sub),
-            ready: classify::ready(instr),
+            // Divisions, and what a control register may forbid or an exception mask let through.
+            faults: !ready.is_quiet() || matches!(instr.mnemonic(), Div | Idiv),
+            ready,
         }
     }
 
@@ -380,67 +400,16 @@ mod tests {
     use super::*;
     use crate::{
         cpu::Bits,
-        decode::{Fpu, OPTIONS},
+        decode::{Fpu, OPTIONS, encodings},
     };
     use iced_x86::Decoder;
-
-    /// Every opcode of every map with most ModRM bytes, some SIB bytes and immediates, under the prefixes
-    /// that change what they are.
-    fn every_encoding(mut visit: impl FnMut(&[u8])) {
-        const PREFIXES: [&[u8]; 11] = [
-            b"",
-            b"\x66",
-            b"\xf2",
-            b"\xf3",
-            b"\x48",
-            b"\x41",
-            b"\x44",
-            b"\x4f",
-            b"\x66\x48",
-            b"\xf0",
-            b"\x67",
-        ];
-        const MAPS: [&[u8]; 4] = [b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a"];
-        const TAILS: [[u8; 9]; 3] = [
-            [0x24, 0, 0, 0, 0, 0, 0, 0, 0],
-            [0x8b, 0x21, 0x25, 0x27, 0x29, 1, 2, 3, 4],
-            [0xe5, 1, 9, 17, 1, 1, 1, 1, 1],
-        ];
-        let mut bytes = Vec::new();
-        let mut visit = |head: &[&[u8]], opcode: u8, modrm: u8, tail: &[u8]| {
-            bytes.clear();
-            head.iter().for_each(|part| bytes.extend_from_slice(part));
-            bytes.extend([opcode, modrm]);
-            bytes.extend_from_slice(tail);
-            visit(&bytes);
-        };
-        for opcode in 0..=u8::MAX {
-            for modrm in (0..=u8::MAX).filter(|modrm| modrm % 8 != 1 && modrm % 4 != 2) {
-                for (prefix, map) in PREFIXES
-                    .iter()
-                    .flat_map(|prefix| MAPS.map(|map| (prefix, map)))
-                {
-                    for tail in &TAILS {
-                        visit(&[prefix, map], opcode, modrm, tail);
-                    }
-                }
-                for (map, last) in (1..=3u8).flat_map(|map| (0..=7u8).map(move |last| (map, last)))
-                {
-                    for first in [0xe0, 0x40] {
-                        let vex = [0xc4, first | map, 0x78 & !(last << 3) | last];
-                        visit(&[&vex], opcode, modrm, &TAILS[1]);
-                    }
-                }
-            }
-        }
-    }
 
     /// What the table says of every instruction is what asking says, in a width and in these modes.
     fn check(width: u32, modes: &[Mode]) {
         let mut forms = Forms::new();
         let mut factory = InstructionInfoFactory::new();
         let (mut met, mut known) = (0u64, 0u64);
-        every_encoding(|bytes| {
+        encodings::every(|bytes| {
             let mut decoder = Decoder::with_ip(width, bytes, 0x1000, OPTIONS);
             let instr = decoder.decode();
             if instr.is_invalid() {
@@ -449,7 +418,9 @@ mod tests {
             let (used, memory) = ask(&mut factory, &instr);
             // In turn, and so each of them about each code.
             let mode = modes[met as usize % modes.len()];
-            let insn = forms.insn(instr, mode);
+            let mut insns = Vec::new();
+            forms.push(&instr, &mode, &mut insns);
+            let insn = &insns[0];
             let found = Used {
                 reads: insn.reads,
                 writes: insn.writes,

@@ -2,14 +2,14 @@
 
 use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind};
 
-use super::{ALL_FLAGS, Class, Code, Decoded, Forms, Insn, OPTIONS, Short};
+use super::{ALL_FLAGS, Class, Code, Decoded, Forms, Insn, Short};
 
 impl Decoded {
     /// An sti stays in line only if its shadow is in this block and goes on behind itself, or
     /// leaves for the runtime: elsewhere the runtime sees to the shadow.
     pub(super) fn settle_sti(&mut self) {
         let bad = (0..self.insns.len()).find(|&at| {
-            self.insns[at].class == Class::Sti
+            matches!(self.insns[at].class, Class::Sti)
                 && !self.insns.get(at + 1).is_some_and(|shadow| {
                     shadow.class == Class::System
                         || !shadow.class.ends_block() && shadow.class != Class::Sti
@@ -33,7 +33,7 @@ impl Decoded {
     pub(super) fn liveness(
         &mut self,
         code: Code<'_>,
-        width: u32,
+        decoder: &mut Decoder<'_>,
         forms: &mut Forms,
     ) -> Result<(), Short> {
         self.backward(ALL_FLAGS);
@@ -50,21 +50,26 @@ impl Decoded {
         let mut watched = self.len;
         let mut peek = |target: u64| {
             let offset = target.wrapping_sub(code.ip);
-            let left = (code.bytes.len() as u64).checked_sub(offset);
-            match left.map(|_| &code.bytes[offset as usize..]) {
-                Some(bytes) if !bytes.is_empty() => {
-                    let (live, seen) = live_at(bytes, target, width, forms);
-                    if seen as usize == bytes.len() && live != 0 && code.more != 0 {
-                        return Err(Short::More);
-                    }
-                    watched = watched.max(offset as u32 + seen);
-                    Ok(live)
-                }
-                Some(_) | None if offset < (code.bytes.len() + code.more) as u64 => {
+            let bytes = code.bytes.len() as u64;
+            if offset >= bytes {
+                let there = offset < bytes + code.more as u64;
+                return if there {
                     Err(Short::More)
-                }
-                Some(_) | None => Ok(ALL_FLAGS),
+                } else {
+                    Ok(ALL_FLAGS)
+                };
             }
+            if decoder.set_position(offset as usize).is_err() {
+                return Ok(ALL_FLAGS);
+            }
+            decoder.set_ip(target);
+            let live = live_at(decoder, forms);
+            let seen = decoder.position();
+            if seen == code.bytes.len() && live != 0 && code.more != 0 {
+                return Err(Short::More);
+            }
+            watched = watched.max(seen as u32);
+            Ok(live)
         };
         let live = match last.class {
             Class::Jump | Class::Call => peek(last.instr.near_branch_target())?,
@@ -92,7 +97,7 @@ impl Decoded {
         };
         let branches = self.insns.iter_mut();
         let mut around = false;
-        for insn in branches.filter(|insn| insn.class == Class::Branch) {
+        for insn in branches.filter(|insn| matches!(insn.class, Class::Branch)) {
             let target = insn.instr.near_branch_target();
             if target == code.ip {
                 around = true;
@@ -130,7 +135,7 @@ impl Decoded {
     fn backward(&mut self, live_at_end: u32) {
         let mut live = live_at_end;
         for insn in self.insns.iter_mut().rev() {
-            if insn.class == Class::Branch {
+            if matches!(insn.class, Class::Branch) {
                 live |= insn.live_taken;
             }
             insn.live_out = live;
@@ -144,12 +149,10 @@ impl Decoded {
     }
 }
 
-/// Flags that the code at `ip` reads before it writes them, as far as a short look tells, and how
-/// many bytes were looked at.
-fn live_at(code: &[u8], ip: u64, width: u32, forms: &mut Forms) -> (u32, u32) {
+/// Flags that the code at `decoder` reads before it writes them, as far as a short look tells.
+fn live_at(decoder: &mut Decoder<'_>, forms: &mut Forms) -> u32 {
     let mut undecided = ALL_FLAGS;
     let mut live = 0;
-    let mut decoder = Decoder::with_ip(width, code, ip, OPTIONS);
     for _ in 0..8 {
         if !decoder.can_decode() {
             break;
@@ -168,7 +171,7 @@ fn live_at(code: &[u8], ip: u64, width: u32, forms: &mut Forms) -> (u32, u32) {
             break;
         }
     }
-    (live | undecided, decoder.position() as u32)
+    live | undecided
 }
 
 /// Flags that `instr` leaves in a new state, whatever they were before.

@@ -6,6 +6,8 @@
 //! either lowered by hand (stack, branches), executed by the runtime (`System`), or undefined.
 
 mod classify;
+#[cfg(test)]
+pub(crate) mod encodings;
 mod forms;
 pub(crate) mod leaf;
 mod liveness;
@@ -13,7 +15,11 @@ mod undefined;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Register, RflagsBits};
 
-use crate::{cpu::Bits, fault::Fault, tlb::jump_index};
+use crate::{
+    cpu::Bits,
+    fault::{self, Fault},
+    tlb::jump_index,
+};
 pub(crate) use forms::{Flags, Forms};
 use leaf::{Leaf, Reader};
 use undefined::{hopeless, too_long};
@@ -183,7 +189,28 @@ pub(crate) enum Class {
     /// Executed by the runtime.
     System,
     /// Raises this.
-    Fault(Fault),
+    Fault(Raised),
+}
+
+/// An exception that an instruction raises whatever its operands are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Raised {
+    /// #UD.
+    Undefined,
+    /// #NM.
+    Unavailable,
+    /// #GP.
+    Protection,
+}
+
+impl From<Raised> for Fault {
+    fn from(raised: Raised) -> Fault {
+        match raised {
+            Raised::Undefined => Fault::ud(),
+            Raised::Unavailable => Fault::plain(fault::NM),
+            Raised::Protection => Fault::gp(),
+        }
+    }
 }
 
 impl Class {
@@ -252,6 +279,8 @@ pub(crate) struct Insn {
     /// It names ah, bh, ch or dh: no REX prefix may be added.
     pub high_byte: bool,
     pub flags: Flags,
+    /// The host's processor may fault executing it, memory aside.
+    pub faults: bool,
     /// Flags that somebody reads from here on.
     pub live_in: u32,
     /// Flags that somebody reads after it.
@@ -344,19 +373,19 @@ pub(crate) fn decode(
                 return Err(Short::Crosses);
             }
             len += instr.len() as u32;
-            insns.push(forms.fault(instr, Class::Fault(Fault::ud())));
+            forms.push_as(&instr, Class::Fault(Raised::Undefined), insns);
             break;
         }
         let rest = &bytes[len as usize..];
         len += instr.len() as u32;
-        let insn = if instr.is_invalid() && too_long(rest, width) {
+        let class = if instr.is_invalid() && too_long(rest, width) {
             // More than 15 bytes of prefixes and opcode (SDM 2A 2.3.11).
-            forms.fault(instr, Class::Fault(Fault::gp()))
+            let class = Class::Fault(Raised::Protection);
+            forms.push_as(&instr, class, insns);
+            class
         } else {
-            forms.insn(instr, mode)
+            forms.push(&instr, &mode, insns)
         };
-        let class = insn.class;
-        insns.push(insn);
         if class == Class::Call
             && (decoder.can_decode() || more != 0)
             && let Some(leaf) = leaf::inline(insns, mode, decoded.leaf, code.leaves, forms)
@@ -365,7 +394,7 @@ pub(crate) fn decode(
             continue;
         }
         // Accesses through the window share nothing that a way out in the middle would have to undo.
-        let goes_on = class == Class::Branch && mode.window;
+        let goes_on = mode.window && matches!(class, Class::Branch);
         let ends = class.ends_block() && !goes_on;
         if ends || insns.len() == limit || !decoder.can_decode() && more == 0 {
             break;
@@ -381,7 +410,7 @@ pub(crate) fn decode(
         decoded.all_live();
         Ok(())
     } else {
-        decoded.liveness(code, width, forms)
+        decoded.liveness(code, &mut decoder, forms)
     }
 }
 
@@ -466,13 +495,16 @@ mod tests {
 
     #[test]
     fn avx_is_undefined_until_the_guest_enables_it() {
-        check(b"\xc5\xf8\x57\xc0", &[Class::Fault(Fault::ud())]);
+        check(b"\xc5\xf8\x57\xc0", &[Class::Fault(Raised::Undefined)]);
     }
 
     #[test]
     fn avx_512_is_undefined() {
         // vaddps zmm0, zmm0, zmm0
-        check(b"\x62\xf1\x7c\x48\x58\xc0", &[Class::Fault(Fault::ud())]);
+        check(
+            b"\x62\xf1\x7c\x48\x58\xc0",
+            &[Class::Fault(Raised::Undefined)],
+        );
     }
 
     #[test]

@@ -83,7 +83,7 @@ impl Lower<'_> {
                 ; xor Rq(page), 4096
             );
             let length = self.position() - from;
-            self.asm.ops[from - 1] = length as u8;
+            self.asm.patch(from - 1, [length as u8]);
         }
         dynasm!(self.asm
             ; .arch x64

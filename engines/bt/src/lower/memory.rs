@@ -20,13 +20,16 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
 
-use super::{Cold, Lower, Path, gpr64, lasting, memory_operand, needs_flags};
+use super::{
+    Cold, Lower, Path, gpr64, lasting, memory_operand, needs_flags,
+    recode::{self, Parts},
+};
 use crate::{
     context::Context,
     cpu::Bits,
     decode::{Class, Insn, data_segment},
     groups::{Group, Member},
-    site::{Homes, Ip, Kind, Mark, Shared, Slow},
+    site::{Homes, Ip, Kind, Mark, Place, Shared, Slow},
     tlb::TLB_ENTRIES,
 };
 
@@ -95,6 +98,17 @@ pub(super) struct Pending {
     rsp: i32,
 }
 
+impl<'a> Lower<'a> {
+    /// The instruction being lowered, taken apart, if its operand can be replaced.
+    fn parts(&self) -> Option<Parts<'a>> {
+        if self.mode.bits == Bits::Bits64 {
+            Parts::of(self.raw)
+        } else {
+            None
+        }
+    }
+}
+
 impl Lower<'_> {
     /// An instruction with one memory operand and nothing else to it.
     pub(super) fn memory(&mut self, insn: &Insn) -> Result<(), String> {
@@ -104,9 +118,14 @@ impl Lower<'_> {
         else {
             return Err("no size is known".into());
         };
-        let body = with_operand(&insn.instr);
         self.operand(insn, memory.size, memory.write, 0, |lower, open| {
-            let mut body = body;
+            let parts = lower.parts();
+            if parts.is_some_and(|parts| {
+                parts.based(open.register, open.offset, insn.high_byte, lower.asm)
+            }) {
+                return Ok(());
+            }
+            let mut body = with_operand(&insn.instr);
             body.set_memory_base(gpr64(open.register));
             if open.offset != 0 {
                 body.set_memory_displacement64(open.offset as i64 as u64);
@@ -421,9 +440,9 @@ impl Lower<'_> {
             size: open.size as u16,
             write: open.write,
             register,
-            retry: self.address(open.retry),
-            bounce: 0,
-            resume: self.address(resume),
+            retry: Place::new(self.address(open.retry)),
+            bounce: Place::default(),
+            resume: Place::new(self.address(resume)),
             after,
             read: open.read,
             stack: open.stack,
@@ -439,7 +458,7 @@ impl Lower<'_> {
         self.exit_through(site, 0);
         let bounce = self.position();
         let slow = Slow {
-            bounce: self.address(bounce),
+            bounce: Place::new(self.address(bounce)),
             ..bounce_later
         };
         self.sites[site].kind = Kind::Memory(slow);
@@ -451,7 +470,7 @@ impl Lower<'_> {
             });
         }
         // Nothing in a body depends on where it is.
-        self.asm.ops.extend_from_within(open.body..resume);
+        self.asm.repeat(open.body..resume);
         if open.write {
             self.exit_through(site, 1);
         } else {
@@ -480,17 +499,11 @@ impl Lower<'_> {
                 (Register::SS, narrow)
             }
             Address::Group(group) => {
-                let mut lea = Instruction::new();
-                lea.set_code(Code::Lea_r64_m);
-                lea.set_op0_kind(OpKind::Register);
-                lea.set_op0_register(gpr64(register));
-                lea.set_op1_kind(OpKind::Memory);
-                lea.set_memory_base(group.base);
-                lea.set_memory_index(group.index);
-                lea.set_memory_index_scale(group.scale);
-                lea.set_memory_displacement64(group.low as u64);
-                lea.set_memory_displ_size(u32::from(group.low != 0));
-                self.encode(&lea)?;
+                let index = (group.index != Register::None)
+                    .then(|| (group.index.number() as u8, group.scale));
+                let base = group.base.number() as u8;
+                // Far from the ends of what a displacement holds.
+                recode::lea(register, base, index, group.low as i32, self.asm);
                 (Register::DS, false)
             }
             Address::Operand(instr, by) => {
@@ -565,6 +578,10 @@ impl Lower<'_> {
         if no_register {
             let offset = instr.memory_displacement64().wrapping_add(by as u64);
             self.load_constant(register, if narrow { offset & 0xffff_ffff } else { offset });
+            return Ok(());
+        }
+        if let Some(parts) = self.parts().filter(|_| by == 0) {
+            parts.lea(register, narrow, self.asm);
             return Ok(());
         }
         let code = if narrow {

@@ -35,6 +35,7 @@ mod count;
 mod invlpg;
 mod memory;
 mod privileged;
+mod recode;
 mod registers;
 mod returns;
 mod stack;
@@ -140,7 +141,7 @@ impl Layout {
 /// handful of instructions, and making room for each list anew would cost more than filling it.
 #[derive(Default)]
 pub(crate) struct Lowered {
-    pub code: Vec<u8>,
+    pub code: Buffer,
     /// Offset of the entry for who has everything in place; before it, if not at 0, is the checked one.
     pub entry: u32,
     /// Offset of the entry for who has everything in place and its registers at least at these levels.
@@ -154,6 +155,7 @@ pub(crate) struct Lowered {
     cold: Vec<Cold>,
     upcoming: Vec<u16>,
     plan: Plan,
+    scratch: Vec<u8>,
 }
 
 impl Lowered {
@@ -169,7 +171,11 @@ impl Lowered {
 
 /// Lowers one block.
 pub(crate) struct Lower<'a> {
-    asm: Buffer,
+    asm: &'a mut Buffer,
+    /// What the encoder writes to.
+    scratch: &'a mut Vec<u8>,
+    /// Bytes of the instruction being lowered.
+    raw: &'a [u8],
     /// Address of the block's first byte.
     base: u64,
     block: u32,
@@ -181,17 +187,17 @@ pub(crate) struct Lower<'a> {
     homes: Homes,
     /// Borrowed registers that hold something until the access being emitted is done.
     busy: u16,
-    plan: Plan,
+    plan: &'a mut Plan,
     checks: Checks,
     /// Registers that hold a group's host address, and how many groups have had one.
     pinned: u16,
     looked_up: usize,
-    sites: Vec<Site>,
-    marks: Vec<Mark>,
-    system: Vec<Instruction>,
-    cold: Vec<Cold>,
+    sites: &'a mut Vec<Site>,
+    marks: &'a mut Vec<Mark>,
+    system: &'a mut Vec<Instruction>,
+    cold: &'a mut Vec<Cold>,
     /// Registers used by the instructions from each index on, for choosing scratch.
-    upcoming: Vec<u16>,
+    upcoming: &'a mut Vec<u16>,
     at: usize,
     /// The doorbell of the branch that comes next has been rung.
     rung: bool,
@@ -247,26 +253,36 @@ pub(crate) struct Place {
 ///
 /// # Errors
 /// The text of an encoding that couldn't be made: a bug, reported with the instruction.
-pub(crate) fn lower(
-    decoded: &Decoded,
-    bytes: &[u8],
+pub(crate) fn lower<'a>(
+    decoded: &'a Decoded,
+    bytes: &'a [u8],
     mode: Mode,
     place: Place,
-    layout: &Layout,
-    encoder: &mut Encoder,
-    lowered: &mut Lowered,
+    layout: &'a Layout,
+    encoder: &'a mut Encoder,
+    lowered: &'a mut Lowered,
 ) -> Result<(), String> {
     lowered.clear();
     let ip = place.ip;
-    let mut plan = std::mem::take(&mut lowered.plan);
+    let Lowered {
+        code,
+        sites,
+        marks,
+        system,
+        cold,
+        upcoming,
+        plan,
+        scratch,
+        ..
+    } = lowered;
     plan.clear();
     if place.groups && !mode.window {
-        groups::plan(&decoded.insns, mode, &mut plan);
+        groups::plan(&decoded.insns, mode, plan);
     }
     let mut lower = Lower {
-        asm: Buffer {
-            ops: std::mem::take(&mut lowered.code),
-        },
+        asm: code,
+        scratch,
+        raw: &[],
         base: place.base,
         block: place.block,
         first_site: place.first_site,
@@ -284,11 +300,11 @@ pub(crate) fn lower(
         looked_up: 0,
         plan,
         checks: checks::plan(&decoded.insns, mode, place.outside),
-        sites: std::mem::take(&mut lowered.sites),
-        marks: std::mem::take(&mut lowered.marks),
-        system: std::mem::take(&mut lowered.system),
-        cold: std::mem::take(&mut lowered.cold),
-        upcoming: std::mem::take(&mut lowered.upcoming),
+        sites,
+        marks,
+        system,
+        cold,
+        upcoming,
         at: 0,
         rung: false,
         goes_around: None,
@@ -319,14 +335,15 @@ pub(crate) fn lower(
             lower.goes_around = (!mode.window && carry::goes_around(&decoded.insns, next))
                 .then(|| decoded.insns[0].live_in != 0);
         }
-        if insn.class == Class::Return && mode.window && mode.bits == Bits::Bits64 {
+        if mode.window && insn.class == Class::Return && mode.bits == Bits::Bits64 {
             lower.recipe = returns::recipe(&decoded.insns[..at]);
         }
         let raw = decoded.raw(bytes, ip, insn);
+        lower.raw = raw;
         lower
             .insn(insn, raw)
             .map_err(|error| format!("{error} for `{}` at {:#x}", insn.instr, insn.instr.ip()))?;
-        let shadow = at > 0 && decoded.insns[at - 1].class == Class::Sti;
+        let shadow = at > 0 && matches!(decoded.insns[at - 1].class, Class::Sti);
         if shadow && !insn.class.ends_block() {
             lower.interrupt_window(insn);
         }
@@ -357,19 +374,13 @@ pub(crate) fn lower(
         None if live => lower.lazy_entry(entry),
         None => entry,
     };
-    *lowered = Lowered {
-        entry,
-        inner_entry,
-        needs,
-        lazy_entry,
-        code: lower.asm.ops,
-        sites: lower.sites,
-        marks: lower.marks,
-        system: lower.system,
-        cold: lower.cold,
-        upcoming: lower.upcoming,
-        plan: lower.plan,
-    };
+    if !lower.asm.fits() {
+        return Err(format!("a block of {} bytes", lower.asm.length()));
+    }
+    lowered.entry = entry;
+    lowered.inner_entry = inner_entry;
+    lowered.needs = needs;
+    lowered.lazy_entry = lazy_entry;
     Ok(())
 }
 
@@ -436,8 +447,8 @@ impl Lower<'_> {
                 self.exit(insn.instr.ip(), Kind::System { index });
                 Ok(())
             }
-            Class::Fault(fault) => {
-                self.raise(insn.instr.ip(), fault);
+            Class::Fault(raised) => {
+                self.raise(insn.instr.ip(), raised.into());
                 Ok(())
             }
         }
@@ -479,7 +490,9 @@ impl Lower<'_> {
             self.flags_for(insn);
         }
         self.need(insn.reads);
-        self.mark(Ip::At(insn.instr.ip()));
+        if insn.faults {
+            self.mark(Ip::At(insn.instr.ip()));
+        }
         let code = insn.instr.code();
         let lasting = match self.mode.bits {
             Bits::Bits64 => None,
@@ -493,7 +506,7 @@ impl Lower<'_> {
                 instr.set_code(code);
                 self.encode(&instr)?;
             }
-            None => self.asm.extend(raw),
+            None => self.asm.slice(raw),
         }
         self.note_direction(insn);
         self.done(insn);
@@ -547,15 +560,17 @@ impl Lower<'_> {
     }
 
     fn encode(&mut self, instr: &Instruction) -> Result<(), String> {
-        let rip = self.base + self.asm.offset().0 as u64;
-        self.encoder.set_buffer(std::mem::take(&mut self.asm.ops));
+        let rip = self.address(self.position());
+        self.scratch.clear();
+        self.encoder.set_buffer(std::mem::take(self.scratch));
         let encoded = self.encoder.encode(instr, rip);
-        self.asm.ops = self.encoder.take_buffer();
+        *self.scratch = self.encoder.take_buffer();
+        self.asm.slice(self.scratch);
         encoded.map(drop).map_err(|error| error.to_string())
     }
 
     fn position(&self) -> usize {
-        self.asm.offset().0
+        self.asm.length()
     }
 
     fn address(&self, position: usize) -> u64 {
@@ -603,11 +618,11 @@ impl Lower<'_> {
     /// Fills in the rel32 at `patch` to reach `position`.
     fn bind(&mut self, patch: usize, position: usize) {
         let rel = position as i32 - (patch as i32 + 4);
-        self.asm.ops[patch..patch + 4].copy_from_slice(&rel.to_le_bytes());
+        self.asm.patch(patch, rel.to_le_bytes());
     }
 
     fn cold(&mut self) {
-        let mut colds = std::mem::take(&mut self.cold);
+        let mut colds = std::mem::take(self.cold);
         for cold in colds.drain(..) {
             match cold {
                 Cold::Memory(pending) => self.cold_memory(pending),
@@ -642,7 +657,7 @@ impl Lower<'_> {
                 }
             }
         }
-        self.cold = colds;
+        *self.cold = colds;
     }
 
     fn transitions(&self) -> Transitions {

@@ -236,7 +236,8 @@ impl Lower<'_> {
                 ; test [wanted], Rd(other)
             );
             self.leave_for_window(insn);
-            self.asm.ops[over - 1] = (self.position() - over) as u8;
+            let length = (self.position() - over) as u8;
+            self.asm.patch(over - 1, [length]);
         }
         Ok(())
     }

@@ -97,7 +97,7 @@ impl Lower<'_> {
         let mut missing = (here.next_multiple_of(LINE) - here) as usize;
         while missing != 0 {
             let nop = NOPS[missing.min(NOPS.len()) - 1];
-            self.asm.extend(nop);
+            self.asm.slice(nop);
             missing -= nop.len();
         }
     }
@@ -164,7 +164,7 @@ impl Lower<'_> {
             self.need(insn.reads);
             self.mark(Ip::At(insn.instr.ip()));
             self.asm.push(GS);
-            self.asm.extend(raw);
+            self.asm.slice(raw);
             self.done(insn);
             return Ok(());
         }

@@ -119,13 +119,13 @@ impl BtVcpu {
         if second.is_none() && slow.segment.is_none() && self.core.mmu.fill(ea, page, access, user)
         {
             self.tlb_missed();
-            self.resume = Resume::Host(slow.retry);
+            self.resume = Resume::Host(slow.retry.address());
             return Ok(());
         }
         self.counts.add(ExitReason::Bounce);
         if let Some(host) = self.directly(ea, &slow, page, second) {
             self.core.context().gpr[usize::from(slow.register)] = host as u64;
-            self.resume = Resume::Host(slow.bounce);
+            self.resume = Resume::Host(slow.bounce.address());
             return Ok(());
         }
         self.transfer(Transfer {
@@ -203,7 +203,7 @@ impl BtVcpu {
             }
         } else {
             self.stop_soon();
-            self.resume = Resume::Host(slow.resume);
+            self.resume = Resume::Host(slow.resume.address());
         }
     }
 
@@ -309,7 +309,7 @@ impl BtVcpu {
             let context = self.core.context();
             let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
             context.gpr[usize::from(slow.register)] = bounce;
-            self.resume = Resume::Host(slow.bounce);
+            self.resume = Resume::Host(slow.bounce.address());
         } else {
             // What a device was told is not what it says.
             let elsewhere = slow.relied && transfer.step != 0;

@@ -113,7 +113,7 @@ impl BtVcpu {
         /// Most blocks, and where they lead, are seen with the first of these; no block, with its
         /// surroundings, needs more than the second.
         const READ: [usize; 2] = [256, 1024];
-        let mut buffer = [0xff; READ[1]];
+        let mut buffer = [0; READ[1]];
         for read in READ {
             let bytes = &mut buffer[..read.min(left)];
             let more = if read == READ[1] {
@@ -177,6 +177,8 @@ impl BtVcpu {
         if let Some(host) = self.core.mmu.host(phys, bytes.len() as u64) {
             // SAFETY: `host` covers the length.
             unsafe { guest::read(host, bytes) };
+        } else {
+            bytes.fill(0xff);
         }
     }
 }
