@@ -8,7 +8,7 @@
 use crate::{
     checks::{Levels, Outside},
     context::{Context, flags_from_lazy},
-    fault::Fault,
+    fault::{self, Fault},
 };
 
 /// Where the guest's registers and flags are at a point of translated code.
@@ -177,6 +177,17 @@ pub(crate) struct Slow {
     pub relied: bool,
     /// The block is still to write through an address that it looked up before this access.
     pub pinned: bool,
+}
+
+impl Slow {
+    /// `fault`, as this access raises it.
+    pub(crate) fn of_stack(&self, fault: Fault) -> Fault {
+        if self.stack && fault.vector == fault::GP {
+            Fault::selector(fault::SS, 0)
+        } else {
+            fault
+        }
+    }
 }
 
 /// A lookup that stands for the accesses of several instructions.

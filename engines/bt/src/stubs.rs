@@ -22,10 +22,10 @@ use crate::context::Context;
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stubs {
-    /// `extern "C" fn()`: with the guest's flags in the host's; without and with its vector registers.
+    /// `extern "C" fn()`: with the guest's flags in the host's, DF from its slot; without and with its
+    /// vector registers.
     pub enter: [u64; 2],
-    /// As `enter`, for entries that fetch the flags themselves, and with DF clear: popfq is the
-    /// most expensive instruction of an entry.
+    /// As `enter`, for entries that fetch the arithmetic flags themselves.
     pub enter_lazy: [u64; 2],
     /// Target of every site's jump.
     pub exit: u64,
@@ -53,6 +53,7 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
     let upper = ctx + offset_of!(Context, upper) as i32;
     let avx = ctx + offset_of!(Context, avx) as i32;
     let flags = ctx + offset_of!(Context, flags) as i32;
+    let direction = ctx + offset_of!(Context, direction) as i32;
     let mxcsr = ctx + offset_of!(Context, mxcsr) as i32;
     let host_mxcsr = ctx + offset_of!(Context, host_mxcsr) as i32;
     let host_rsp = ctx + offset_of!(Context, host_rsp) as i32;
@@ -100,8 +101,27 @@ pub(crate) fn emit(ctx: i32, base: u64) -> (Stubs, Vec<u8>) {
         if vectors {
             load(&mut ops);
         }
+        dynasm!(ops
+            ; .arch x64
+            ; cmp DWORD [direction], 0
+            ; je >up
+            ; std
+            ;up:
+        );
         if with_flags {
-            dynasm!(ops ; .arch x64 ; push QWORD [flags] ; popfq);
+            // popfq would take longer than all the rest: sahf loads all but OF, and 1 + 127 overflows a
+            // signed byte and 0 + 127 doesn't.
+            dynasm!(ops
+                ; .arch x64
+                ; mov eax, [flags]
+                ; mov ecx, eax
+                ; shl eax, 8
+                ; shr ecx, 11
+                ; and ecx, 1
+                ; or eax, ecx
+                ; add al, 127
+                ; sahf
+            );
         }
         for register in 0..16u8 {
             dynasm!(ops ; .arch x64 ; mov Rq(register), [gpr + 8 * i32::from(register)]);

@@ -231,7 +231,7 @@ impl BtVcpu {
             let entry = match self.resume {
                 Resume::Host(entry) => entry,
                 Resume::Stub(entry) => {
-                    lazy = self.core.context().flags & FLAG_DF == 0;
+                    lazy = true;
                     // It brings them in itself.
                     vectors = Some(false);
                     entry
@@ -246,7 +246,7 @@ impl BtVcpu {
                         },
                     };
                     lower::lend(self.core.context());
-                    lazy = self.core.context().flags & FLAG_DF == 0;
+                    lazy = true;
                     entry
                 }
             };

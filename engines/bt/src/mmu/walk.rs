@@ -60,18 +60,62 @@ impl Mmu {
         access: Access,
         user: bool,
     ) -> Result<Page, Fault> {
-        let key = address & !0xfff | (access as u64) << 1 | u64::from(user);
-        let other = &self.others[((address >> 12) as usize ^ access as usize) % OTHERS];
-        let epoch = self.epoch();
-        if other.key.get() == (key, epoch) {
+        let (other, key) = self.other(address, access, user);
+        if other.key.get() == key {
             return Ok(other.page.get());
         }
         let page = self.walk(cpu, address, access, user)?;
+        self.remember(other, key, page, access);
+        Ok(page)
+    }
+
+    /// Looks up `address` and [fills](Mmu::fill) a TLB with what is found, or answers with it if that may
+    /// not be.
+    ///
+    /// # Errors
+    /// As [`Mmu::walk`].
+    #[inline(never)]
+    pub(crate) fn admit(
+        &self,
+        cpu: &Cpu,
+        address: u64,
+        access: Access,
+        user: bool,
+    ) -> Result<Option<Page>, Fault> {
+        let (other, key) = self.other(address, access, user);
+        if other.key.get() == key {
+            return Ok(Some(other.page.get()));
+        }
+        let query = Query {
+            address,
+            access,
+            user,
+            sets: true,
+        };
+        let page = match self.walk_rest(cpu, query) {
+            Some(ended) => ended?,
+            None => self.walk(cpu, address, access, user)?,
+        };
+        if self.fill(address, page, access, user) {
+            return Ok(None);
+        }
+        self.remember(other, key, page, access);
+        Ok(Some(page))
+    }
+
+    /// Remembers a translation that no TLB holds.
+    fn remember(&self, other: &Other, key: (u64, u64), page: Page, access: Access) {
         if !page.guarded && (access == Access::Fetch || self.region(page.phys, 4096).is_none()) {
-            other.key.set((key, epoch));
+            other.key.set(key);
             other.page.set(page);
         }
-        Ok(page)
+    }
+
+    /// Where the translation would be that no TLB holds, and as what, if it is valid.
+    fn other(&self, address: u64, access: Access, user: bool) -> (&Other, (u64, u64)) {
+        let key = address & !0xfff | (access as u64) << 1 | u64::from(user);
+        let other = &self.others[((address >> 12) as usize ^ access as usize) % OTHERS];
+        (other, (key, self.epoch()))
     }
 
     /// Translates `address` for an access by the current or an implied privilege.
@@ -117,6 +161,9 @@ impl Mmu {
     }
 
     /// The end of a walk whose way is known. None if it has to begin at the root.
+    ///
+    /// In line, so that what it finds needs no copies: they would wait for the store buffer.
+    #[inline(always)]
     fn walk_rest(&self, cpu: &Cpu, query: Query) -> Option<Result<Page, Fault>> {
         if cpu.cr0 & CR0_PG == 0 {
             return None;
@@ -225,6 +272,7 @@ impl Mmu {
 
     /// The last step of a walk, and what the entry is after it. None if the entry, which is `entry` at
     /// `at`, isn't that any more, or would have to change and may not.
+    #[inline(always)]
     fn last(
         &self,
         cpu: &Cpu,

@@ -56,13 +56,7 @@ impl BtVcpu {
             self.core
                 .mmu
                 .translate(&self.core.cpu, address, access, user)
-                .map_err(|fault| {
-                    if fault.vector == fault::GP && slow.stack {
-                        Fault::selector(fault::SS, 0)
-                    } else {
-                        fault
-                    }
-                })
+                .map_err(|fault| slow.of_stack(fault))
         };
         if ea & u64::from(slow.alignment - 1) != 0 {
             return Err(Fault::gp());
@@ -101,14 +95,6 @@ impl BtVcpu {
             }
         }
         self.direct = None;
-        let (page, second) = match self.pages(ea, &slow) {
-            Ok(found) => found,
-            Err(fault) => {
-                self.settle(site.homes, site.ip);
-                return self.raise(fault);
-            }
-        };
-        self.settle_marked();
         let access = if slow.write {
             Access::Write
         } else {
@@ -116,12 +102,30 @@ impl BtVcpu {
         };
         let user = self.core.user();
         // The check of a limited segment has to be done again next time.
-        if second.is_none() && slow.segment.is_none() && self.core.mmu.fill(ea, page, access, user)
-        {
-            self.tlb_missed();
-            self.resume = Resume::Host(slow.retry.address());
-            return Ok(());
-        }
+        let usual = slow.segment.is_none()
+            && ea & u64::from(slow.alignment - 1) == 0
+            && (ea & 0xfff) + u64::from(slow.size) <= 4096;
+        let found = if usual {
+            match self.core.mmu.admit(&self.core.cpu, ea, access, user) {
+                Ok(None) => {
+                    self.tlb_missed();
+                    self.resume = Resume::Host(slow.retry.address());
+                    return Ok(());
+                }
+                Ok(Some(page)) => Ok((page, None)),
+                Err(fault) => Err(slow.of_stack(fault)),
+            }
+        } else {
+            self.pages(ea, &slow)
+        };
+        let (page, second) = match found {
+            Ok(found) => found,
+            Err(fault) => {
+                self.settle(site.homes, site.ip);
+                return self.raise(fault);
+            }
+        };
+        self.settle_marked();
         self.counts.add(ExitReason::Bounce);
         if let Some(host) = self.directly(ea, &slow, page, second) {
             self.core.context().gpr[usize::from(slow.register)] = host as u64;
