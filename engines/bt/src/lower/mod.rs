@@ -46,7 +46,7 @@ pub(crate) use count::Path;
 pub(crate) use privileged::inline;
 
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Encoder, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
 
 use buffer::Buffer;
@@ -496,6 +496,9 @@ impl Lower<'_> {
         let code = insn.instr.code();
         let lasting = match self.mode.bits {
             Bits::Bits64 => None,
+            // Outside of 64-bit code VEX.B, VEX.vvvv's highest bit and most often VEX.W mean nothing
+            // (SDM 2A 2.3.5).
+            Bits::Bits32 if code.encoding() == EncodingKind::VEX => Some(code),
             Bits::Bits32 => lasting(code),
             // Operand-size prefixes are the other way round.
             Bits::Bits16 => lasting(code).or(Some(code)),

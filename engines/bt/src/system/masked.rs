@@ -145,9 +145,13 @@ impl Core {
         let stores = instr.op0_kind() == OpKind::Memory;
         let mask = self.lanes(instr.op1_register());
         let width = instr.op1_register().size();
-        let at = self.operand(instr, width as u32, stores)?;
         let user = self.user();
         let chosen = (0..width / size).filter(|&element| mask.chosen(element, size));
+        // Where no element is accessed, not even the segment matters.
+        let at = match chosen.clone().next() {
+            Some(_) => self.operand(instr, width as u32, stores)?,
+            None => 0,
+        };
         let place = |element: usize| at.wrapping_add((element * size) as u64);
         if stores {
             let values = self.lanes(instr.op2_register());

@@ -112,6 +112,7 @@ impl BtVcpu {
         let (stop, past) = match instr.mnemonic() {
             Hlt => Some((Stop::Halt, false)),
             Int3 => trap(fault::BP),
+            Into if self.core.rflags() >> 11 & 1 == 1 => trap(fault::OF),
             Int1 => trap(fault::DB),
             Int if matches!(instr.immediate8(), fault::BP | fault::OF) => trap(instr.immediate8()),
             Int => {

@@ -23,6 +23,8 @@ pub(crate) struct Liberty {
     /// Which byte of a page a page fault names.
     pub(crate) byte: bool,
     pub(crate) extended: bool,
+    /// Accesses across 4 GiB may raise a limit's exception or not (SDM 3A 5.3).
+    pub(crate) wraps: bool,
 }
 
 fn stop(ended: &Ended, code: &[u8], load: u64) -> UserStop {
@@ -111,6 +113,16 @@ fn compare(
                     || liberty.operand
                     || liberty.byte && address.map(page) == at.map(page))
         }
+        (
+            End::Stop(UserStop::Exception {
+                vector: 14,
+                address: Some(address),
+                ..
+            }),
+            End::Stop(UserStop::Exception {
+                vector: 12 | 13, ..
+            }),
+        ) if liberty.wraps && address >> 12 == u64::from(u32::MAX) >> 12 => return text,
         (expected, found) => expected == found,
     };
     if !same {

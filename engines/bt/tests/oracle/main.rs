@@ -9,6 +9,7 @@
 //! | `native`, `translated` | the two sides |
 //! | `case`, `process` | one case through `bt::insn` and in a process of its own |
 //! | `snippets`, `snippets_of_state`, `forms`, `raw` | cases: by hand, one of every form, any bytes |
+//! | `compatible` | any bytes as 32-bit code |
 //! | `elements` | gathers, masked moves and stores that fault |
 //! | `compare` | differences |
 //!
@@ -23,6 +24,7 @@
 
 mod case;
 mod compare;
+mod compatible;
 mod elements;
 mod families;
 mod flags;

@@ -21,9 +21,9 @@ use crate::random::Random;
 const CASES: u64 = 1_000;
 const DATA_BYTES: u64 = 5 * PAGE;
 /// The longest instruction.
-const LONGEST: usize = 15;
+pub(crate) const LONGEST: usize = 15;
 
-const PREFIXES: [u8; 11] = [
+pub(crate) const PREFIXES: [u8; 11] = [
     0x66, 0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x2e, 0x36, 0x3e, 0x64, 0x65,
 ];
 
@@ -68,7 +68,7 @@ fn decode(bytes: &[u8]) -> Instruction {
 }
 
 /// False for what can't be compared.
-fn comparable(instr: &Instruction) -> bool {
+pub(crate) fn comparable(instr: &Instruction) -> bool {
     use Mnemonic::*;
     let machine = matches!(
         instr.mnemonic(),
@@ -120,7 +120,10 @@ fn comparable(instr: &Instruction) -> bool {
             | Maskmovdqu
             | Vmaskmovdqu
             | Popf
+            | Popfd
             | Popfq
+            | Lds
+            | Les
     );
     let segment = (0..instr.op_count()).any(|operand| {
         instr.op_kind(operand) == OpKind::Register

@@ -110,7 +110,7 @@ impl Table {
 }
 
 /// True if the pinned CPUID (engine_core::cpuid) has what `code` needs.
-fn announced(code: Code) -> bool {
+pub(crate) fn announced(code: Code) -> bool {
     use CpuidFeature::*;
     code.cpuid_features().iter().all(|feature| {
         let (leaf, register, bit) = match feature {
