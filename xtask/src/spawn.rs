@@ -2,14 +2,20 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::sync::LazyLock;
 
 use anyhow::{Context, bail};
 
-/// The workspace's root.
+/// The workspace's root: of the checkout that cargo runs this from. Where another one was compiled does not
+/// matter, as a shared target directory may hold a program that came from a checkout that is gone.
 pub(crate) fn root() -> &'static Path {
+    static XTASK: LazyLock<PathBuf> = LazyLock::new(|| {
+        let run = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+        let run = run.filter(|xtask| xtask.ends_with("xtask"));
+        run.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")))
+    });
     // xtask lies directly below it.
-    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
-    xtask.parent().unwrap_or(xtask)
+    XTASK.parent().unwrap_or(&XTASK)
 }
 
 /// The cargo that runs this, in the workspace's root.
