@@ -141,15 +141,15 @@ impl Lower<'_> {
     }
 
     pub(super) fn call_indirect(&mut self, insn: &Insn) -> Result<(), String> {
-        self.load_target(insn)?;
+        let held = self.load_target(insn)?;
         self.push_return(insn)?;
-        self.indirect(insn, -self.return_size());
+        self.indirect(insn, held, -self.return_size());
         Ok(())
     }
 
     pub(super) fn jump_indirect(&mut self, insn: &Insn) -> Result<(), String> {
-        self.load_target(insn)?;
-        self.indirect(insn, 0);
+        let held = self.load_target(insn)?;
+        self.indirect(insn, held, 0);
         Ok(())
     }
 
@@ -169,7 +169,7 @@ impl Lower<'_> {
             // Whoever asked for a single instruction wants to be asked again after it.
             self.exit(insn.instr.ip(), Kind::Indirect { rsp, gate: None });
         } else if self.mode.window {
-            self.dispatch(insn, rsp);
+            self.dispatch(insn, None, rsp);
         } else {
             let key = self.compare_popped(insn, target, rsp);
             self.through_jump_cache(insn, key, rsp);
@@ -177,15 +177,15 @@ impl Lower<'_> {
         Ok(())
     }
 
-    /// Goes to `Context::target`, with RSP moved by `rsp` already.
-    fn indirect(&mut self, insn: &Insn, rsp: i32) {
+    /// Goes to `Context::target`, which register `held` holds as well, with RSP moved by `rsp` already.
+    fn indirect(&mut self, insn: &Insn, held: Option<u8>, rsp: i32) {
         if self.mode.single {
             self.exit(insn.instr.ip(), Kind::Indirect { rsp, gate: None });
             return;
         }
         self.count(Path::Indirect);
         if self.mode.window {
-            return self.dispatch(insn, rsp);
+            return self.dispatch(insn, held, rsp);
         }
         if !self.homes.lazy {
             self.save_flags(0);

@@ -226,18 +226,19 @@ impl Lower<'_> {
         Ok(value)
     }
 
-    /// Puts the target of an indirect branch into `Context::target`.
-    pub(super) fn load_target(&mut self, insn: &Insn) -> Result<(), String> {
+    /// Puts the target of an indirect branch into `Context::target`. Returns the register that holds it as
+    /// well, if one does: what looks the target up then need not wait for the store.
+    pub(super) fn load_target(&mut self, insn: &Insn) -> Result<Option<u8>, String> {
         let slot = self.layout.target();
         if self.loads_target_in_window(insn) {
             let value = self.target_in_window(insn)?;
             dynasm!(self.asm ; .arch x64 ; mov [slot], Rq(value));
-            return Ok(());
+            return Ok(Some(value));
         }
         let size = if self.mode.bits == Bits::Bits64 { 8 } else { 4 };
         if memory_operand(&insn.instr).is_some() {
             self.load_operand(insn, size, 0, Some(slot))?;
-            return Ok(());
+            return Ok(None);
         }
         let register = insn.instr.op0_register().full_register();
         let number = register.number() as u8;
@@ -248,7 +249,8 @@ impl Lower<'_> {
         } else {
             dynasm!(self.asm ; .arch x64 ; mov [slot], Rq(number));
         }
-        Ok(())
+        // A call moves RSP.
+        Ok((register != Register::RSP).then_some(number))
     }
 
     /// Pushes the return address of a call.

@@ -294,12 +294,20 @@ impl Lower<'_> {
         Ok(())
     }
 
-    /// Goes to `Context::target`, with RSP moved by `rsp` already.
-    pub(super) fn dispatch(&mut self, insn: &Insn, rsp: i32) {
-        self.leave(true);
+    /// Goes to `Context::target`, which register `held` holds as well, with RSP moved by `rsp` already.
+    pub(super) fn dispatch(&mut self, insn: &Insn, held: Option<u8>, rsp: i32) {
+        if self.homes.lazy {
+            self.restore_flags(0);
+        }
+        // RCX may hold the target by now.
+        self.need(!self.pinned);
         self.doorbell(Ip::Target);
         self.spill(RCX);
-        dynasm!(self.asm ; .arch x64 ; movzx ecx, WORD [self.layout.target()]);
+        self.pinned = 0;
+        match held {
+            Some(held) => dynasm!(self.asm ; .arch x64 ; movzx ecx, Rw(held)),
+            None => dynasm!(self.asm ; .arch x64 ; movzx ecx, WORD [self.layout.target()]),
+        }
         self.through_table(insn, rsp);
     }
 
@@ -337,23 +345,27 @@ impl Lower<'_> {
         dynasm!(self.asm ; .arch x64 ; mov rcx, [self.layout.spill(RCX)]);
     }
 
-    /// Loads the target of an indirect branch from memory into a borrowed register.
+    /// Loads the target of an indirect branch from memory into RCX, which stays borrowed for it.
     pub(super) fn target_in_window(&mut self, insn: &Insn) -> Result<u8, String> {
         let (code, base) = match self.mode.bits {
             Bits::Bits64 => (Code::Mov_r64_rm64, Register::RAX),
             Bits::Bits32 | Bits::Bits16 => (Code::Mov_r32_rm32, Register::EAX),
         };
         self.need(insn.reads);
-        let value = self.take(0, insn);
         let mut load = insn.instr;
         load.set_code(code);
         load.set_op0_kind(OpKind::Register);
-        load.set_op0_register(base + u32::from(value));
+        load.set_op0_register(base + u32::from(RCX));
         load.set_op1_kind(OpKind::Memory);
         let load = self.operand_in_window(insn, load)?;
+        // The operand may need what it holds: that is read as it is written.
+        self.need(insn.reads);
+        self.spill(RCX);
         self.mark(Ip::At(insn.instr.ip()));
         self.encode(&load)?;
-        Ok(value)
+        self.busy = 0;
+        self.pinned |= 1 << RCX;
+        Ok(RCX)
     }
 
     pub(super) fn encode_made(

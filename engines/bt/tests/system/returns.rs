@@ -1,6 +1,7 @@
 //! Returns remember where they went: whatever becomes of that place, or of the code that returns there, they go
 //! where the stack says and do what is there now.
 
+use engine_core::testing::assemble;
 use iced_x86::code_asm::*;
 
 use crate::rig::{CODE, End, FREE, Rig, TABLES};
@@ -175,4 +176,68 @@ fn a_return_knows_more_places_than_it_remembers() {
         .flat_map(|_| 1..=5u64)
         .fold(0u64, |sum, value| sum.wrapping_mul(3).wrapping_add(value));
     assert_eq!(rig.after().gpr[0], expected);
+}
+
+/// Calls and jumps through registers and memory arrive with every register, RCX among them, and the flags.
+/// `base` is an alias of the address 0 that the code runs at.
+fn registers_reach_the_target(mut rig: Rig, base: u64) {
+    let table = FREE + 0x800;
+    let function = FREE + 0x100;
+    // adc r8, rcx; lea r9, [r9 + r8*2]; ret
+    rig.put(function, &[0x49, 0x11, 0xc8, 0x4f, 0x8d, 0x0c, 0x41, RET]);
+    rig.word(table, base + function);
+    rig.state.rip = base + CODE;
+    let code = assemble(64, base + CODE, |asm| {
+        let mut again = asm.create_label();
+        asm.xor(r8d, r8d)?;
+        asm.xor(r9d, r9d)?;
+        asm.mov(r10d, 20)?;
+        asm.set_label(&mut again)?;
+        // RCX as index, as base and as target, and in no way.
+        asm.mov(ecx, 2)?;
+        asm.stc()?;
+        asm.call(qword_ptr(rcx * 8 + (table - 16)))?;
+        asm.mov(ecx, table as u32)?;
+        asm.clc()?;
+        asm.call(qword_ptr(rcx))?;
+        asm.mov(rcx, base + function)?;
+        asm.stc()?;
+        asm.call(rcx)?;
+        asm.mov(ecx, 3)?;
+        asm.mov(r15, base + function)?;
+        asm.stc()?;
+        asm.call(r15)?;
+        asm.mov(ebx, table as u32)?;
+        asm.clc()?;
+        asm.call(qword_ptr(rbx))?;
+        asm.dec(r10d)?;
+        asm.jne(again)?;
+        asm.ud2()
+    });
+    rig.put(CODE, &code);
+    assert_eq!(rig.run(), End::Vector(6));
+    let (mut sum, mut twice) = (0u64, 0u64);
+    for _ in 0..20 {
+        for add in [2 + 1, table, base + function + 1, 3 + 1, 3] {
+            sum = sum.wrapping_add(add);
+            twice = twice.wrapping_add(sum.wrapping_mul(2));
+        }
+    }
+    let gpr = rig.after().gpr;
+    assert_eq!((gpr[8], gpr[9], gpr[1]), (sum, twice, 3));
+}
+
+#[test]
+fn registers_reach_the_target_of_an_indirect_branch() {
+    for base in [0, 1 << 32] {
+        for user in [false, true] {
+            let mut rig = Rig::long();
+            rig.word(TABLES + 0x1000 + 8 * 4, (TABLES + 0x2000) | 7);
+            if user {
+                rig = rig.in_ring_3();
+                rig.vcpu.hold_window();
+            }
+            registers_reach_the_target(rig, base);
+        }
+    }
 }
