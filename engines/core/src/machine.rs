@@ -392,19 +392,31 @@ impl Machine {
     }
 
     /// Answers an `in` or `ins`; `data` holds items of `size` bytes.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn port_in(&mut self, port: u16, size: u8, data: &mut [u8]) -> Action {
         self.tally.port(port, false);
+        match self.map.port(port) {
+            // The most frequent by far: no call through a table, and of a piece with the engine's exit.
+            Some((SERIAL, offset)) if data.len() == 1 => {
+                let action = self.serial.read(offset, data);
+                self.accessed(SERIAL, self.serial.deadline());
+                action
+            }
+            found => self.port_in_elsewhere(found, size, data),
+        }
+    }
+
+    #[inline(never)]
+    fn port_in_elsewhere(
+        &mut self,
+        found: Option<(Slot, u64)>,
+        size: u8,
+        data: &mut [u8],
+    ) -> Action {
         upkeep::undriven(data);
-        let Some((slot, offset)) = self.map.port(port) else {
+        let Some((slot, offset)) = found else {
             return Action::None;
         };
-        if slot == SERIAL && data.len() == 1 {
-            // The most frequent by far: no call through a table.
-            let action = self.serial.read(offset, data);
-            self.accessed(slot, self.serial.deadline());
-            return action;
-        }
         self.access(slot, |device| {
             // Nearly every access is one item: no division for those.
             if data.len() == usize::from(size) {
@@ -415,17 +427,24 @@ impl Machine {
     }
 
     /// Takes an `out` or `outs`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn port_out(&mut self, port: u16, size: u8, data: &[u8]) -> Action {
         self.tally.port(port, true);
-        let Some((slot, offset)) = self.map.port(port) else {
+        match self.map.port(port) {
+            Some((SERIAL, offset)) if data.len() == 1 => {
+                let action = self.serial.write(offset, data);
+                self.accessed(SERIAL, self.serial.deadline());
+                action
+            }
+            found => self.port_out_elsewhere(found, size, data),
+        }
+    }
+
+    #[inline(never)]
+    fn port_out_elsewhere(&mut self, found: Option<(Slot, u64)>, size: u8, data: &[u8]) -> Action {
+        let Some((slot, offset)) = found else {
             return Action::None;
         };
-        if slot == SERIAL && data.len() == 1 {
-            let action = self.serial.write(offset, data);
-            self.accessed(slot, self.serial.deadline());
-            return action;
-        }
         self.access(slot, |device| {
             if data.len() == usize::from(size) {
                 return device.write(offset, data);
@@ -484,8 +503,16 @@ impl Machine {
     }
 
     /// Takes over what an access to a device has changed.
-    #[inline]
+    #[inline(always)]
     fn accessed(&mut self, slot: Slot, deadline: Option<u64>) {
+        let same = deadline == self.schedule.of(slot.into()) && slot >= SERIAL;
+        if !(same && self.held == 0 && self.posting.is_empty()) {
+            self.take_over(slot, deadline);
+        }
+    }
+
+    #[inline(never)]
+    fn take_over(&mut self, slot: Slot, deadline: Option<u64>) {
         if deadline != self.schedule.of(slot.into()) {
             self.reschedule(slot, deadline);
         }
@@ -501,7 +528,6 @@ impl Machine {
         }
     }
 
-    #[cold]
     fn reschedule(&mut self, slot: Slot, deadline: Option<u64>) {
         self.schedule.set(slot.into(), deadline);
         self.attention = true;
