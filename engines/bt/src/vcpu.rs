@@ -2,15 +2,18 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | this one | the run loop: enters the code to go on with, links it |
-//! | `code` | finds it, translated if need be |
-//! | `ahead` | translation without execution, for profilers |
+//! | this one | the run loop: enters the code to go on with |
 //! | `access` | slow paths of memory accesses, faults of the host's CPU |
-//! | `create` | options and constructors |
+//! | `ahead` | translation without execution, for profilers |
 //! | `answer` | instructions that the runtime executes, answers to exits |
+//! | `boundary` | what is due between two instructions |
+//! | `code` | the code to go on with: found, translated if need be |
+//! | `create` | options and constructors |
 //! | `interface` | what engine-core's run loop sees |
+//! | `leave` | what translated code has left for |
 //! | `listing` | translated code as text |
 //! | `ports` | `in` and `out` |
+//! | `raise` | exceptions and NMIs |
 //! | `share` | the other vCPUs of the VM |
 //! | `user` | ring-3 code without a kernel |
 //! | `window` | accesses that the window wasn't ready or isn't for |
@@ -18,42 +21,41 @@
 mod access;
 mod ahead;
 mod answer;
+mod boundary;
 mod code;
 mod create;
 mod interface;
+mod leave;
 mod listing;
 mod ports;
+mod raise;
 mod share;
 mod user;
 mod window;
 
 use std::{ptr::NonNull, sync::Arc};
 
-use engine_core::{DeviceBus, Error, ExitCounts, ExitReason, Stepping, Vcpu};
+use engine_core::{DeviceBus, Error, ExitCounts, Stepping};
 
 use crate::{
     arena::Arena,
-    cache::{Cache, Dropped, Key, Refusal, Source},
-    context::HOST_FAULT,
-    core::{Core, Flushed, Shutdown},
-    cpu::{Bits, EFER_SCE, FLAG_DF, Seg, canonical},
+    cache::Cache,
+    core::{Core, Shutdown},
+    cpu::{EFER_SCE, FLAG_DF},
     decode::Mode,
     fault::Fault,
-    features::uses_vectors,
-    guest,
     kick::Doorbell,
     lower,
-    mmu::Access,
     privileged::{KERNEL, SYSCALLS, USER},
     signal::{self, Active},
-    site::{Homes, Kind, Site},
+    site::Homes,
     stubs::Stubs,
     system::Trap,
     tlb::{BANKS, jump_index},
-    transitions::{BOUNDARY, FROM_USER, HAS_ERROR, RAISING, Transitions},
+    transitions::Transitions,
     x87,
 };
-use access::{Direct, Transfer};
+use access::Direct;
 use answer::Pending;
 pub use create::Options;
 use ports::PortAccess;
@@ -286,182 +288,6 @@ impl BtVcpu {
         })
     }
 
-    /// As [`BtVcpu::boundary`], where nothing has to be looked at and the code is known.
-    fn quick(&mut self) -> Option<u64> {
-        let quiet = self.alone
-            && matches!(self.core.flushed, Flushed::Nothing)
-            && self.core.code_writes.is_empty()
-            && !self.core.mmu.has_marked()
-            && self.steps == 0
-            && !self.window
-            && !self.core.cpu.shadow
-            && !self.doorbell.rang()
-            && !self.core.debugging()
-            && !self.core.nmi_due();
-        if !quiet {
-            return None;
-        }
-        let (index, serial) = self.core.known_mode()?;
-        // With a window, where RSP points belongs to the mode.
-        let window = self.jump_modes[index].is_none_or(|mode| mode.window);
-        if self.jump_serials[index] != serial || window {
-            return None;
-        }
-        let entry = self.core.mmu.jumps[index].get(self.core.linear_ip(), false)?;
-        self.stale = false;
-        Some(entry)
-    }
-
-    /// Between two instructions: finds the code to go on with. None to look again.
-    fn boundary(&mut self) -> Result<Option<u64>, Stop> {
-        self.settle_writes();
-        self.stale = false;
-        if self.doorbell.answer() {
-            return Err(Stop::Interrupted);
-        }
-        // After the doorbell's page may have been opened, which forgets who rang.
-        if !self.alone && !self.agree() {
-            return Ok(None);
-        }
-        let debugging = self.core.debugging();
-        if debugging && let Some(trap) = self.core.take_trap() {
-            return self.raise(trap).map(|()| None);
-        }
-        if self.core.nmi_due() {
-            return self.deliver_nmi().map(|()| None);
-        }
-        if self.window && self.interruptible() {
-            self.request_interrupt_window(false);
-            return Err(Stop::Window);
-        }
-        if self.stepping.is_some() && std::mem::take(&mut self.stepped) {
-            return Err(Stop::Stepped);
-        }
-        self.stepped = true;
-        let mut single = matches!(
-            self.stepping,
-            Some(Stepping::Instruction | Stepping::Towards(_))
-        );
-        if debugging {
-            match self.core.debug_instruction() {
-                Ok(alone) => single = alone,
-                Err(fault) => return self.raise(fault).map(|()| None),
-            }
-        }
-        single |= std::mem::take(&mut self.core.cpu.shadow) || self.steps > 0;
-        self.steps = self.steps.saturating_sub(1);
-        match self.find(single) {
-            Ok((entry, _)) => Ok(Some(entry)),
-            Err(missing) => self.missing(missing).map(|()| None),
-        }
-    }
-
-    fn missing(&mut self, missing: Missing) -> Result<(), Stop> {
-        match missing {
-            Missing::Trap(Trap::Fault(fault)) => self.raise(fault),
-            Missing::Trap(Trap::Shutdown) => Err(Stop::Shutdown),
-            Missing::Trap(Trap::Unsupported(message)) => Err(Stop::Internal(message)),
-            // The boundary that comes next answers.
-            Missing::Kicked => Ok(()),
-        }
-    }
-
-    /// Acts on what privileged code did to memory and mappings.
-    fn settle_writes(&mut self) {
-        match self.core.flushed {
-            Flushed::Nothing => {}
-            Flushed::Page(span) => self.cache.unlink_across(Dropped::Span(span), &self.arena),
-            Flushed::User(bank) => self.cache.unlink_across(Dropped::User(bank), &self.arena),
-            Flushed::Bank(bank) => self.cache.unlink_across(Dropped::Bank(bank), &self.arena),
-            Flushed::Everything => self.cache.unlink_across(Dropped::All, &self.arena),
-        }
-        self.core.flushed = Flushed::Nothing;
-        while let Some((phys, len)) = self.core.code_writes.pop() {
-            self.overwritten(phys, len);
-        }
-        self.settle_marked();
-    }
-
-    /// Drops code that page walks have set bits in. A block that is running goes on to its end: when
-    /// a processor sets these bits is its own affair (SDM 3A 4.8).
-    fn settle_marked(&mut self) {
-        if !self.core.mmu.has_marked() {
-            return;
-        }
-        for at in self.core.mmu.take_marked() {
-            self.overwritten(at, 8);
-        }
-    }
-
-    fn kill(&mut self, phys: u64, len: u64) -> usize {
-        let killed = self.cache.kill(phys, len, &self.arena, &mut self.core.mmu);
-        if killed > 0 {
-            self.counts.add(ExitReason::SmcFlush);
-        }
-        killed
-    }
-
-    fn raise(&mut self, fault: Fault) -> Result<(), Stop> {
-        if self.deliver(fault) {
-            return Ok(());
-        }
-        self.raise_here(fault)
-    }
-
-    /// Has `fault` delivered by the stub, if that may succeed. Whether it does shows at the next exit.
-    fn deliver(&mut self, fault: Fault) -> bool {
-        let known = (self.core.shortcuts.gates.get(usize::from(fault.vector)))
-            .is_some_and(|gate| gate.low != 0);
-        // With other vCPUs the boundary before the handler has more to do.
-        if !known || !self.alone || self.intercept || !self.core.settled || self.core.debugging() {
-            return false;
-        }
-        let mode = self.core.mode();
-        if self.core.shortcuts.enabled & KERNEL == 0
-            || mode.bits != Bits::Bits64
-            || !(mode.ring_0 || mode.user)
-            || fault.vector == crate::fault::DB
-        {
-            return false;
-        }
-        self.core.forget_traps();
-        self.core.cpu.shadow = false;
-        if let Some(address) = fault.address {
-            self.core.cpu.cr2 = address;
-        }
-        let mut delivery = i32::from(fault.vector) | if mode.user { FROM_USER } else { 0 };
-        if let Some(error) = fault.error {
-            self.core.shortcuts.error = error;
-            delivery |= HAS_ERROR;
-        }
-        let rip = self.core.rip;
-        let context = self.core.context();
-        lower::lend(context);
-        context.gpr[12] = rip;
-        context.gpr[13] = delivery as u64;
-        context.site = RAISING;
-        self.raising = Some(fault);
-        self.resume = Resume::Stub(self.transitions[self.core.cpu.bank()].deliver);
-        true
-    }
-
-    fn raise_here(&mut self, fault: Fault) -> Result<(), Stop> {
-        self.counts.add(ExitReason::GuestFault);
-        if self.intercept {
-            self.core.forget_traps();
-            return Err(Stop::Exception(fault));
-        }
-        Ok(self.core.raise(fault)?)
-    }
-
-    fn deliver_nmi(&mut self) -> Result<(), Stop> {
-        self.counts.add(ExitReason::Interrupt);
-        match self.core.deliver_nmi() {
-            Ok(()) => Ok(()),
-            Err(fault) => self.raise(fault),
-        }
-    }
-
     /// Says what privilege changes translated code may make by itself.
     #[cold]
     fn settle_shortcuts(&mut self) {
@@ -528,173 +354,9 @@ impl BtVcpu {
         self.resume = Resume::Boundary;
     }
 
-    /// Acts on what translated code has left for.
-    fn left(&mut self) -> Result<(), Stop> {
-        let number = self.core.context().site;
-        if number == HOST_FAULT {
-            return self.host_fault();
-        }
-        if number == BOUNDARY {
-            let target = self.core.context().target;
-            self.settle(Homes::MEETING, target);
-            self.counts.add(ExitReason::Helper);
-            return Ok(());
-        }
-        if number == RAISING {
-            let rip = self.core.rip;
-            self.settle(Homes::MEETING, rip);
-            return match self.raising.take() {
-                Some(fault) => self.raise_here(fault),
-                None => Err(Stop::Internal("nothing was being raised".into())),
-            };
-        }
-        let index = (number >> 1) as usize;
-        let site = self.cache.site(index);
-        match site.kind {
-            Kind::Memory(slow) if number & 1 == 0 => self.slow(site, slow),
-            Kind::Memory(slow) if self.direct.is_some() => {
-                self.written(slow);
-                Ok(())
-            }
-            Kind::Memory(slow) => self.transfer(Transfer {
-                site,
-                slow,
-                write: true,
-                done: 0,
-                step: 0,
-            }),
-            Kind::Outside { steps, missed } => {
-                self.outside(site, steps, missed);
-                Ok(())
-            }
-            Kind::Group(shared) => {
-                self.shared(site, shared);
-                Ok(())
-            }
-            Kind::Direct { target, .. } => self.direct(index, site, target),
-            Kind::Guess(_) => Err(Stop::Internal("a guess isn't left through".into())),
-            Kind::Indirect { rsp, gate } => {
-                let target = self.core.context().target;
-                self.settle(site.homes, target);
-                self.counts.add(ExitReason::IndirectMiss);
-                let long = self.core.cpu.bits() == Bits::Bits64;
-                let good = if long {
-                    canonical(target)
-                } else {
-                    self.core.check_target(target).is_ok()
-                };
-                if !good {
-                    // The branch faults, not its target (SDM 2, JMP, CALL and RET).
-                    let before = self.core.gpr(4).wrapping_sub(rsp as i64 as u64);
-                    self.core.set_gpr_sized(4, before, if long { 8 } else { 4 });
-                    self.core.rip = site.ip;
-                    return self.raise(Fault::gp());
-                }
-                if gate.is_some() {
-                    return self.guess(index);
-                }
-                Ok(())
-            }
-            Kind::System { index } => {
-                self.settle(site.homes, site.ip);
-                let instr = self.cache.system(index);
-                let key = self.cache.block(site.block).key;
-                if !key.mode.vectors && uses_vectors(&instr) {
-                    self.bring_vectors(key.mode);
-                    return Ok(());
-                }
-                self.system(&instr)
-            }
-            Kind::Port(port) => {
-                self.settle(site.homes, site.ip);
-                match self.port(port) {
-                    Ok(()) => Err(Stop::Port),
-                    Err(fault) => {
-                        self.counts.add(ExitReason::Helper);
-                        self.raise(fault)
-                    }
-                }
-            }
-            Kind::Window => {
-                // The boundary that comes next finds the window open.
-                self.settle(site.homes, site.ip);
-                self.counts.add(ExitReason::Helper);
-                Ok(())
-            }
-            Kind::Fault(fault) => {
-                self.settle(site.homes, site.ip);
-                self.raise(fault)
-            }
-        }
-    }
-
-    /// Code of `mode` has met its first vector instruction, at RIP: goes on there in code that has the
-    /// vector registers, without looking left or right, as within an instruction.
-    fn bring_vectors(&mut self, mode: Mode) {
-        self.core.vectors[usize::from(mode.user)] = true;
-        self.core.forget_modes();
-        // RSP may have left the window since the block began: code that relies on it must not follow.
-        let inside = mode.bits != Bits::Bits64 || self.core.gpr(4) < crate::window::SIZE;
-        let mode = Mode {
-            vectors: true,
-            window: mode.window && inside,
-            stack: mode.stack && inside,
-            ..mode
-        };
-        let virt = self.core.linear_ip();
-        // It was just executed from: should it be gone all the same, the next boundary says so.
-        if let Ok(number) = self.block(mode, virt) {
-            lower::lend(self.core.context());
-            self.resume = Resume::Host(self.cache.block(number).entry());
-        }
-    }
-
     fn settle(&mut self, homes: Homes, ip: u64) {
         homes.settle(self.core.context());
         self.core.rip = ip;
-    }
-
-    /// A return that has guesses left to make, at site `index`, leads to RIP.
-    fn guess(&mut self, index: usize) -> Result<(), Stop> {
-        if self.doorbell.answer() {
-            return Err(Stop::Interrupted);
-        }
-        let mode = self.core.mode_here();
-        let virt = self.core.linear_ip();
-        let emptied = self.cache.emptied;
-        match self.block(mode, virt) {
-            Ok(number) => {
-                if self.stepping.is_none() && emptied == self.cache.emptied {
-                    self.cache.guess(index, self.core.rip, number, &self.arena);
-                }
-                Ok(())
-            }
-            Err(missing) => self.missing(missing),
-        }
-    }
-
-    /// A direct branch that isn't linked: finds its target and links it.
-    fn direct(&mut self, index: usize, site: Site, target: u64) -> Result<(), Stop> {
-        self.settle(site.homes, target);
-        self.counts.add(ExitReason::DirectMiss);
-        if self.doorbell.answer() {
-            return Err(Stop::Interrupted);
-        }
-        let mode = self.core.mode_here();
-        let virt = self.core.linear_ip();
-        let emptied = self.cache.emptied;
-        match self.block(mode, virt) {
-            Ok(number) => {
-                if self.stepping.is_none()
-                    && emptied == self.cache.emptied
-                    && self.cache.link(index, number, &self.arena)
-                {
-                    self.counts.add(ExitReason::Chain);
-                }
-                Ok(())
-            }
-            Err(missing) => self.missing(missing),
-        }
     }
 }
 

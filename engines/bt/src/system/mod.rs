@@ -16,9 +16,11 @@
 //! | `masked` | AVX, element by element |
 //! | `nmi` | non-maskable interrupts |
 //! | `operand` | memory operands: addresses, limits, loads and stores |
+//! | `ports` | ports, and who may access them |
 //! | `segment` | segment registers and descriptors |
 //! | `stack` | pushes and pops, near branches of 16-bit code |
 //! | `string` | string instructions |
+//! | `tables` | registers of descriptor tables and of the task |
 //! | `task` | hardware task switches |
 //! | `xstate` | XSAVE and its kin |
 //!
@@ -35,9 +37,11 @@ mod legacy;
 mod masked;
 mod nmi;
 mod operand;
+mod ports;
 mod segment;
 mod stack;
 mod string;
+mod tables;
 mod task;
 mod xstate;
 
@@ -53,7 +57,7 @@ pub(crate) use nmi::Nmi;
 
 use crate::{
     core::{Core, Flushed, Shutdown},
-    cpu::{Bits, CR4_FSGSBASE, CR4_TSD, CR4_UMIP, FLAG_AC, Seg, canonical},
+    cpu::{CR4_TSD, CR4_UMIP, FLAG_AC, Seg},
     fault::{self, Fault},
 };
 
@@ -282,76 +286,10 @@ impl Core {
                 let register = instr.op0_register().full_register().number();
                 self.set_gpr_sized(register, offset, size as u32);
             }
-            Lgdt | Lidt => {
-                let wide = self.cpu.bits() == Bits::Bits64;
-                let bytes = if wide { 8 } else { 4 };
-                let address = self.operand(instr, 2 + bytes, false)?;
-                let limit = self.load(address, 2)? as u16;
-                let mut base = self.load(address.wrapping_add(2), bytes)?;
-                if matches!(instr.code(), Code::Lgdt_m1632_16 | Code::Lidt_m1632_16) {
-                    base &= 0xff_ffff;
-                }
-                if wide && !canonical(base) {
-                    return Err(Fault::gp().into());
-                }
-                let table = engine_core::DescriptorTable { base, limit };
-                if mnemonic == Lgdt {
-                    self.cpu.gdtr = table;
-                } else {
-                    self.cpu.idtr = table;
-                }
-            }
-            Sgdt | Sidt => {
-                let table = if mnemonic == Sgdt {
-                    self.cpu.gdtr
-                } else {
-                    self.cpu.idtr
-                };
-                let wide = self.cpu.bits() == Bits::Bits64;
-                let bytes = if wide { 10 } else { 6 };
-                let address = self.operand(instr, bytes, true)?;
-                let mut image = [0u8; 10];
-                image[..2].copy_from_slice(&table.limit.to_le_bytes());
-                image[2..].copy_from_slice(&table.base.to_le_bytes());
-                let user = self.user();
-                self.write(address, &image[..bytes as usize], user)?;
-            }
-            Lldt => {
-                let selector = self.value(instr, 0)? as u16;
-                self.cpu.ldtr = if selector & !3 == 0 {
-                    engine_core::Segment {
-                        selector,
-                        ..Default::default()
-                    }
-                } else {
-                    let segment = self.system_descriptor(selector)?;
-                    if segment.attributes & 0x1f != 2 {
-                        return Err(Fault::selector(fault::GP, selector).into());
-                    }
-                    segment
-                };
-            }
-            Ltr => {
-                let selector = self.value(instr, 0)? as u16;
-                if selector & !3 == 0 {
-                    return Err(Fault::gp().into());
-                }
-                let mut segment = self.system_descriptor(selector)?;
-                // Available, of 32 or 64 bits, or of 16 outside IA-32e mode.
-                let narrow = segment.attributes & 0x1f == 1 && !self.cpu.long();
-                if segment.attributes & 0x1f != 9 && !narrow {
-                    return Err(Fault::selector(fault::GP, selector).into());
-                }
-                segment.attributes |= 2;
-                let at = self
-                    .cpu
-                    .gdtr
-                    .base
-                    .wrapping_add(u64::from(selector & !7) + 5);
-                let busy = self.mmu.read_int::<1>(&self.cpu, at, false)? as u8 | 2;
-                self.write(at, &[busy], false)?;
-                self.cpu.tr = segment;
-            }
+            Lgdt | Lidt => self.load_table_register(instr)?,
+            Sgdt | Sidt => self.store_table_register(instr)?,
+            Lldt => self.load_ldt(instr)?,
+            Ltr => self.load_task(instr)?,
             Sldt => self.store(instr, self.cpu.ldtr.selector.into())?,
             Str => self.store(instr, self.cpu.tr.selector.into())?,
             Smsw => self.store(instr, self.cpu.cr0)?,
@@ -458,34 +396,6 @@ impl Core {
         Ok(Step::Next)
     }
 
-    /// rdfsbase and its kin (SDM 2B).
-    fn segment_base(&mut self, instr: &Instruction) -> Result<(), Fault> {
-        use Mnemonic::*;
-        if self.cpu.cr4 & CR4_FSGSBASE == 0 || self.cpu.bits() != Bits::Bits64 {
-            return Err(Fault::ud());
-        }
-        let index = match instr.mnemonic() {
-            Rdfsbase | Wrfsbase => Seg::FS,
-            _ => Seg::GS,
-        };
-        let register = instr.op0_register();
-        let number = register.full_register().number();
-        if matches!(instr.mnemonic(), Rdfsbase | Rdgsbase) {
-            let base = self.cpu.segments[index].base;
-            self.set_gpr_sized(number, base, register.size() as u32);
-        } else {
-            let base = match register.size() {
-                4 => self.gpr(number) & 0xffff_ffff,
-                _ => self.gpr(number),
-            };
-            if !canonical(base) {
-                return Err(Fault::gp());
-            }
-            self.set_segment_base(index, base);
-        }
-        Ok(())
-    }
-
     fn interrupt_flag(&mut self, set: bool) -> Result<(), Fault> {
         if self.cpu.cpl() > self.cpu.iopl() {
             return Err(Fault::gp());
@@ -495,46 +405,6 @@ impl Core {
         }
         self.set_interrupts(set);
         Ok(())
-    }
-
-    fn port(&self, instr: &Instruction, operand: u32) -> u16 {
-        if instr.op_kind(operand) == OpKind::Immediate8 {
-            instr.immediate8().into()
-        } else {
-            self.gpr(2) as u16
-        }
-    }
-
-    /// No map has to be asked for any port. Virtual-8086 mode always asks it.
-    #[inline]
-    pub(crate) fn may_access_ports(&self) -> bool {
-        self.cpu.cpl() <= self.cpu.iopl() && !self.cpu.virtual_8086()
-    }
-
-    /// IOPL, then the TSS's I/O permission bitmap (SDM 1 19.5).
-    #[inline]
-    pub(crate) fn check_port(&self, port: u16, size: u8) -> Result<(), Fault> {
-        self.watch_port(port, size);
-        if self.may_access_ports() {
-            return Ok(());
-        }
-        let tr = &self.cpu.tr;
-        let map = self
-            .mmu
-            .read_int::<2>(&self.cpu, tr.base.wrapping_add(0x66), false)?;
-        let at = map + u64::from(port / 8);
-        if at + 1 > u64::from(tr.limit) {
-            return Err(Fault::gp());
-        }
-        let bits = self
-            .mmu
-            .read_int::<2>(&self.cpu, tr.base.wrapping_add(at), false)?;
-        let mask = (1u64 << size) - 1;
-        if bits >> (port % 8) & mask != 0 {
-            Err(Fault::gp())
-        } else {
-            Ok(())
-        }
     }
 }
 

@@ -1,10 +1,11 @@
 //! Segment registers and descriptors (SDM 3A chapters 3 and 5).
 
 use engine_core::Segment;
+use iced_x86::{Instruction, Mnemonic};
 
 use crate::{
     core::Core,
-    cpu::Seg,
+    cpu::{Bits, CR4_FSGSBASE, Seg, canonical},
     fault::{self, Fault},
 };
 
@@ -234,6 +235,34 @@ impl Core {
             segment.base |= self.mmu.read_int::<4>(&self.cpu, at, false)? << 32;
         }
         Ok(segment)
+    }
+
+    /// rdfsbase and its kin (SDM 2B).
+    pub(super) fn segment_base(&mut self, instr: &Instruction) -> Result<(), Fault> {
+        use Mnemonic::*;
+        if self.cpu.cr4 & CR4_FSGSBASE == 0 || self.cpu.bits() != Bits::Bits64 {
+            return Err(Fault::ud());
+        }
+        let index = match instr.mnemonic() {
+            Rdfsbase | Wrfsbase => Seg::FS,
+            _ => Seg::GS,
+        };
+        let register = instr.op0_register();
+        let number = register.full_register().number();
+        if matches!(instr.mnemonic(), Rdfsbase | Rdgsbase) {
+            let base = self.cpu.segments[index].base;
+            self.set_gpr_sized(number, base, register.size() as u32);
+        } else {
+            let base = match register.size() {
+                4 => self.gpr(number) & 0xffff_ffff,
+                _ => self.gpr(number),
+            };
+            if !canonical(base) {
+                return Err(Fault::gp());
+            }
+            self.set_segment_base(index, base);
+        }
+        Ok(())
     }
 }
 

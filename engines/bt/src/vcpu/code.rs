@@ -1,7 +1,21 @@
 //! The code for RIP: looked up, translated if need be.
 
-use super::*;
-use crate::decode::leaf::{Leaf, ROOM};
+use engine_core::ExitReason;
+
+use super::{BtVcpu, Missing};
+use crate::{
+    cache::{Key, Refusal, Source},
+    core::Core,
+    cpu::{Bits, Seg},
+    decode::{
+        Mode,
+        leaf::{Leaf, ROOM},
+    },
+    fault::Fault,
+    guest,
+    mmu::Access,
+    system::Trap,
+};
 
 impl BtVcpu {
     /// Address of the code for RIP, and its block's number if it is one to link to.
