@@ -44,6 +44,32 @@ pub(crate) fn give_way(_: &Called) {
     std::thread::yield_now();
 }
 
+/// Goes through `rounds`, R14 counting them: `call` calls the code of the round and leaves in EDX what
+/// it should have answered. Says at `done` which round it is through with, and at `errors` in the end
+/// how often the answer in EAX was another one.
+fn compare_each(
+    asm: &mut CodeAssembler,
+    rounds: i32,
+    [done, errors]: [u64; 2],
+    call: impl FnOnce(&mut CodeAssembler) -> Built,
+) -> Built {
+    let mut again = asm.create_label();
+    let mut good = asm.create_label();
+    asm.xor(r14d, r14d)?;
+    asm.xor(r13d, r13d)?;
+    asm.set_label(&mut again)?;
+    asm.inc(r14)?;
+    call(asm)?;
+    asm.cmp(eax, edx)?;
+    asm.je(good)?;
+    asm.inc(r13)?;
+    asm.set_label(&mut good)?;
+    asm.mov(qword_ptr(done), r14)?;
+    asm.cmp(r14, rounds)?;
+    asm.jb(again)?;
+    asm.mov(qword_ptr(errors), r13)
+}
+
 /// One vCPU that changes the code in each round and waits for the others, `callers` of them, which
 /// call it and count what isn't of this round.
 struct Rounds {
@@ -108,29 +134,18 @@ impl Rounds {
         for caller in 0..callers {
             vm = vm
                 .cpu(move |asm| {
-                    let mut again = asm.create_label();
-                    let mut good = asm.create_label();
-                    asm.xor(r14d, r14d)?;
-                    asm.xor(r13d, r13d)?;
-                    asm.set_label(&mut again)?;
-                    asm.inc(r14)?;
-                    wait(asm, ROUND)?;
-                    prepare(asm)?;
-                    if direct {
-                        asm.call(at)?;
-                    } else {
-                        asm.mov(rcx, at)?;
-                        asm.call(rcx)?;
-                    }
-                    expected(asm)?;
-                    asm.cmp(eax, edx)?;
-                    asm.je(good)?;
-                    asm.inc(r13)?;
-                    asm.set_label(&mut good)?;
-                    asm.mov(qword_ptr(DONE + 0x40 * caller), r14)?;
-                    asm.cmp(r14, rounds)?;
-                    asm.jb(again)?;
-                    asm.mov(qword_ptr(ERRORS + 8 * caller), r13)
+                    let words = [DONE + 0x40 * caller, ERRORS + 8 * caller];
+                    compare_each(asm, rounds, words, |asm| {
+                        wait(asm, ROUND)?;
+                        prepare(asm)?;
+                        if direct {
+                            asm.call(at)?;
+                        } else {
+                            asm.mov(rcx, at)?;
+                            asm.call(rcx)?;
+                        }
+                        expected(asm)
+                    })
                 })
                 .answer(give_way);
         }
@@ -379,23 +394,12 @@ fn device_errors(rounds: i32, without: Option<Guarantee>) -> u64 {
                 .expect("guest memory");
         })
         .cpu(move |asm| {
-            let mut again = asm.create_label();
-            let mut good = asm.create_label();
-            asm.xor(r14d, r14d)?;
-            asm.xor(r13d, r13d)?;
-            asm.set_label(&mut again)?;
-            asm.inc(r14)?;
-            wait(asm, ROUND)?;
-            asm.mov(rcx, CODE)?;
-            asm.call(rcx)?;
-            asm.cmp(eax, r14d)?;
-            asm.je(good)?;
-            asm.inc(r13)?;
-            asm.set_label(&mut good)?;
-            asm.mov(qword_ptr(DONE), r14)?;
-            asm.cmp(r14, rounds)?;
-            asm.jb(again)?;
-            asm.mov(qword_ptr(ERRORS), r13)
+            compare_each(asm, rounds, [DONE, ERRORS], |asm| {
+                wait(asm, ROUND)?;
+                asm.mov(rcx, CODE)?;
+                asm.call(rcx)?;
+                asm.mov(edx, r14d)
+            })
         })
         .answer(give_way)
         .run()
@@ -451,25 +455,14 @@ fn mid_block_errors(without: Option<Guarantee>) -> u64 {
             Called::Port | Called::Write => std::thread::yield_now(),
         })
         .cpu(move |asm| {
-            let mut again = asm.create_label();
-            let mut good = asm.create_label();
-            asm.xor(r14d, r14d)?;
-            asm.xor(r13d, r13d)?;
-            asm.set_label(&mut again)?;
-            asm.inc(r14)?;
-            asm.mov(rbx, CODE)?;
-            wait(asm, EARLY)?;
-            asm.call(rbx)?;
-            wait(asm, ROUND)?;
-            asm.call(rbx)?;
-            asm.cmp(eax, r14d)?;
-            asm.je(good)?;
-            asm.inc(r13)?;
-            asm.set_label(&mut good)?;
-            asm.mov(qword_ptr(DONE), r14)?;
-            asm.cmp(r14, ROUNDS)?;
-            asm.jb(again)?;
-            asm.mov(qword_ptr(ERRORS), r13)
+            compare_each(asm, ROUNDS, [DONE, ERRORS], |asm| {
+                asm.mov(rbx, CODE)?;
+                wait(asm, EARLY)?;
+                asm.call(rbx)?;
+                wait(asm, ROUND)?;
+                asm.call(rbx)?;
+                asm.mov(edx, r14d)
+            })
         })
         .answer(give_way)
         .run()

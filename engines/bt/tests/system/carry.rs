@@ -58,33 +58,25 @@ fn carry_is_right_where_a_loop_faults() {
         let mut rig = Rig::long();
         let table = rig.small_pages();
         rig.word(table + 8 * ((FREE >> 12) + 3), 0);
-        let end = rig.try_code(|asm| {
-            let mut again = asm.create_label();
-            asm.mov(rdi, FREE)?;
-            asm.mov(ecx, 10)?;
-            asm.bt(ebp, 0)?;
-            asm.set_label(&mut again)?;
-            asm.mov(dword_ptr(rdi), ecx)?;
-            asm.lea(rdi, qword_ptr(rdi + 0x400))?;
-            asm.dec(ecx)?;
-            asm.jne(again)?;
-            asm.ud2()
-        });
+        let store = |rounds: i32| {
+            move |asm: &mut CodeAssembler| {
+                let mut again = asm.create_label();
+                asm.mov(rdi, FREE)?;
+                asm.mov(ecx, rounds)?;
+                asm.bt(ebp, 0)?;
+                asm.set_label(&mut again)?;
+                asm.mov(dword_ptr(rdi), ecx)?;
+                asm.lea(rdi, qword_ptr(rdi + 0x400))?;
+                asm.dec(ecx)?;
+                asm.jne(again)?;
+                asm.ud2()
+            }
+        };
+        let end = rig.try_code(store(10));
         // Ten rounds stay within the pages that are there.
         assert_eq!(end, End::Vector(6));
         rig.state.gpr[5] = carry;
-        let end = rig.try_code(|asm| {
-            let mut again = asm.create_label();
-            asm.mov(rdi, FREE)?;
-            asm.mov(ecx, 100)?;
-            asm.bt(ebp, 0)?;
-            asm.set_label(&mut again)?;
-            asm.mov(dword_ptr(rdi), ecx)?;
-            asm.lea(rdi, qword_ptr(rdi + 0x400))?;
-            asm.dec(ecx)?;
-            asm.jne(again)?;
-            asm.ud2()
-        });
+        let end = rig.try_code(store(100));
         assert_eq!(end, End::Vector(14));
         let state = rig.after();
         assert_eq!(state.cr2, FREE + 0x3000);

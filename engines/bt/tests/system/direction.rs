@@ -7,11 +7,9 @@ use iced_x86::code_asm::*;
 use bt::Options;
 
 use crate::kernel::{Asm, Built, IDT, KERNEL_CS, Kernel, RESULTS, SCRATCH, Steps, page, window};
+use crate::msr::{FMASK, LSTAR, STAR};
 use crate::run::{boot, report_as_qemu, report_of_all};
 
-const STAR: u32 = 0xc000_0081;
-const LSTAR: u32 = 0xc000_0082;
-const FMASK: u32 = 0xc000_0084;
 const DF: i32 = 1 << 10;
 /// Often enough for everything to be linked and remembered.
 const WARM: i32 = 5;

@@ -54,6 +54,12 @@ fn start_timer(asm: &mut Asm, bits: i32, count: i32) -> Built {
     asm.mov(dword_ptr(apic(0x380)), count)
 }
 
+/// Reports how many interrupts have come as result `number`. Clobbers RAX.
+fn count(asm: &mut Asm, number: u64) -> Built {
+    asm.mov(rax, qword_ptr(SCRATCH))?;
+    asm.result(number, rax)
+}
+
 fn self_ipi(asm: &mut Asm) -> Built {
     asm.mov(dword_ptr(apic(0x300)), VECTOR as i32 | 1 << 18)
 }
@@ -70,8 +76,7 @@ fn a_one_shot_timer_wakes_a_halted_guest() {
         asm.cli()?;
         asm.cmp(qword_ptr(SCRATCH), 0)?;
         asm.je(wait)?;
-        asm.mov(rax, qword_ptr(SCRATCH))?;
-        asm.result(0, rax)
+        count(asm, 0)
     });
     assert_eq!(report.results[0], 1);
 }
@@ -108,8 +113,7 @@ fn a_periodic_timer_interrupts_loops_without_exits() {
         asm.jmp(rbx)?;
         asm.set_label(&mut done)?;
         asm.cli()?;
-        asm.mov(rax, qword_ptr(SCRATCH))?;
-        asm.result(0, rax)
+        count(asm, 0)
     });
     assert!(report.results[0] >= 9, "{}", report.results[0]);
 }
@@ -190,8 +194,7 @@ fn interrupts_wait_one_instruction_after_sti_and_mov_ss() {
             asm.sti()?;
             asm.cli()?;
             asm.nop()?;
-            asm.mov(rax, qword_ptr(SCRATCH))?;
-            asm.result(0, rax)?;
+            count(asm, 0)?;
             // sti; nop; here.
             let mut here = asm.create_label();
             asm.sti()?;
@@ -203,8 +206,7 @@ fn interrupts_wait_one_instruction_after_sti_and_mov_ss() {
             asm.mov(rax, qword_ptr(SCRATCH + 8))?;
             asm.sub(rax, rbx)?;
             asm.result(1, rax)?;
-            asm.mov(rax, qword_ptr(SCRATCH))?;
-            asm.result(2, rax)?;
+            count(asm, 2)?;
             // mov ss shields the next instruction as well, here with interrupts on already: the
             // IPI is requested under its own shadow.
             asm.mov(ecx, ss)?;
@@ -220,8 +222,7 @@ fn interrupts_wait_one_instruction_after_sti_and_mov_ss() {
             asm.mov(rax, qword_ptr(SCRATCH + 8))?;
             asm.sub(rax, rbx)?;
             asm.result(3, rax)?;
-            asm.mov(rax, qword_ptr(SCRATCH))?;
-            asm.result(4, rax)
+            count(asm, 4)
         },
     );
     assert_eq!(report.results[..5], [0, 0, 1, 0, 2]);
@@ -260,8 +261,7 @@ fn an_indirect_branch_in_a_shadow_does_not_lose_the_interrupt() {
         asm.test(r13d, r13d)?;
         asm.jne(again)?;
         asm.cli()?;
-        asm.mov(rax, qword_ptr(SCRATCH))?;
-        asm.result(0, rax)
+        count(asm, 0)
     });
     assert_eq!(report.results[0], 1);
 }
@@ -270,10 +270,6 @@ fn an_indirect_branch_in_a_shadow_does_not_lose_the_interrupt() {
 fn popf_iret_and_task_priority_let_interrupts_in() {
     let report = report(kernel(|_| Ok(())), |asm| {
         prepare(asm)?;
-        let count = |asm: &mut Asm, number: u64| {
-            asm.mov(rax, qword_ptr(SCRATCH))?;
-            asm.result(number, rax)
-        };
         self_ipi(asm)?;
         count(asm, 0)?;
         asm.push(0x202)?;
@@ -495,8 +491,7 @@ fn is_taken_behind(enable: impl Fn(&mut Asm) -> Built) {
             asm.mov(rax, qword_ptr(SCRATCH + 8))?;
             asm.sub(rax, r14)?;
             asm.result(0, rax)?;
-            asm.mov(rax, qword_ptr(SCRATCH))?;
-            asm.result(1, rax)
+            count(asm, 1)
         },
     );
     assert_eq!(report.results[..2], [0, 1]);

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `kernel`, `run` | the guest around each test, and the ways to run it |
 //! | `registers` | time-stamp counter, protection keys, sysenter, debug registers |
+//! | `msr` | model-specific registers by name |
 //! | `rig` | a bare CPU, driven instruction by instruction |
 //! | `branches` | near branches at the edges of a segment, instructions that are none |
 //! | `descriptors` | what loading a descriptor checks and changes |
@@ -17,6 +18,7 @@
 //! | `access` | access rights of pages, case by case against a model |
 //! | `ports` | devices that are at hand while translated code runs |
 //! | `paging` | accessed and dirty bits, permissions, invalidation |
+//! | `reload` | loads of CR3, after which what was in use is looked up again |
 //! | `privilege` | rings, system registers, segments |
 //! | `transitions` | privilege changes and system registers that never leave translated code |
 //! | `code` | self-modifying and remapped code, instructions across pages |
@@ -32,6 +34,7 @@
 //! | `narrow` | instructions of 16-bit code, as QEMU has them |
 //! | `switches` | faults of task switches, returns from nested tasks |
 //! | `tasks` | gates, tasks, virtual-8086 mode, limits |
+//! | `returns` | returns that remember where they went |
 //! | `leaves` | callees in line with their callers |
 //! | `carry` | CF in loops that count down |
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
@@ -52,6 +55,7 @@ mod legacy;
 mod limits;
 mod memory;
 mod modified;
+mod msr;
 mod narrow;
 mod nmi;
 mod operands;

@@ -3,25 +3,10 @@
 use iced_x86::code_asm::*;
 
 use crate::kernel::{
-    Built, KERNEL_CS, KERNEL_SS, Kernel, RESULTS, SCRATCH, Steps, USER_CS, USER_SS, USER_STACK,
-    page,
+    KERNEL_CS, KERNEL_SS, Kernel, RESULTS, SCRATCH, Steps, USER_CS, USER_SS, USER_STACK, page,
 };
+use crate::msr::{FMASK, FS_BASE, GS_BASE, KERNEL_GS_BASE, LSTAR, STAR, wrmsr};
 use crate::run::{report, report_as_qemu};
-
-const STAR: u32 = 0xc000_0081;
-const LSTAR: u32 = 0xc000_0082;
-const FMASK: u32 = 0xc000_0084;
-const FS_BASE: u32 = 0xc000_0100;
-const GS_BASE: u32 = 0xc000_0101;
-const KERNEL_GS_BASE: u32 = 0xc000_0102;
-
-/// Clobbers rax, rcx, rdx.
-fn wrmsr(asm: &mut CodeAssembler, msr: u32, value: u64) -> Built {
-    asm.mov(ecx, msr)?;
-    asm.mov(eax, value as u32)?;
-    asm.mov(edx, (value >> 32) as u32)?;
-    asm.wrmsr()
-}
 
 #[test]
 fn syscall_and_sysret_go_there_and_back() {

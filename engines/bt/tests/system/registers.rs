@@ -5,30 +5,14 @@ use engine_core::CpuState;
 use iced_x86::code_asm::*;
 
 use crate::kernel::{Asm, Built};
+use crate::msr::{STAR, rdmsr, wrmsr};
 use crate::rig::{CODE, End, FREE, HANDLERS, Rig};
 
 const TSC: u32 = 0x10;
 const TSC_ADJUST: u32 = 0x3b;
 const SYSENTER_CS: u32 = 0x174;
-const STAR: u32 = 0xc000_0081;
 const CR4_TSD: u64 = 1 << 2;
 const CR4_PKE: u64 = 1 << 22;
-
-/// Clobbers rax, rcx, rdx.
-fn wrmsr(asm: &mut Asm, msr: u32, value: u64) -> Built {
-    asm.mov(ecx, msr)?;
-    asm.mov(eax, value as u32)?;
-    asm.mov(edx, (value >> 32) as u32)?;
-    asm.wrmsr()
-}
-
-/// Clobbers rcx, rdx; the value comes in RAX.
-fn rdmsr(asm: &mut Asm, msr: u32) -> Built {
-    asm.mov(ecx, msr)?;
-    asm.rdmsr()?;
-    asm.shl(rdx, 32)?;
-    asm.or(rax, rdx)
-}
 
 /// Into RAX; clobbers RDX.
 fn rdtsc(asm: &mut Asm) -> Built {

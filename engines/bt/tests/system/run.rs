@@ -96,12 +96,11 @@ pub(crate) fn report_of_all(kernel: Kernel, body: impl FnOnce(&mut Asm) -> Built
     ended.report()
 }
 
-/// As [`report`], after making sure that QEMU's console shows the same.
-pub(crate) fn report_as_qemu(kernel: Kernel, body: impl FnOnce(&mut Asm) -> Built) -> Report {
-    let guest = kernel.guest(body);
-    let ended = run(&guest);
-    let report = ended.report();
-    if let Some(text) = qemu(&guest) {
+/// Runs a guest here and under QEMU, where it is installed, and makes sure that both consoles show
+/// the same.
+pub(crate) fn run_as_qemu(guest: &Guest) -> Ended {
+    let ended = run(guest);
+    if let Some(text) = qemu(guest) {
         let differences: Vec<_> = ended
             .console
             .lines()
@@ -114,7 +113,12 @@ pub(crate) fn report_as_qemu(kernel: Kernel, body: impl FnOnce(&mut Asm) -> Buil
             "lines that differ (translated, QEMU): {differences:?}"
         );
     }
-    report
+    ended
+}
+
+/// As [`report`], after making sure that QEMU's console shows the same.
+pub(crate) fn report_as_qemu(kernel: Kernel, body: impl FnOnce(&mut Asm) -> Built) -> Report {
+    run_as_qemu(&kernel.guest(body)).report()
 }
 
 /// The guest's console under QEMU's own translator; None where QEMU isn't installed.

@@ -5,6 +5,7 @@ use engine_core::{Exit, Vcpu};
 use iced_x86::code_asm::*;
 
 use crate::kernel::{ALL, Kernel, Steps, window};
+use crate::msr::{KERNEL_GS_BASE, LSTAR};
 use crate::run::boot;
 
 /// Where there is neither RAM nor a device of the machine.
@@ -61,8 +62,6 @@ fn a_device_access_shows_the_registers_before_its_instruction() {
 
 #[test]
 fn a_state_that_is_set_again_changes_nothing() {
-    const LSTAR: u32 = 0xc000_0082;
-    const KERNEL_GS_BASE: u32 = 0xc000_0102;
     let guest = Kernel::new().guest(|asm| {
         for (msr, value) in [(LSTAR, 0x1234_5000), (KERNEL_GS_BASE, 0x7654_3000)] {
             asm.mov(ecx, msr)?;

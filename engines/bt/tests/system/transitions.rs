@@ -12,20 +12,11 @@ use crate::kernel::{
     Asm, Built, GDT, IDT, KERNEL_CS, KERNEL_SS, Kernel, NO_EXECUTE, RESULTS, SCRATCH, Steps,
     USER_CS, USER_SS, page, window,
 };
+use crate::msr::{FMASK, LSTAR, STAR, wrmsr};
 use crate::run::{report, report_as_qemu, run};
 
-const STAR: u32 = 0xc000_0081;
-const LSTAR: u32 = 0xc000_0082;
-const FMASK: u32 = 0xc000_0084;
 /// Often enough for everything to be linked and remembered.
 const WARM: i32 = 6;
-
-fn wrmsr(asm: &mut Asm, msr: u32, value: u64) -> Built {
-    asm.mov(ecx, msr)?;
-    asm.mov(eax, value as u32)?;
-    asm.mov(edx, (value >> 32) as u32)?;
-    asm.wrmsr()
-}
 
 /// Runs `body` until R15 is `count`. Clobbers R15.
 fn repeat(asm: &mut Asm, count: i32, body: impl FnOnce(&mut Asm) -> Built) -> Built {
