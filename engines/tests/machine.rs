@@ -1,5 +1,5 @@
-//! What a guest may rely on, in every mode that this host can run: console, interrupts, timer,
-//! marks and counters, and the embedded workloads.
+//! What a guest may rely on, in every mode that this host can run: console, CPUID, marks and
+//! counters, and the embedded workloads.
 
 mod support;
 
@@ -7,9 +7,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 
 use engine_core::cpuid::{Leaf, Place};
-use engine_core::devices::lapic;
 use engine_core::testing::{Guest, end};
-use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use serde_json::Value;
 use support::{Call, on_every_mode};
@@ -56,165 +54,6 @@ fn input_of_many_fifos_comes_back_in_order() {
         .collect();
     text.push(b'.');
     succeeds(&guest, &text, &text);
-}
-
-const IDT: u64 = 0x28_0000;
-const VECTOR: u32 = 0x31;
-const LAPIC: u64 = lapic::BASE.0;
-
-/// Installs an IDT with one gate at [`VECTOR`], whose handler counts in r12 and signals EOI.
-fn counting_handler(asm: &mut CodeAssembler) -> Result<(), IcedError> {
-    let mut handler = asm.create_label();
-    let mut after = asm.create_label();
-    asm.jmp(after)?;
-    asm.set_label(&mut handler)?;
-    asm.inc(r12)?;
-    asm.push(rax)?;
-    asm.mov(rax, LAPIC)?;
-    asm.mov(dword_ptr(rax + 0xb0), 0)?;
-    asm.pop(rax)?;
-    asm.iretq()?;
-    asm.set_label(&mut after)?;
-    asm.xor(r12d, r12d)?;
-    // Gate: offset 15..0, selector, 0x8e00, offset 31..16 (the code lies below 4 GiB).
-    asm.lea(rax, ptr(handler))?;
-    asm.mov(rbx, IDT + u64::from(VECTOR) * 16)?;
-    asm.mov(word_ptr(rbx), ax)?;
-    asm.mov(word_ptr(rbx + 2), 8)?;
-    asm.mov(word_ptr(rbx + 4), 0x8e00)?;
-    asm.shr(rax, 16)?;
-    asm.mov(word_ptr(rbx + 6), ax)?;
-    // IDTR image on the stack.
-    asm.mov(rax, IDT)?;
-    asm.push(rax)?;
-    asm.mov(rax, 0x0fff_0000_0000_0000u64)?;
-    asm.push(rax)?;
-    asm.lidt(ptr(rsp + 6))?;
-    asm.add(rsp, 16)?;
-    // Software-enable the APIC.
-    asm.mov(rbx, LAPIC)?;
-    asm.mov(dword_ptr(rbx + 0xf0), 0x1ff)
-}
-
-/// Ends with `code` unless eax holds `expected`.
-fn expect(asm: &mut CodeAssembler, expected: i32, code: u32) -> Result<(), IcedError> {
-    let mut right = asm.create_label();
-    asm.cmp(eax, expected)?;
-    asm.je(right)?;
-    end(asm, code)?;
-    asm.set_label(&mut right)?;
-    asm.nop()
-}
-
-/// Ends with `code` unless r12 holds `count`.
-fn expect_count(asm: &mut CodeAssembler, count: i32, code: u32) -> Result<(), IcedError> {
-    let mut right = asm.create_label();
-    asm.cmp(r12, count)?;
-    asm.je(right)?;
-    end(asm, code)?;
-    asm.set_label(&mut right)?;
-    asm.nop()
-}
-
-#[test]
-fn a_one_shot_timer_wakes_a_halted_guest() {
-    let guest = Guest::long(|asm| {
-        counting_handler(asm)?;
-        asm.mov(dword_ptr(rbx + 0x3e0), 0b1011)?;
-        asm.mov(dword_ptr(rbx + 0x320), VECTOR as i32)?;
-        asm.mov(dword_ptr(rbx + 0x380), 2_000_000)?;
-        asm.sti()?;
-        asm.hlt()?;
-        asm.cli()?;
-        expect_count(asm, 1, 2)?;
-        end(asm, 0)
-    });
-    succeeds(&guest, b"", b"");
-}
-
-#[test]
-fn a_periodic_timer_interrupts_a_busy_guest() {
-    let guest = Guest::long(|asm| {
-        counting_handler(asm)?;
-        let mut again = asm.create_label();
-        asm.mov(dword_ptr(rbx + 0x3e0), 0b1011)?;
-        asm.mov(dword_ptr(rbx + 0x320), (VECTOR | 1 << 17) as i32)?;
-        asm.mov(dword_ptr(rbx + 0x380), 2_000_000)?;
-        asm.sti()?;
-        // No exit in this loop: the host has to stop the guest by itself.
-        asm.set_label(&mut again)?;
-        asm.cmp(r12, 3)?;
-        asm.jb(again)?;
-        asm.cli()?;
-        end(asm, 0)
-    });
-    succeeds(&guest, b"", b"");
-}
-
-/// Spins without an exit until the handler has run: the engine has to find the moment by itself.
-fn await_interrupt(asm: &mut CodeAssembler) -> Result<(), IcedError> {
-    let mut again = asm.create_label();
-    asm.set_label(&mut again)?;
-    asm.cmp(r12, 0)?;
-    asm.je(again)
-}
-
-#[test]
-fn a_self_interrupt_waits_for_interrupts_to_be_enabled() {
-    let guest = Guest::long(|asm| {
-        counting_handler(asm)?;
-        asm.mov(dword_ptr(rbx + 0x300), (VECTOR | 1 << 18) as i32)?;
-        asm.in_(al, 0x80)?;
-        expect_count(asm, 0, 2)?;
-        asm.sti()?;
-        await_interrupt(asm)?;
-        asm.cli()?;
-        expect_count(asm, 1, 3)?;
-        end(asm, 0)
-    });
-    succeeds(&guest, b"", b"");
-}
-
-#[test]
-fn task_priority_in_the_apic_holds_an_interrupt_back() {
-    let guest = Guest::long(|asm| {
-        counting_handler(asm)?;
-        asm.sti()?;
-        asm.mov(dword_ptr(rbx + 0x80), 0x40)?;
-        asm.mov(dword_ptr(rbx + 0x300), (VECTOR | 1 << 18) as i32)?;
-        asm.in_(al, 0x80)?;
-        expect_count(asm, 0, 2)?;
-        asm.mov(rax, cr8)?;
-        expect(asm, 4, 3)?;
-        asm.mov(dword_ptr(rbx + 0x80), 0x20)?;
-        await_interrupt(asm)?;
-        asm.cli()?;
-        expect_count(asm, 1, 4)?;
-        end(asm, 0)
-    });
-    succeeds(&guest, b"", b"");
-}
-
-#[test]
-fn task_priority_in_cr8_holds_an_interrupt_back() {
-    let guest = Guest::long(|asm| {
-        counting_handler(asm)?;
-        asm.sti()?;
-        asm.mov(eax, 4)?;
-        asm.mov(cr8, rax)?;
-        asm.mov(dword_ptr(rbx + 0x300), (VECTOR | 1 << 18) as i32)?;
-        asm.in_(al, 0x80)?;
-        expect_count(asm, 0, 2)?;
-        asm.mov(eax, dword_ptr(rbx + 0x80))?;
-        expect(asm, 0x40, 3)?;
-        asm.xor(eax, eax)?;
-        asm.mov(cr8, rax)?;
-        await_interrupt(asm)?;
-        asm.cli()?;
-        expect_count(asm, 1, 4)?;
-        end(asm, 0)
-    });
-    succeeds(&guest, b"", b"");
 }
 
 #[test]

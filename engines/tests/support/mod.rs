@@ -1,6 +1,8 @@
 //! Running `trapline` on tiny guests, with a time limit on everything.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+pub(crate) mod everywhere;
+pub(crate) mod interrupts;
 pub(crate) mod parties;
 pub(crate) mod smp;
 
