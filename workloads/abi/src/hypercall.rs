@@ -78,7 +78,11 @@
 //! itself and calls its own handler, which costs no exit at all. The handler clears `upcall_pending`
 //! first, then takes bits of `pending & !mask`. All ports start masked, `upcall_mask` starts set.
 
-use core::sync::atomic::{AtomicU32, AtomicU64};
+mod shared;
+mod upcall;
+
+pub use shared::{Clock, ConsoleRing, SharedInfo, Start, StartInfo};
+pub use upcall::{Entry, Registers, UpcallFrame, cause};
 
 /// Version of this ABI. An image names the version it wants in its note; see [`note`].
 pub const VERSION: u32 = 1;
@@ -480,167 +484,6 @@ pub mod evtchn {
     /// Number of ports.
     pub const PORTS: u64 = 64;
 }
-
-/// A register file of user mode.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Registers {
-    /// rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 to r15: in encoding order.
-    pub gpr: [u64; 16],
-    /// Instruction pointer.
-    pub rip: u64,
-    /// RFLAGS; only bits that user mode can change are taken, IF reads as set.
-    pub rflags: u64,
-    /// [`layout::USER_CS`].
-    pub cs: u64,
-    /// [`layout::USER_SS`].
-    pub ss: u64,
-}
-
-/// Why an entry of the kernel is called.
-pub mod cause {
-    /// A system call of user mode.
-    pub const SYSCALL: u64 = 0;
-    /// An exception of user mode (`ring` 3) or of the kernel (`ring` 0).
-    pub const EXCEPTION: u64 = 1;
-    /// An event became deliverable in user mode.
-    pub const EVENT: u64 = 2;
-}
-
-/// What an upcall tells.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct UpcallFrame {
-    /// A [`cause`].
-    pub cause: u64,
-    /// 3 or 0.
-    pub ring: u64,
-    /// Root frame of the space that was left; 0 for ring 0.
-    pub space: u64,
-    /// Number of the system call.
-    pub number: u64,
-    /// Arguments of the system call.
-    pub arguments: [u64; 6],
-    /// Exception vector.
-    pub vector: u64,
-    /// Error code (SDM 3A 4.7 for page faults), 0 where the vector has none.
-    pub error: u64,
-    /// Address of a page fault.
-    pub address: u64,
-    /// Registers; after a system call only `rip` is valid.
-    pub registers: Registers,
-}
-
-/// An entry point of the kernel for upcalls.
-pub type Entry = unsafe extern "C" fn(frame: *mut UpcallFrame) -> !;
-
-/// The time as the host keeps it, in the layout of pvclock_vcpu_time_info (Xen public/xen.h).
-///
-/// Read `version` before and after; odd or changed means: again. System time in ns is
-/// `system_time + ((tsc - tsc_timestamp) << shift) * multiplier >> 32` (shift right if negative).
-#[derive(Debug)]
-#[repr(C)]
-pub struct Clock {
-    /// Odd while the host writes.
-    pub version: AtomicU32,
-    /// Unused.
-    pub reserved: AtomicU32,
-    /// TSC at which `system_time` held.
-    pub tsc_timestamp: AtomicU64,
-    /// System time in ns (the host's CLOCK_MONOTONIC).
-    pub system_time: AtomicU64,
-    /// ns per tick, 32 fraction bits, after the shift.
-    pub multiplier: AtomicU32,
-    /// Shift in its low 8 bits, signed.
-    pub shift: AtomicU32,
-}
-
-/// The page that guest and host share for events and time.
-#[derive(Debug)]
-#[repr(C, align(64))]
-pub struct SharedInfo {
-    /// Not 0: an unmasked port is pending.
-    pub upcall_pending: AtomicU32,
-    /// Not 0: the kernel has masked events. Its own flag (cli, sti); upcalls set it, iret clears it.
-    pub upcall_mask: AtomicU32,
-    /// Pending ports.
-    pub pending: AtomicU64,
-    /// Masked ports.
-    pub mask: AtomicU64,
-    /// Unused.
-    pub reserved: [AtomicU64; 5],
-    /// The time.
-    pub clock: Clock,
-}
-
-/// The console: two rings of bytes, in the layout of xencons_interface (Xen public/io/console.h).
-///
-/// Indices run freely; a byte's place is its index modulo the ring's length. The guest writes
-/// `input_consumer` and `output_producer`, the host the others. A producer ahead of its consumer
-/// by more than the ring's length breaks the console: the host ends the guest.
-#[derive(Debug)]
-#[repr(C, align(4096))]
-pub struct ConsoleRing {
-    /// Bytes from the host.
-    pub input: [core::sync::atomic::AtomicU8; 1024],
-    /// Bytes to the host.
-    pub output: [core::sync::atomic::AtomicU8; 2048],
-    /// Bytes of input taken.
-    pub input_consumer: AtomicU32,
-    /// Bytes of input put there.
-    pub input_producer: AtomicU32,
-    /// Bytes of output taken.
-    pub output_consumer: AtomicU32,
-    /// Bytes of output put there.
-    pub output_producer: AtomicU32,
-    /// Not 0: no input will follow what is in the ring.
-    pub input_ended: AtomicU32,
-    /// The guest sets it to have [`evtchn::CONSOLE_PORT`] raised once the host has taken output.
-    pub output_wanted: AtomicU32,
-}
-
-/// What the kernel is told at its entry, in `rdi`. Read-only to the guest.
-///
-/// The entry (`e_entry` of the image) is called as [`Start`], on a boot stack of 16 KiB.
-#[derive(Debug)]
-#[repr(C)]
-pub struct StartInfo {
-    /// [`StartInfo::MAGIC`].
-    pub magic: u64,
-    /// [`VERSION`] of the host.
-    pub version: u32,
-    /// [`feature`] bits.
-    pub features: u32,
-    /// Frames of guest memory.
-    pub frames: u64,
-    /// First frame after the image; all from here on are zero and free, and so are those before the
-    /// image.
-    pub first_free_frame: u64,
-    /// First frame of the image.
-    pub first_image_frame: u64,
-    /// [`layout::DIRECT_MAP`].
-    pub direct_map: u64,
-    /// The hypercall page.
-    pub hypercall_page: u64,
-    /// The shared page.
-    pub shared_info: u64,
-    /// The console.
-    pub console: u64,
-    /// Bytes of the command line.
-    pub command_line_length: u64,
-    /// The command line, UTF-8, without a terminator.
-    pub command_line: [u8; 2048],
-    /// Frame of the devices, with [`feature::DEVICES`]. Not among the free ones.
-    pub devices: u64,
-}
-
-impl StartInfo {
-    /// `b"TrapPV\0\x01"` as a little-endian number.
-    pub const MAGIC: u64 = u64::from_le_bytes(*b"TrapPV\0\x01");
-}
-
-/// The kernel's entry point.
-pub type Start = unsafe extern "C" fn(info: *const StartInfo) -> !;
 
 /// Makes a hypercall.
 ///
