@@ -9,12 +9,15 @@
 //! | `features` | what CPUID and control registers say about an instruction |
 //! | `decode` | guest bytes to a block: classes, registers, live flags |
 //! | `lower` | a block to host code |
+//! | `groups` | neighbouring accesses that share a lookup |
 //! | `dispatch` | indirect branches of code that uses the window |
 //! | `cache` | blocks, links between them, self-modifying code |
 //! | `mmu`, `tlb`, `invalidation` | the guest's page tables, and the tables translated code looks into |
 //! | `window`, `checks` | ring 3's memory at host addresses, and what is compared before its use |
 //! | `core`, `system`, `cpu`, `fault` | privileged instructions and exceptions |
-//! | `stubs`, `signal`, `arena`, `context`, `site` | between translated code and Rust |
+//! | `stubs`, `callout`, `signal`, `arena`, `context`, `site` | between translated code and Rust |
+//! | `kick` | stopping a guest from outside |
+//! | `x87` | whose x87 state is in the thread's registers |
 //! | `privileged`, `transitions` | system registers that translated code reaches, privilege changes without Rust |
 //! | `vcpu` | the run loop of it all |
 //! | `vm`, `pages` | what the vCPUs of one VM share |
