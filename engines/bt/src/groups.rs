@@ -10,18 +10,25 @@
 //! the guest sees exactly the fault, or the device access, that it would have seen.
 //!
 //! Reads are never grouped with writes: they look into different tables.
+//!
+//! Invariant: a group's register is nobody else's until the last access. So it isn't RAX where flags live
+//! at any instruction in between, since they move through RAX; and every access in between, the heads of
+//! other groups among them, finds registers for a lookup of its own.
 
 use iced_x86::{Code, Mnemonic, OpKind, Register};
 
 use crate::{
     cpu::Bits,
     decode::{Class, Insn, Mode, gpr_bit},
+    lower::{RAX, RSP},
 };
 
 /// Bytes that one lookup may cover.
 const REACH: i64 = 256;
 /// Groups alive at once: each keeps a register.
 const ALIVE: u8 = 2;
+/// Registers that an access borrows besides those that groups keep, and one for what else it holds.
+const BORROWED: u32 = 3;
 
 /// Accesses that share a lookup.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +44,7 @@ pub(crate) struct Group {
     pub low: i64,
     pub bytes: u32,
     pub write: bool,
-    /// Registers that the instructions from head to last use.
+    /// Registers that the instructions from head to last use, and RAX where flags may move through it.
     pub used: u16,
     /// Holds the host address once the head has looked it up.
     pub register: u8,
@@ -124,7 +131,7 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, plan: &mut Plan) {
         found.clear();
         found.push(head);
         for (index, access) in accesses.iter().enumerate().skip(head + 1) {
-            if alive[index] >= ALIVE {
+            if alive[index] >= ALIVE || crowded(&insns[index]) {
                 break;
             }
             let Some(access) = access else { continue };
@@ -135,11 +142,11 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, plan: &mut Plan) {
             }
         }
         let last = found[found.len() - 1];
-        let used = insns[head..=last]
-            .iter()
-            .fold(0, |used, insn| used | insn.used());
-        // Three registers must stay free for other accesses in between.
-        if found.len() < 2 || alive[head] >= ALIVE || used.count_ones() > 12 {
+        let used = insns[head..=last].iter().fold(RSP, |used, insn| {
+            used | insn.used() | if insn.live_in != 0 { RAX } else { 0 }
+        });
+        // The head's own lookup takes two that nobody uses, and another group may keep one.
+        if found.len() < 2 || alive[head] >= ALIVE || used.count_ones() + BORROWED > 16 {
             continue;
         }
         let group = groups.len();
@@ -168,6 +175,14 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, plan: &mut Plan) {
             register: 0,
         });
     }
+}
+
+/// True if an access could not borrow what it needs from what it and [`ALIVE`] groups leave.
+fn crowded(insn: &Insn) -> bool {
+    // Beside AH, BH, CH and DH nothing can be named that wants a REX prefix.
+    let high = if insn.high_byte { 0xff00 } else { 0 };
+    let taken = insn.used() | RSP | RAX | high;
+    insn.memory.is_some() && taken.count_ones() + u32::from(ALIVE) + BORROWED > 16
 }
 
 /// Two accesses of one kind, by their classes: most blocks have no more than one.

@@ -98,6 +98,7 @@ impl Lower<'_> {
         } else {
             free
         };
+        assert!(choice != 0, "no register is left to borrow");
         // High numbers first: compilers hand out the low ones first.
         let register = 15 - choice.leading_zeros() as u8;
         self.spill(register);
@@ -107,6 +108,7 @@ impl Lower<'_> {
     /// Moves live flags out of the way of a table lookup, by way of RAX, whose value waits in a
     /// borrowed register outside `busy`.
     pub(super) fn save_flags(&mut self, busy: u16) {
+        debug_assert!(self.pinned & RAX == 0, "flags move through RAX");
         let keeper = self.keep_rax(busy);
         dynasm!(self.asm
             ; .arch x64
@@ -119,6 +121,7 @@ impl Lower<'_> {
     }
 
     pub(super) fn restore_flags(&mut self, busy: u16) {
+        debug_assert!(self.pinned & RAX == 0, "flags move through RAX");
         let keeper = self.keep_rax(busy);
         // 1 + 127 overflows a signed byte and 0 + 127 doesn't.
         dynasm!(self.asm

@@ -37,6 +37,7 @@
 //! | `returns` | returns that remember where they went |
 //! | `leaves` | callees in line with their callers |
 //! | `carry` | CF in loops that count down |
+//! | `shared` | accesses that share a lookup, and what else wants registers |
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
 
 mod access;
@@ -69,6 +70,7 @@ mod reload;
 mod returns;
 mod rig;
 mod run;
+mod shared;
 mod state;
 mod stores;
 mod strings;
