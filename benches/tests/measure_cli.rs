@@ -141,18 +141,23 @@ fn wrong_usage_is_status_2_with_one_clear_line() {
     }
 }
 
-#[test]
-fn interrupt_keeps_what_was_measured_and_leaves_nothing_running() {
-    let dir = tempfile::tempdir().expect("temporary directory");
-    let trapline = fake_trapline(dir.path(), "echo begin; sleep 60");
-    let mut child = measure(dir.path(), &trapline, &["--workloads", "alu,sieve"])
+/// Measures, and interrupts the run while its first guest is there.
+fn interrupt(dir: &Path, trapline: &Path, workloads: &str) {
+    let mut child = measure(dir, trapline, &["--workloads", workloads])
         .spawn()
         .expect("built");
-    wait_for_boot(dir.path(), &mut child);
+    wait_for_boot(dir, &mut child);
     // SAFETY: kill has no memory effects; the child is ours and not reaped yet.
     unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
     let output = finish(child);
     assert_eq!(output.status.code(), Some(130), "{output:?}");
+}
+
+#[test]
+fn interrupt_keeps_what_was_measured_and_leaves_nothing_running() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let trapline = fake_trapline(dir.path(), "echo begin; sleep 60");
+    interrupt(dir.path(), &trapline, "alu,sieve");
     for workload in ["alu", "sieve"] {
         let samples = samples(dir.path());
         let row = samples.iter().find(|sample| sample.workload == workload);
@@ -181,14 +186,7 @@ fn devices_are_there_while_a_guest_runs_and_gone_after_an_interrupt() {
         noted.display()
     );
     std::fs::write(&trapline, script.replacen("#!/bin/sh", &note, 1)).expect("writable");
-    let mut child = measure(dir.path(), &trapline, &["--workloads", "alu,blk_randread"])
-        .spawn()
-        .expect("built");
-    wait_for_boot(dir.path(), &mut child);
-    // SAFETY: kill has no memory effects; the child is ours and not reaped yet.
-    unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
-    let output = finish(child);
-    assert_eq!(output.status.code(), Some(130), "{output:?}");
+    interrupt(dir.path(), &trapline, "alu,blk_randread");
     let noted = std::fs::read_to_string(&noted).expect("noted");
     let lines: Vec<&str> = noted.lines().collect();
     assert_eq!(lines[0], benches::disk::DISK_BYTES.to_string(), "{noted}");

@@ -81,14 +81,17 @@ fn a_triple_fault_shows_the_processor_state() {
     });
 }
 
+/// Mapped by nobody, in each part of the address space.
+const WILD: [u64; 4] = [
+    MAPPED + 5,
+    0x7fff_ffff_f000,
+    u64::MAX - 7,
+    0x8000_0000_0000_0000,
+];
+
 #[test]
 fn wild_pointers_in_ring_0_crash_the_guest_alone() {
-    for address in [
-        MAPPED + 5,
-        0x7fff_ffff_f000,
-        u64::MAX - 7,
-        0x8000_0000_0000_0000,
-    ] {
+    for address in WILD {
         let read = Guest::long(|asm| {
             asm.mov(rbx, address)?;
             asm.mov(rax, qword_ptr(rbx))
@@ -113,12 +116,7 @@ fn wild_pointers_in_ring_0_crash_the_guest_alone() {
 
 #[test]
 fn wild_pointers_in_ring_3_crash_the_guest_alone() {
-    for address in [
-        MAPPED + 5,
-        0x7fff_ffff_f000,
-        u64::MAX - 7,
-        0x8000_0000_0000_0000,
-    ] {
+    for address in WILD {
         let guest = Guest::long(|asm| {
             enter_user(asm)?;
             asm.mov(rbx, address)?;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use engine_core::host::console::Sink;
 use engine_core::loader::Boot;
-use engine_core::machine::Source;
+use engine_core::machine::{Source, Window};
 use engine_core::peripherals::Family;
 use engine_core::{
     CpuState, Crew, Doorbell, GuestRam, Irqchip, Limits, Machine, MachineOptions, Unavailable, Vcpu,
@@ -214,9 +214,7 @@ fn run_mode(
     }) {
         Ok(vcpus) => vcpus,
         Err(error) => {
-            let message = format!("engine {} could not start: {error}", mode.engine);
-            let code = ExitCode::from(status::CRASHED);
-            return Ok(report_end(&mut stats, "crashed", &message, &[], code));
+            return Ok(could_not_start(mode, &error, &mut stats));
         }
     };
     let vcpu = &mut vcpus[0];
@@ -253,35 +251,18 @@ fn run_mode(
         memory_mib: arguments.memory,
     });
     let stats = Arc::new(Mutex::new(stats));
-    let windows = Arc::clone(&stats);
-    machine.observe_windows(move |window| {
-        let counts = window.counts.iter().map(Counter::from).collect();
-        lock(&windows).write(&Event::Window {
-            seq: window.seq,
-            counts,
-        });
-    });
+    machine.observe_windows(teller(&stats));
     if let Some(timeout) = arguments.timeout {
         watch(timeout);
     }
-    let limits = Limits {
-        timeout: arguments.timeout,
-        max_exits: arguments.max_exits,
-    };
+    let limits = limits(arguments);
     let jail = match arguments.lockstep {
         Some(cli::Reference::Hardware) => Jail::Kvm,
         Some(cli::Reference::Instructions) | None => mode.jail(),
     };
     if let Err(error) = engines::jail::enter(jail) {
-        let message = format!("engine {} could not start: seccomp: {error}", mode.engine);
-        let code = ExitCode::from(status::CRASHED);
-        return Ok(report_end(
-            &mut lock(&stats),
-            "crashed",
-            &message,
-            &[],
-            code,
-        ));
+        let error = format_args!("seccomp: {error}");
+        return Ok(could_not_start(mode, &error, &mut lock(&stats)));
     }
     let mut ended = crew.drive(vcpus, machine, &limits);
     let mut all: Vec<&mut dyn Vcpu> = Vec::with_capacity(ended.vcpus.len());
@@ -354,6 +335,25 @@ fn lock(stats: &Mutex<Stats>) -> MutexGuard<'_, Stats> {
     stats.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Writes the counts of each window.
+fn teller(stats: &Arc<Mutex<Stats>>) -> impl FnMut(&Window) + Send + 'static {
+    let stats = Arc::clone(stats);
+    move |window| {
+        let counts = window.counts.iter().map(Counter::from).collect();
+        lock(&stats).write(&Event::Window {
+            seq: window.seq,
+            counts,
+        });
+    }
+}
+
+fn limits(arguments: &cli::Run) -> Limits {
+    Limits {
+        timeout: arguments.timeout,
+        max_exits: arguments.max_exits,
+    }
+}
+
 /// As [`run_mode`] goes on, for an engine of processes.
 fn run_processes(
     mode: &'static Mode,
@@ -380,9 +380,7 @@ fn run_processes(
         Ok(guest) => guest,
         Err(error @ (pv::Error::Image(_) | pv::Error::Memory(_))) => return Err(error.into()),
         Err(error @ (pv::Error::Host { .. } | pv::Error::Party { .. })) => {
-            let message = format!("engine {} could not start: {error}", mode.engine);
-            let code = ExitCode::from(status::CRASHED);
-            return Ok(report_end(&mut stats, "crashed", &message, &[], code));
+            return Ok(could_not_start(mode, &error, &mut stats));
         }
     };
     stats.write(&Event::Start {
@@ -395,24 +393,20 @@ fn run_processes(
         memory_mib: arguments.memory,
     });
     let stats = Arc::new(Mutex::new(stats));
-    let windows = Arc::clone(&stats);
-    guest.observe_windows(move |window| {
-        let counts = window.counts.iter().map(Counter::from).collect();
-        lock(&windows).write(&Event::Window {
-            seq: window.seq,
-            counts,
-        });
-    });
+    guest.observe_windows(teller(&stats));
     if let Some(timeout) = arguments.timeout {
         watch(timeout);
     }
-    let outcome = guest.run(&Limits {
-        timeout: arguments.timeout,
-        max_exits: arguments.max_exits,
-    });
+    let outcome = guest.run(&limits(arguments));
     let counts = guest.totals();
     let mut stats = lock(&stats);
     Ok(conclude(&outcome, None, arguments, &mut stats, &counts))
+}
+
+fn could_not_start(mode: &Mode, error: &dyn fmt::Display, stats: &mut Stats) -> ExitCode {
+    let message = format!("engine {} could not start: {error}", mode.engine);
+    let code = ExitCode::from(status::CRASHED);
+    report_end(stats, "crashed", &message, &[], code)
 }
 
 fn report_unavailable(mode: &Mode, unavailable: &Unavailable, stats: &mut Stats) -> ExitCode {
