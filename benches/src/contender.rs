@@ -4,17 +4,20 @@
 //! Starts no virtual machine itself. Invariant: all contenders run the same program logic and speak the same
 //! protocol; a name stands for one command line.
 
-use std::path::{Path, PathBuf};
+mod command;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use reports_data::{FLOOR, ModeInfo, NATIVE, Role};
 
-use crate::choices::{DiskCache, Doorbell, Irqchip};
+use crate::choices::{Doorbell, Irqchip};
 use crate::devices::Devices;
-use crate::process::{CommandLine, STATS_FD};
+use crate::process::CommandLine;
 use crate::task::Task;
 use crate::verdict::{Traits, software_backend};
 use crate::vm::Launch;
+use command::{MICROVM, PC, qemu, qemu_devices, trapline_devices, trapline_run};
 
 /// Guest memory of every virtual machine in MiB.
 pub const MEMORY_MIB: u32 = 256;
@@ -305,118 +308,10 @@ fn kvm_label(name: &str, joint: &str, parts: &Parts, choices: &[&str]) -> String
     }
 }
 
-fn trapline_run(trapline: &Path, mode: &str, flavour: &str, choices: &[&str]) -> Launch {
-    let image = format!("builtin:{flavour}");
-    let memory = MEMORY_MIB.to_string();
-    let mut args = vec!["run", "--mode", mode, "--image", &image];
-    let counts_windows = mode != NATIVE;
-    if counts_windows {
-        args.extend(["--memory", &memory, "--stats-fd", STATS_FD]);
-    }
-    args.extend(choices);
-    Launch {
-        command: CommandLine {
-            program: trapline.display().to_string(),
-            args: args.into_iter().map(str::to_owned).collect(),
-        },
-        counts_windows,
-    }
-}
-
-fn trapline_devices(devices: &Devices) -> Vec<String> {
-    let mut disk = devices.disk().display().to_string();
-    if devices.cache() == DiskCache::Direct {
-        disk.push_str(",direct");
-    }
-    let net = format!("unix:{}", devices.peer().display());
-    vec!["--disk".to_owned(), disk, "--net".to_owned(), net]
-}
-
-/// The disk goes through the page cache or past it as ours does, and honours flushes.
-fn qemu_devices(devices: &Devices, virtio: bool) -> Vec<String> {
-    // In QEMU's options a comma that is doubled is none.
-    let quoted = |path: &Path| path.display().to_string().replace(',', ",,");
-    let drive = format!(
-        "if=none,id=disk,format=raw,cache={},file={}",
-        match devices.cache() {
-            DiskCache::Host => "writeback",
-            DiskCache::Direct => "none",
-        },
-        quoted(&devices.disk())
-    );
-    let net = format!(
-        "dgram,id=net,local.type=unix,local.path={},remote.type=unix,remote.path={}",
-        quoted(&devices.station()),
-        quoted(devices.peer())
-    );
-    let (disk, card) = match virtio {
-        true => (
-            "virtio-blk-device,drive=disk",
-            "virtio-net-device,netdev=net",
-        ),
-        false => ("ide-hd,drive=disk,bus=ide.0", "ne2k_isa,netdev=net"),
-    };
-    [
-        "-drive", &drive, "-device", disk, "-netdev", &net, "-device", card,
-    ]
-    .map(str::to_owned)
-    .to_vec()
-}
-
-/// QEMU's PC, with the console on its UART.
-const PC: &[&str] = &["-M", "pc", "-serial", "stdio"];
-
-/// QEMU's machine with virtio transports where hybrid images look for them; the console is a virtio
-/// one, as in our own.
-const MICROVM: &[&str] = &[
-    "-M",
-    "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off",
-    "-global",
-    "virtio-mmio.force-legacy=false",
-    "-chardev",
-    "stdio,id=console",
-    "-device",
-    "virtio-serial-device",
-    "-device",
-    "virtconsole,chardev=console",
-];
-
-/// The image is entered through PVH; port 0xf4 ends the guest as in our own machine.
-fn qemu(image: &Path, accelerator: &str, machine: &[&str]) -> Launch {
-    // `max` is everything that TCG implements.
-    let cpu = if accelerator == "tcg" { "max" } else { "host" };
-    let memory = MEMORY_MIB.to_string();
-    let image = image.display().to_string();
-    let common = [
-        "-nodefaults",
-        "-no-user-config",
-        "-no-reboot",
-        "-display",
-        "none",
-        "-accel",
-        accelerator,
-        "-cpu",
-        cpu,
-        "-m",
-        &memory,
-        "-device",
-        "isa-debug-exit,iobase=0xf4,iosize=0x04",
-        "-kernel",
-        &image,
-    ];
-    let args = common.iter().chain(machine).copied();
-    Launch {
-        command: CommandLine {
-            program: QEMU.to_owned(),
-            args: args.map(str::to_owned).collect(),
-        },
-        counts_windows: false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::choices::DiskCache;
 
     fn parts(backend: Option<&str>) -> Parts {
         Parts {
