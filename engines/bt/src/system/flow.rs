@@ -1,35 +1,21 @@
-//! Far transfers: interrupts by instruction, iret, syscall and sysret, far jumps, calls, returns.
+//! Far transfers: interrupts by instruction, far jumps, calls, returns.
+//!
+//! iret is in `iret`, calls that ask no descriptor are in `fast_calls`.
 
 use engine_core::Segment;
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::{Step, Trap};
+use super::{Step, Trap, segment::flat};
 use crate::{
     core::{Cause, Core},
-    cpu::{
-        Bits, CR0_PE, EFER_SCE, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF,
-        FLAG_VM, Seg, canonical,
-    },
+    cpu::{Seg, canonical},
     fault::{self, Fault},
-    privileged::Return,
 };
-
-/// Flags that iret and sysret take from their image at CPL 0, besides the arithmetic ones.
-const RETURN_FLAGS: u64 = FLAG_TF | FLAG_NT | FLAG_RF | FLAG_AC | FLAG_ID | FLAG_IF | FLAG_IOPL;
 
 /// True if a return to `cpl` drops this data segment (SDM 2A, IRET).
 pub(crate) fn drops(segment: &Segment, cpl: u8) -> bool {
     let conforming = segment.attributes & 0xc == 0xc;
     !conforming && segment.dpl() < cpl && segment.selector & !3 != 0
-}
-
-fn flat(selector: u16, attributes: u16) -> Segment {
-    Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        attributes,
-    }
 }
 
 impl Core {
@@ -86,150 +72,13 @@ impl Core {
         Ok(())
     }
 
-    fn iret(&mut self, instr: &Instruction) -> Result<(), Trap> {
-        let size: u32 = match instr.mnemonic() {
-            Mnemonic::Iretq => 8,
-            Mnemonic::Iretd => 4,
-            _ => 2,
-        };
-        let step = u64::from(size);
-        self.unblock_nmi();
-        if self.cpu.real_addressing() {
-            return self.iret_real(size);
-        }
-        if self.cpu.flags & FLAG_NT != 0 {
-            if self.cpu.long() {
-                return Err(Fault::gp().into());
-            }
-            return Ok(self.return_from_task(instr.next_ip())?);
-        }
-        let rip = self.peek(0, size)?;
-        let selector = self.peek(step, size)? as u16;
-        let image = self.peek(2 * step, size)?;
-        if image & FLAG_VM != 0 && !self.cpu.long() && self.cpu.cpl() == 0 && size == 4 {
-            return self.iret_to_virtual_8086(rip, selector, image);
-        }
-        let cpl = self.cpu.cpl();
-        let rpl = (selector & 3) as u8;
-        let code = self.code_descriptor(selector)?;
-        let conforming = code.attributes & 4 != 0;
-        if rpl < cpl || !conforming && code.dpl() != rpl || conforming && code.dpl() > rpl {
-            return Err(Fault::selector(fault::GP, selector).into());
-        }
-        if self.cpu.long() && code.long() && !canonical(rip) {
-            return Err(Fault::gp().into());
-        }
-        let long = self.cpu.long() && code.long();
-        if !long && rip > code.limit.into() {
-            return Err(Fault::gp().into());
-        }
-        let code = self.accessed(code)?;
-        // 64-bit mode always takes SS:RSP from the frame (SDM 2A, IRET).
-        let from_64 = self.cpu.bits() == Bits::Bits64;
-        if from_64 || rpl > cpl {
-            let rsp = self.peek(3 * step, size)?;
-            let ss = self.peek(4 * step, size)? as u16;
-            let segment = self.return_stack(ss, rpl, &code)?;
-            if from_64 && long && cpl == 0 {
-                self.remember_return([selector, ss], code, segment);
-            }
-            self.set_segment(Seg::SS, segment);
-            let narrow = !long && !segment.db();
-            self.set_gpr_sized(4, rsp, if narrow { 2 } else { 8 });
-        } else {
-            self.pop_bytes(3 * step);
-        }
-        self.set_segment(Seg::CS, Segment { selector, ..code });
-        self.rip = rip;
-        let mut writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS;
-        if cpl != 0 {
-            writable &= !FLAG_IOPL;
-        }
-        if cpl > self.cpu.iopl() {
-            writable &= !FLAG_IF;
-        }
-        if size == 2 {
-            writable &= 0xffff;
-        }
-        let old = self.rflags();
-        self.set_rflags(old & !writable | image & writable);
-        if rpl > cpl {
-            self.drop_data_segments(rpl);
-        }
-        Ok(())
-    }
-
-    /// Remembers what a return from 64-bit code in ring 0 has loaded.
-    fn remember_return(&mut self, [cs, ss]: [u16; 2], code: Segment, stack: Segment) {
-        if (cs | ss) & 4 != 0 || !matches!(cs & 3, 0 | 3) || code.db() {
-            return;
-        }
-        let raw = |selector: u16| match selector & !3 {
-            0 => Ok(0),
-            _ => self.raw_descriptor(selector, fault::GP),
-        };
-        if let (Ok(cs_raw), Ok(ss_raw)) = (raw(cs), raw(ss)) {
-            self.shortcuts.returns[usize::from(cs & 3 == 3)] = Return {
-                cs_selector: cs.into(),
-                cs_raw,
-                ss_selector: ss.into(),
-                ss_raw,
-                cs: Segment {
-                    selector: cs,
-                    ..code
-                },
-                ss: stack,
-            };
-        }
-    }
-
-    fn iret_real(&mut self, size: u32) -> Result<(), Trap> {
-        let virtual_8086 = self.cpu.virtual_8086();
-        if virtual_8086 && self.cpu.iopl() < 3 {
-            return Err(Fault::gp().into());
-        }
-        let step = u64::from(size);
-        let rip = self.peek(0, size)?;
-        let selector = self.peek(step, size)? as u16;
-        let image = self.peek(2 * step, size)?;
-        self.check_target(rip)?;
-        let mut writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS;
-        if virtual_8086 {
-            writable &= !FLAG_IOPL;
-        }
-        if size == 2 {
-            writable &= 0xffff;
-        }
-        self.pop_bytes(3 * step);
-        let old = self.rflags();
-        self.set_rflags((old & !writable | image & writable) & !FLAG_RF);
-        let code = self.real_segment(Seg::CS, selector);
-        self.set_segment(Seg::CS, code);
-        self.rip = rip;
-        Ok(())
-    }
-
-    /// SDM 3A 17.2.5.
-    fn iret_to_virtual_8086(&mut self, rip: u64, cs: u16, image: u64) -> Result<(), Trap> {
-        let mut values = [0; 6];
-        for (slot, value) in values.iter_mut().enumerate() {
-            *value = self.peek(12 + 4 * slot as u64, 4)?;
-        }
-        let [esp, ss, es, ds, fs, gs] = values;
-        let writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS | FLAG_VM;
-        self.set_rflags(image & writable);
-        let selectors = [es, cs.into(), ss, ds, fs, gs];
-        for (index, selector) in selectors.into_iter().enumerate() {
-            let segment = self.real_segment(index, selector as u16);
-            self.set_segment(index, segment);
-        }
-        self.set_gpr(4, esp);
-        self.rip = rip & 0xffff;
-        Ok(())
-    }
-
     /// The stack segment that a return to `rpl` loads.
-    fn return_stack(&mut self, selector: u16, rpl: u8, code: &Segment) -> Result<Segment, Fault> {
+    pub(super) fn return_stack(
+        &mut self,
+        selector: u16,
+        rpl: u8,
+        code: &Segment,
+    ) -> Result<Segment, Fault> {
         if selector & !3 == 0 {
             if code.long() && rpl != 3 {
                 return Ok(flat(selector, 0xc093 | u16::from(rpl) << 5));
@@ -250,7 +99,7 @@ impl Core {
     /// A return to less privilege drops segments that it may not use (SDM 2A, IRET). Their bases stay,
     /// and 64-bit code goes on to use those of fs and gs: the SDM leaves them open, processors and QEMU
     /// keep them, and kernels give ring 3 a base by MSR under a selector of ring 0.
-    fn drop_data_segments(&mut self, cpl: u8) {
+    pub(super) fn drop_data_segments(&mut self, cpl: u8) {
         for index in [Seg::ES, Seg::DS, Seg::FS, Seg::GS] {
             let segment = self.cpu.segments[index];
             if drops(&segment, cpl) {
@@ -262,115 +111,6 @@ impl Core {
                 self.set_segment(index, null);
             }
         }
-    }
-
-    /// Makes the segments that STAR names (SDM 2B, SYSCALL and SYSRET).
-    pub(crate) fn remember_star(&mut self) {
-        let selector = (self.cpu.star >> 32) as u16 & !3;
-        self.shortcuts.syscall = [
-            flat(selector, 0xa09b),
-            flat(selector.wrapping_add(8), 0xc093),
-        ];
-        let base = (self.cpu.star >> 48) as u16;
-        self.shortcuts.sysret = [
-            flat(base.wrapping_add(16) | 3, 0xa0fb),
-            flat(base.wrapping_add(8) | 3, 0xc0f3),
-        ];
-    }
-
-    /// SDM 2B and APM 3, SYSCALL.
-    fn syscall(&mut self, instr: &Instruction) -> Result<(), Trap> {
-        if self.cpu.efer & EFER_SCE == 0 || !self.cpu.long() {
-            return Err(Fault::ud().into());
-        }
-        // Some processors know it in compatibility mode too, with a target of its own (APM 3, SYSCALL).
-        let target = match self.cpu.bits() {
-            Bits::Bits64 => self.cpu.lstar,
-            Bits::Bits32 | Bits::Bits16 => self.cpu.cstar,
-        };
-        let flags = self.rflags();
-        self.set_gpr(1, instr.next_ip());
-        self.set_gpr(11, flags & !FLAG_RF);
-        self.rip = target;
-        self.set_rflags(flags & !self.cpu.fmask & !FLAG_RF);
-        if self.cpu.flags & FLAG_TF == 0 {
-            self.forget_step();
-        }
-        let [cs, ss] = self.shortcuts.syscall;
-        self.set_segment(Seg::CS, cs);
-        self.set_segment(Seg::SS, ss);
-        Ok(())
-    }
-
-    /// SDM 2B, SYSRET.
-    fn sysret(&mut self, wide: bool) -> Result<(), Trap> {
-        if self.cpu.efer & EFER_SCE == 0 || self.cpu.bits() != Bits::Bits64 {
-            return Err(Fault::ud().into());
-        }
-        if self.cpu.cpl() != 0 {
-            return Err(Fault::gp().into());
-        }
-        let target = self.gpr(1);
-        if wide && !canonical(target) {
-            return Err(Fault::gp().into());
-        }
-        let [cs, ss] = self.shortcuts.sysret;
-        let writable = crate::context::NATIVE_FLAGS | RETURN_FLAGS;
-        self.set_rflags(self.gpr(11) & writable & !FLAG_RF);
-        if wide {
-            self.rip = target;
-            self.set_segment(Seg::CS, cs);
-        } else {
-            self.rip = target & 0xffff_ffff;
-            let base = (self.cpu.star >> 48) as u16;
-            self.set_segment(Seg::CS, flat(base | 3, 0xc0fb));
-        }
-        self.set_segment(Seg::SS, ss);
-        // TF as it is at the end counts: the trap comes before the first instruction of ring 3.
-        self.step_from_here();
-        Ok(())
-    }
-
-    /// SDM 2B, SYSENTER.
-    fn sysenter(&mut self) -> Result<(), Trap> {
-        let [selector, esp, eip] = self.cpu.sysenter;
-        let selector = selector as u16 & !3;
-        if self.cpu.cr0 & CR0_PE == 0 || selector == 0 {
-            return Err(Fault::gp().into());
-        }
-        let long = self.cpu.long();
-        self.cpu.flags &= !FLAG_VM;
-        self.set_interrupts(false);
-        let code = if long { 0xa09b } else { 0xc09b };
-        self.set_segment(Seg::CS, flat(selector, code));
-        self.set_segment(Seg::SS, flat(selector.wrapping_add(8), 0xc093));
-        let mask = if long { u64::MAX } else { 0xffff_ffff };
-        self.set_gpr(4, esp & mask);
-        self.rip = eip & mask;
-        Ok(())
-    }
-
-    /// SDM 2B, SYSEXIT.
-    fn sysexit(&mut self, wide: bool) -> Result<(), Trap> {
-        let selector = self.cpu.sysenter[0] as u16 & !3;
-        if self.cpu.cr0 & CR0_PE == 0 || self.cpu.cpl() != 0 || selector == 0 {
-            return Err(Fault::gp().into());
-        }
-        let (rip, rsp) = (self.gpr(2), self.gpr(1));
-        let (code, by, mask) = if wide {
-            if !canonical(rip) || !canonical(rsp) {
-                return Err(Fault::gp().into());
-            }
-            (0xa0fb, 32, u64::MAX)
-        } else {
-            (0xc0fb, 16, 0xffff_ffff)
-        };
-        self.set_segment(Seg::CS, flat(selector.wrapping_add(by) | 3, code));
-        let stack = selector.wrapping_add(by + 8) | 3;
-        self.set_segment(Seg::SS, flat(stack, 0xc0f3));
-        self.set_gpr(4, rsp & mask);
-        self.rip = rip & mask;
-        Ok(())
     }
 
     fn far_pointer(&self, instr: &Instruction) -> Result<(u16, u64), Fault> {

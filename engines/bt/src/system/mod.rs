@@ -9,9 +9,11 @@
 //! | `debug` | single steps, breakpoints, alignment checks |
 //! | `deliver` | interrupts and exceptions through IDT and IVT |
 //! | `device` | device memory under these instructions |
-//! | `flow` | far transfers, iret, syscall and sysenter |
+//! | `fast_calls` | syscall, sysenter and their returns |
+//! | `flow` | far transfers |
 //! | `gate` | call gates, task gates, TSSs as branch targets |
 //! | `hidden` | what UMIP forbids, answered as an operating system does |
+//! | `iret` | iret in all its forms |
 //! | `legacy` | decimal arithmetic, bound, arpl |
 //! | `masked` | AVX, element by element |
 //! | `nmi` | non-maskable interrupts |
@@ -30,9 +32,11 @@ mod control;
 mod debug;
 mod deliver;
 mod device;
+mod fast_calls;
 mod flow;
 mod gate;
 mod hidden;
+mod iret;
 mod legacy;
 mod masked;
 mod nmi;
