@@ -113,7 +113,7 @@ pub struct Guest {
     pub(crate) ledger: Shared<Ledger>,
     pub(crate) console: Console,
     pub(crate) clock: Keeper,
-    pub(crate) marks: crate::run::Marks,
+    pub(crate) marks: crate::marks::Marks,
     pub(crate) started: Snapshot,
     pub(crate) rings: Rings,
 }
@@ -361,7 +361,7 @@ impl Guest {
             ledger,
             console: Console::new(options.input, options.output),
             clock,
-            marks: crate::run::Marks::default(),
+            marks: crate::marks::Marks::default(),
             started: Snapshot::default(),
             rings,
         })

@@ -21,6 +21,7 @@ pub mod floor;
 mod guest;
 mod image;
 mod ledger;
+mod marks;
 mod pages;
 mod process;
 mod rings;

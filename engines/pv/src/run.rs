@@ -12,7 +12,6 @@ use std::sync::atomic::fence;
 use std::time::{Duration, Instant};
 
 use abi::hypercall::evtchn;
-use engine_core::machine::Window;
 use engine_core::{Error as EngineError, Limit, Limits, Outcome};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
@@ -31,51 +30,6 @@ const REPORT: Duration = Duration::from_millis(2);
 /// How often V looks at a guest that nothing tells it about: console input without room, a sleep
 /// that nothing can end.
 const LOOK: Duration = Duration::from_millis(20);
-
-/// Who is told of windows.
-pub(crate) type Observer = Box<dyn FnMut(&Window)>;
-
-/// Windows between marks. A closed one is worked out and reported when V has nothing else to do.
-#[derive(Default)]
-pub(crate) struct Marks {
-    open: Option<Snapshot>,
-    closed: Option<(Snapshot, Snapshot)>,
-    next: u64,
-    pub(crate) observer: Option<Observer>,
-}
-
-impl std::fmt::Debug for Marks {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Marks({})", self.next)
-    }
-}
-
-impl Marks {
-    fn mark(&mut self, value: u64, mut now: Snapshot) {
-        if value == u64::from(abi::mark::BEGIN) {
-            self.report();
-            self.open = Some(now);
-        } else if let Some(begin) = self.open.take() {
-            now.forget_mark();
-            self.report();
-            self.closed = Some((begin, now));
-        }
-    }
-
-    fn report(&mut self) {
-        let Some((begin, end)) = self.closed.take() else {
-            return;
-        };
-        let window = Window {
-            seq: self.next,
-            counts: end.since(&begin),
-        };
-        self.next += 1;
-        if let Some(observer) = &mut self.observer {
-            observer(&window);
-        }
-    }
-}
 
 /// What a round of waiting has found.
 #[derive(Default)]
@@ -251,7 +205,7 @@ impl Guest {
             deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let mut sooner =
             |limit: Duration| patience = Some(patience.map_or(limit, |had| had.min(limit)));
-        if self.marks.closed.is_some() {
+        if self.marks.unreported() {
             sooner(REPORT);
         }
         if self.console.held() || self.console.exhausted(self.ring.get()) {
