@@ -177,10 +177,10 @@ impl Lower<'_> {
     pub(super) fn settle_registers(&mut self) {
         let contract = contract(self.mode);
         self.need(!contract);
-        for register in 0..16 {
-            if contract >> register & 1 == 1 {
-                self.spill(register);
-            }
+        let mut missing = contract & !self.homes.spilled;
+        while missing != 0 {
+            self.spill(missing.trailing_zeros() as u8);
+            missing &= missing - 1;
         }
     }
 
