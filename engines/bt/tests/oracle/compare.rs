@@ -6,7 +6,7 @@ use iced_x86::{Code, CpuidFeature, Instruction, OpKind};
 
 use crate::flags::Flags;
 use crate::layout::{
-    COMPARED_FLAGS, DATA, DATA_BYTES, DATA_PAGES, End, FX_AVX, GPR, OUTCOME_ENDED, PAGE, avx,
+    COMPARED_FLAGS, DATA_BYTES, DATA_PAGES, End, FX_AVX, GPR, OUTCOME_ENDED, PAGE, avx, data_page,
 };
 use crate::sequence::Placed;
 
@@ -148,7 +148,7 @@ pub(crate) fn differences(
         let read =
             |end: &End| u64::from_le_bytes(end.memory[at..at + 8].try_into().expect("8 bytes"));
         let page = DATA_PAGES[at / PAGE as usize].0;
-        let address = DATA + page * PAGE + (at as u64 & (PAGE - 1));
+        let address = data_page(page) + (at as u64 & (PAGE - 1));
         if read(native) != read(translated) {
             line(&format!("{address:x}"), read(native), read(translated));
         }

@@ -90,9 +90,9 @@ fn overwritten(instr: &Instruction) -> u32 {
 }
 
 /// Numbers of the instructions that may follow number `at`; None if that is not known.
-fn successors(code: &[Instruction], at: usize) -> Option<Vec<usize>> {
+pub(crate) fn successors(code: &[Instruction], at: usize) -> Option<Vec<usize>> {
     let instr = &code[at];
-    let find = |ip: u64| code.iter().position(|other| other.ip() == ip);
+    let find = |ip: u64| code.binary_search_by_key(&ip, Instruction::ip).ok();
     let next = find(instr.next_ip());
     match instr.flow_control() {
         FlowControl::Next => Some(next.into_iter().collect()),
@@ -112,29 +112,41 @@ fn successors(code: &[Instruction], at: usize) -> Option<Vec<usize>> {
 
 /// Follows the flags through `code`; None if it reads or branches away with undefined ones.
 pub(crate) fn follow(code: &[Instruction]) -> Option<Flags> {
+    let next: Vec<_> = (0..code.len()).map(|at| successors(code, at)).collect();
+    follow_along(code, &next).ok()
+}
+
+/// Likewise, where the successors of each instruction are known, or None: anywhere.
+///
+/// # Errors
+/// The numbers of those that read undefined flags, or branch anywhere with some.
+pub(crate) fn follow_along(
+    code: &[Instruction],
+    next: &[Option<Vec<usize>>],
+) -> Result<Flags, Vec<usize>> {
     let mut undefined = vec![0; code.len()];
     loop {
-        let before = undefined.clone();
+        let mut changed = false;
         for (at, instr) in code.iter().enumerate() {
             let after = undefined_after(instr, undefined[at]);
-            match successors(code, at) {
-                Some(next) => next.iter().for_each(|&next| undefined[next] |= after),
-                // Anywhere: only with every flag defined.
-                None if after != 0 => return None,
-                None => {}
+            for &next in next[at].iter().flatten() {
+                changed |= after & !undefined[next] != 0;
+                undefined[next] |= after;
             }
         }
-        if undefined == before {
+        if !changed {
             break;
         }
     }
     let reads = |instr: &Instruction| instr.rflags_read() & ALL;
-    if code
-        .iter()
-        .zip(&undefined)
-        .any(|(instr, &undefined)| reads(instr) & undefined != 0)
-    {
-        return None;
+    let wrong = |at: usize| {
+        // Anywhere: only with every flag defined.
+        let anywhere = next[at].is_none() && undefined_after(&code[at], undefined[at]) != 0;
+        anywhere || reads(&code[at]) & undefined[at] != 0
+    };
+    let wrong: Vec<usize> = (0..code.len()).filter(|&at| wrong(at)).collect();
+    if !wrong.is_empty() {
+        return Err(wrong);
     }
     let end = code.last().map_or(0, |instr| instr.next_ip());
     let undefined_at_end = code
@@ -147,21 +159,27 @@ pub(crate) fn follow(code: &[Instruction]) -> Option<Flags> {
     // Backward: everything lives at the end and where nothing is known.
     let mut live = vec![0; code.len()];
     loop {
-        let before = live.clone();
+        let mut changed = false;
         for (at, instr) in code.iter().enumerate().rev() {
-            let after = match successors(code, at) {
+            let after = match &next[at] {
+                // The engine may know the caller: dead is what is dead for one of them.
+                Some(next) if instr.flow_control() == FlowControl::Return && !next.is_empty() => {
+                    next.iter().fold(ALL, |all, &next| all & live[next])
+                }
                 Some(next) if !next.is_empty() => {
                     next.iter().fold(0, |all, &next| all | live[next])
                 }
                 Some(_) | None => ALL,
             };
-            live[at] |= after & !overwritten(instr) | reads(instr);
+            let before = after & !overwritten(instr) | reads(instr);
+            changed |= before & !live[at] != 0;
+            live[at] |= before;
         }
-        if live == before {
+        if !changed {
             break;
         }
     }
-    Some(Flags {
+    Ok(Flags {
         undefined: undefined.into_iter().map(rflags).collect(),
         undefined_at_end: rflags(undefined_at_end),
         dead: live.into_iter().map(|live| rflags(ALL & !live)).collect(),

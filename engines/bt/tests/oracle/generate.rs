@@ -150,7 +150,7 @@ fn unit(builder: &mut Builder<'_>, table: &Table) -> Option<Join> {
 }
 
 /// FPU, SSE and AVX state in the layout of xsave64 (SDM 1 13.4).
-fn fx_image(random: &mut Random) -> [u8; FX_BYTES] {
+pub(crate) fn fx_image(random: &mut Random) -> [u8; FX_BYTES] {
     let mut image = [0; FX_BYTES];
     image[0..2].copy_from_slice(&0x37fu16.to_le_bytes());
     // Which x87 registers hold something.

@@ -8,13 +8,13 @@ use iced_x86::{MemoryOperand, Register};
 
 pub(crate) const PAGE: u64 = 4096;
 
-/// Code: one slot for each sequence of a batch, two executable pages and two unmapped ones each.
+/// Code: one slot for each sequence of a batch, four executable pages and four unmapped ones each.
 pub(crate) const CODE: u64 = 0x1000_0000;
 pub(crate) const SLOTS: usize = 256;
-pub(crate) const SLOT_STRIDE: u64 = 4 * PAGE;
-pub(crate) const SLOT_BYTES: usize = 2 * PAGE as usize;
+pub(crate) const SLOT_STRIDE: u64 = 8 * PAGE;
+pub(crate) const SLOT_BYTES: usize = 4 * PAGE as usize;
 
-/// Data, as eight pages of which [`DATA_PAGES`] are mapped.
+/// Data, as eight pages of which [`DATA_PAGES`] are mapped, besides those at [`EDGE`] and [`FAR`].
 pub(crate) const DATA: u64 = match option_env!("TRAPLINE_ORACLE_DATA") {
     Some(digits) => hexadecimal(digits.as_bytes()),
     None => 0x2000_0000,
@@ -51,15 +51,40 @@ pub(crate) fn operand(address: u64) -> MemoryOperand {
     }
 }
 
+/// Two pages on both sides of the window's end, unless the data is somewhere there.
+pub(crate) const EDGE: u64 = if DATA >> 38 == 0 {
+    (1 << 39) - PAGE
+} else {
+    0x5000_0000
+};
+/// A page that is farther away than anything the window's base and its guards span.
+pub(crate) const FAR: u64 = if DATA >> 38 == 0 {
+    1 << 46
+} else {
+    0x6000_0000
+};
+
+const fn number(address: u64) -> u64 {
+    address.wrapping_sub(DATA) / PAGE
+}
+
 /// (page number from DATA, writable).
-pub(crate) const DATA_PAGES: [(u64, bool); 6] = [
+pub(crate) const DATA_PAGES: [(u64, bool); 9] = [
     (0, true),
     (1, true),
     (2, true),
     (3, true),
     (4, false),
     (6, true),
+    (number(EDGE), true),
+    (number(EDGE + PAGE), true),
+    (number(FAR), true),
 ];
+
+/// Address of the data's page with this number.
+pub(crate) const fn data_page(number: u64) -> u64 {
+    DATA.wrapping_add(number.wrapping_mul(PAGE))
+}
 pub(crate) const DATA_BYTES: usize = DATA_PAGES.len() * PAGE as usize;
 /// Base of GS.
 pub(crate) const GS_BASE: u64 = DATA + 0x1800;

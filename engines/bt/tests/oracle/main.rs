@@ -10,6 +10,7 @@
 //! | `case`, `process` | one case through `bt::insn` and in a process of its own |
 //! | `snippets`, `snippets_of_state`, `forms`, `raw` | cases: by hand, one of every form, any bytes |
 //! | `compatible` | any bytes as 32-bit code |
+//! | `programs` | loops, calls and branches of every kind |
 //! | `elements` | gathers, masked moves and stores that fault |
 //! | `compare` | differences |
 //!
@@ -34,6 +35,7 @@ mod layout;
 mod native;
 mod operands;
 mod process;
+mod programs;
 mod prologue;
 mod random;
 mod raw;
@@ -332,14 +334,12 @@ fn prepare(sequence: &Sequence, index: usize) -> Option<(Placed, Flags)> {
     Some((placed, flags))
 }
 
-fn verdict(
-    placed: &Placed,
-    flags: &Flags,
-    native: &End,
-    ends: &[Result<End, String>; 2],
-) -> String {
+/// Runs of the same code, one after the other.
+const RUNS: [&str; 3] = ["cold", "warm", "hot"];
+
+fn verdict(placed: &Placed, flags: &Flags, native: &End, ends: &[Result<End, String>]) -> String {
     let mut text = String::new();
-    for (name, end) in ["cold", "warm"].into_iter().zip(ends) {
+    for (name, end) in RUNS.into_iter().zip(ends) {
         match end {
             Ok(end) => {
                 let found = compare::differences(placed, flags, native, end);

@@ -16,8 +16,8 @@ use std::ptr;
 use std::time::Duration;
 
 use crate::layout::{
-    CODE, CONTROL, DATA, DATA_BYTES, DATA_PAGES, End, FX_BYTES, GS_BASE, OUTCOME_ENDED,
-    OUTCOME_NONE, OUTCOME_SYSTEM_CALL, PAGE, PROLOGUE, SLOT_BYTES, SLOTS, Start, avx, slot,
+    CODE, CONTROL, DATA_BYTES, DATA_PAGES, End, FX_BYTES, GS_BASE, OUTCOME_ENDED, OUTCOME_NONE,
+    OUTCOME_SYSTEM_CALL, PAGE, PROLOGUE, SLOT_BYTES, SLOTS, Start, avx, data_page, slot,
 };
 use crate::prologue::{HOST_RSP, Prologue, prologue};
 
@@ -269,7 +269,7 @@ unsafe fn child(
         for (index, (number, writable)) in DATA_PAGES.into_iter().enumerate() {
             let offset = std::mem::offset_of!(Shared, data) + index * page;
             let protection = if writable { rw } else { r };
-            map(DATA + number * PAGE, offset, page, protection);
+            map(data_page(number), offset, page, protection);
         }
         BACK = prologue.back;
         HAS_AVX = avx();

@@ -9,7 +9,7 @@ use iced_x86::{
     OpKind, Register,
 };
 
-use crate::layout::{DATA, DATA_PAGES, GS_BASE, PAGE};
+use crate::layout::{DATA, GS_BASE, PAGE};
 use crate::random::Random;
 use crate::sequence::Item;
 
@@ -28,7 +28,7 @@ pub(crate) fn gpr64(number: usize) -> Register {
     Register::RAX + number as u32
 }
 
-fn gpr32(number: usize) -> Register {
+pub(crate) fn gpr32(number: usize) -> Register {
     Register::EAX + number as u32
 }
 
@@ -455,7 +455,7 @@ fn memory_size(instr: &Instruction) -> u64 {
 }
 
 /// What the form would fault on if the address weren't a multiple of it.
-fn alignment(instr: &Instruction) -> u64 {
+pub(crate) fn alignment(instr: &Instruction) -> u64 {
     use iced_x86::Mnemonic::*;
     let size = memory_size(instr);
     match instr.mnemonic() {
@@ -467,5 +467,3 @@ fn alignment(instr: &Instruction) -> u64 {
         _ => 1,
     }
 }
-
-const _: () = assert!(DATA_PAGES.len() == 6);

@@ -35,6 +35,8 @@ pub(crate) struct Sequence {
 /// A sequence at its place.
 pub(crate) struct Placed {
     pub(crate) code: Vec<Instruction>,
+    /// Where each item is, and the end; None for a branch that became several instructions.
+    pub(crate) at: Vec<Option<u64>>,
     /// The slot's bytes.
     pub(crate) bytes: Vec<u8>,
     pub(crate) start: Start,
@@ -72,15 +74,15 @@ impl Sequence {
         let base = slot(index);
         let encode = |at: u64| {
             let block = InstructionBlock::new(&instructions, at);
-            BlockEncoder::encode(64, block, BlockEncoderOptions::NONE)
-                .ok()
-                .map(|result| result.code_buffer)
+            let offsets = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
+            let result = BlockEncoder::encode(64, block, offsets).ok()?;
+            Some((result.code_buffer, result.new_instruction_offsets))
         };
         let mut at = base + self.offset as u64;
-        let mut code = encode(at)?;
+        let (mut code, mut offsets) = encode(at)?;
         if self.open_end {
             at = base + SLOT_BYTES as u64 - (code.len() as u64 - 1);
-            code = encode(at)?;
+            (code, offsets) = encode(at)?;
             code.pop();
         }
         let offset = (at - base) as usize;
@@ -94,6 +96,10 @@ impl Sequence {
         start.rip = at;
         Some(Placed {
             code: decoder.into_iter().collect(),
+            at: offsets
+                .into_iter()
+                .map(|offset| (offset != u32::MAX).then(|| at + u64::from(offset)))
+                .collect(),
             bytes,
             start,
         })

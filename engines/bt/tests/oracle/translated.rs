@@ -12,8 +12,8 @@ use iced_x86::code_asm::{CodeAssembler, eax, edx, ptr, qword_ptr, rax, rdx};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout::{
-    CONTROL, DATA, DATA_BYTES, DATA_PAGES, End, GS_BASE, OUTCOME_ENDED, PAGE, PROLOGUE, SLOT_BYTES,
-    SLOTS, Start, USER_CS, USER_SS, avx, slot,
+    CONTROL, DATA_BYTES, DATA_PAGES, End, GS_BASE, OUTCOME_ENDED, PAGE, PROLOGUE, SLOT_BYTES,
+    SLOTS, Start, USER_CS, USER_SS, avx, data_page, slot,
 };
 use crate::prologue::prologue;
 
@@ -24,7 +24,7 @@ const PROLOGUE_PHYS: u64 = 0x30_0000;
 const CONTROL_PHYS: u64 = 0x30_1000;
 const DATA_PHYS: u64 = 0x31_0000;
 const CODE_PHYS: u64 = 0x40_0000;
-const RAM_MIB: u64 = 8;
+const RAM_MIB: u64 = 12;
 
 /// Supervisor pages: IDT, GDT, TSS, handlers, stack, FPU image. In the upper half, as the host's: an
 /// access of ring 3 finds a page there on both sides, and below nothing that the host hasn't.
@@ -78,7 +78,7 @@ impl Translated {
         }
         for (index, (number, writable)) in DATA_PAGES.into_iter().enumerate() {
             let bits = USER | NO_EXECUTE | if writable { WRITABLE } else { 0 };
-            guest.map(DATA + number * PAGE, DATA_PHYS + index as u64 * PAGE, bits);
+            guest.map(data_page(number), DATA_PHYS + index as u64 * PAGE, bits);
         }
         for page in 0..KERNEL_PAGES {
             guest.map(KERNEL + page * PAGE, KERNEL_PHYS + page * PAGE, WRITABLE);
@@ -93,6 +93,11 @@ impl Translated {
     pub(crate) fn reset(&mut self, tight: bool) {
         let bytes = if tight { TIGHT_CACHE } else { LARGE_CACHE };
         self.vcpu = vcpu(&self.ram, bytes);
+    }
+
+    /// Sends accesses through the window from now to the next reset. False on a host without one.
+    pub(crate) fn hold_window(&mut self) -> bool {
+        self.vcpu.hold_window().is_some()
     }
 
     /// Puts code into a slot. Nothing of the slot may have been run since the last reset.
