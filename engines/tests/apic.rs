@@ -128,6 +128,21 @@ fn task_priority_in_cr8_holds_an_interrupt_back() {
 }
 
 #[test]
+fn the_local_apic_shows_the_priority_in_cr8_while_nothing_waits() {
+    counts(|asm| {
+        for (priority, code) in [(15, 2), (0, 3), (6, 4)] {
+            asm.mov(eax, priority)?;
+            asm.mov(cr8, rax)?;
+            asm.mov(eax, dword_ptr(rbx + 0x80))?;
+            expect(asm, priority << 4, code)?;
+        }
+        // The processor's priority is the task's where nothing is in service.
+        asm.mov(eax, dword_ptr(rbx + 0xa0))?;
+        expect(asm, 0x60, 5)
+    });
+}
+
+#[test]
 fn a_tsc_deadline_is_met_and_never_early() {
     const TSC_DEADLINE: u32 = lapic::TSC_DEADLINE;
     let guest = Guest::long(|asm| {
@@ -242,6 +257,14 @@ fn x2apic_sends_to_itself() {
             settle(asm)?;
             expect_count(asm, count as i32 + 1, 4 + count as u32)?;
         }
+        // CR8 shows as the task priority.
+        asm.mov(eax, 3)?;
+        asm.mov(cr8, rax)?;
+        asm.mov(ecx, 0x808)?;
+        asm.rdmsr()?;
+        expect(asm, 0x30, 12)?;
+        asm.xor(eax, eax)?;
+        asm.mov(cr8, rax)?;
         // Held back by the task priority until that falls.
         asm.cli()?;
         write(asm, 0x808, 0x60)?;

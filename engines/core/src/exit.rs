@@ -33,6 +33,8 @@ pub enum Exit<'a> {
         addr: GuestPhys,
         /// To be filled.
         data: &'a mut [u8],
+        /// CR8, which the local APIC's registers follow.
+        priority: u8,
     },
     /// Write to a guest-physical address that is not RAM; at most 8 bytes.
     MmioWrite {
@@ -47,6 +49,8 @@ pub enum Exit<'a> {
         index: u32,
         /// To be filled; left empty, the guest gets #GP.
         answer: &'a mut Option<u64>,
+        /// CR8, which the local APIC's registers follow.
+        priority: u8,
     },
     /// `wrmsr` to a register that the machine keeps.
     MsrWrite {

@@ -474,6 +474,12 @@ impl Machine {
         })
     }
 
+    /// Takes over what the guest did to CR8, before it may read what follows from that.
+    #[inline]
+    pub(crate) fn sync_task_priority(&mut self, cr8: u8) {
+        self.irqchip.lapics.own().sync_task_priority(cr8);
+    }
+
     /// Answers `rdmsr`; `None` is #GP.
     pub(crate) fn read_msr(&mut self, index: u32) -> Option<u64> {
         self.irqchip.lapics.own().read_msr(index)

@@ -62,8 +62,8 @@ pub trait DeviceBus {
     /// Answers [`Exit::PioOut`] of one item.
     fn port_out(&mut self, port: u16, data: &[u8]) -> After;
 
-    /// Answers [`Exit::MmioRead`].
-    fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8]) -> After;
+    /// Answers [`Exit::MmioRead`]; `priority` is CR8.
+    fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8], priority: u8) -> After;
 
     /// Answers [`Exit::MmioWrite`].
     fn memory_write(&mut self, addr: GuestPhys, data: &[u8]) -> After;

@@ -6,6 +6,7 @@ use kvm_bindings as kb;
 /// The port or memory access that `run` describes.
 pub(crate) fn access(run: &mut kb::kvm_run) -> Exit<'_> {
     if run.exit_reason == kb::KVM_EXIT_MMIO {
+        let priority = run.cr8 as u8;
         // SAFETY: the exit reason says that `mmio` is the union's valid member.
         let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
         let addr = GuestPhys(mmio.phys_addr);
@@ -14,7 +15,11 @@ pub(crate) fn access(run: &mut kb::kvm_run) -> Exit<'_> {
         return if mmio.is_write != 0 {
             Exit::MmioWrite { addr, data }
         } else {
-            Exit::MmioRead { addr, data }
+            Exit::MmioRead {
+                addr,
+                data,
+                priority,
+            }
         };
     }
     // SAFETY: the exit reason says that `io` is the union's valid member.

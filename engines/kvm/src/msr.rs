@@ -78,14 +78,18 @@ impl Answer {
         let write = run.exit_reason == kb::KVM_EXIT_X86_WRMSR;
         // SAFETY: the exit reason says that `msr` is the union's valid member.
         let msr = unsafe { run.__bindgen_anon_1.msr };
-        let index = msr.index;
+        let (index, priority) = (msr.index, run.cr8 as u8);
         *self = if write {
             Answer::Write(false)
         } else {
             Answer::Read(None)
         };
         match self {
-            Answer::Read(answer) => Exit::MsrRead { index, answer },
+            Answer::Read(answer) => Exit::MsrRead {
+                index,
+                answer,
+                priority,
+            },
             Answer::Write(accepted) => Exit::MsrWrite {
                 index,
                 value: msr.data,

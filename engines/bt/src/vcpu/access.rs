@@ -333,7 +333,7 @@ impl BtVcpu {
         Some(if write {
             bus.memory_write(GuestPhys(phys), data)
         } else {
-            bus.memory_read(GuestPhys(phys), data)
+            bus.memory_read(GuestPhys(phys), data, self.core.cpu.cr8 as u8)
         })
     }
 

@@ -66,6 +66,7 @@ impl BtVcpu {
             Stop::Read { phys, len } => Exit::MmioRead {
                 addr: GuestPhys(phys),
                 data: &mut self.data[..len],
+                priority: self.core.cpu.cr8 as u8,
             },
             Stop::Write { phys, len } => Exit::MmioWrite {
                 addr: GuestPhys(phys),
@@ -74,6 +75,7 @@ impl BtVcpu {
             Stop::ReadMsr { index } => Exit::MsrRead {
                 index,
                 answer: &mut self.msr,
+                priority: self.core.cpu.cr8 as u8,
             },
             Stop::WriteMsr { index, value } => Exit::MsrWrite {
                 index,

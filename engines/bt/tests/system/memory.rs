@@ -172,7 +172,7 @@ fn with_device(body: impl FnOnce(&mut Asm) -> Built) -> (Accesses, Vec<u64>) {
     loop {
         let mut seen = accesses.lock().expect("not poisoned");
         match vcpu.run().expect("it runs") {
-            Exit::MmioRead { addr, data } => {
+            Exit::MmioRead { addr, data, .. } => {
                 seen.push((addr.0 - DEVICE, Vec::new()));
                 for (index, byte) in data.iter_mut().enumerate() {
                     *byte = (addr.0 as u8).wrapping_add(index as u8) | 0x80;

@@ -107,7 +107,7 @@ impl DeviceBus for Devices {
         self.after()
     }
 
-    fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8]) -> After {
+    fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8], _: u8) -> After {
         self.accesses.push((false, addr.0, data.len()));
         let at = addr.0.wrapping_sub(DEVICE) as usize;
         match self.device_memory.get(at..at + data.len()) {
@@ -406,8 +406,12 @@ impl Rig {
                     let _ = devices.port_out(port, data);
                 }
                 Some(Exit::PioIn { data, .. }) => data.fill(devices.device),
-                Some(Exit::MmioRead { addr, data }) => {
-                    let _ = devices.memory_read(addr, data);
+                Some(Exit::MmioRead {
+                    addr,
+                    data,
+                    priority,
+                }) => {
+                    let _ = devices.memory_read(addr, data, priority);
                 }
                 Some(Exit::MmioWrite { addr, data }) => {
                     let _ = devices.memory_write(addr, data);

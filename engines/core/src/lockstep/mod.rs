@@ -314,7 +314,9 @@ impl Lockstep {
                 Exit::PioOut { port, size, data } => {
                     (port.into(), false, true, size.into(), data.to_vec())
                 }
-                Exit::MmioRead { addr, data } => (addr.0, true, false, data.len(), data.to_vec()),
+                Exit::MmioRead { addr, data, .. } => {
+                    (addr.0, true, false, data.len(), data.to_vec())
+                }
                 Exit::MmioWrite { addr, data } => (addr.0, true, true, data.len(), data.to_vec()),
                 Exit::MsrRead { index, .. } => {
                     self.held = Some(Held::Msr { index });

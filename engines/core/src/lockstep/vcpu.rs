@@ -28,7 +28,11 @@ impl Vcpu for Lockstep {
                         data: &mut self.buffer,
                     });
                 }
-                Exit::MmioRead { addr, data } => {
+                Exit::MmioRead {
+                    addr,
+                    data,
+                    priority,
+                } => {
                     self.buffer = data.to_vec();
                     let size = self.buffer.len();
                     self.asked = Asked::Items {
@@ -39,6 +43,7 @@ impl Vcpu for Lockstep {
                     return Ok(Exit::MmioRead {
                         addr,
                         data: &mut self.buffer,
+                        priority,
                     });
                 }
                 Exit::PioOut { port, size, data } => {
@@ -62,12 +67,15 @@ impl Vcpu for Lockstep {
                         data: &self.buffer,
                     });
                 }
-                Exit::MsrRead { index, .. } => {
+                Exit::MsrRead {
+                    index, priority, ..
+                } => {
                     self.msr = None;
                     self.asked = Asked::Msr { index };
                     return Ok(Exit::MsrRead {
                         index,
                         answer: &mut self.msr,
+                        priority,
                     });
                 }
                 Exit::MsrWrite {

@@ -81,8 +81,9 @@ impl DeviceBus for Inline<'_> {
         self.after(action)
     }
 
-    fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8]) -> After {
+    fn memory_read(&mut self, addr: GuestPhys, data: &mut [u8], priority: u8) -> After {
         self.machine.tally.exit(ExitReason::MmioRead);
+        self.machine.sync_task_priority(priority);
         let action = self.machine.memory_read(addr, data);
         self.after(action)
     }

@@ -450,9 +450,21 @@ fn answer(machine: &mut Machine, exit: &mut Exit<'_>) -> Next {
     let action = match exit {
         Exit::PioIn { port, size, data } => machine.port_in(*port, *size, data),
         Exit::PioOut { port, size, data } => machine.port_out(*port, *size, data),
-        Exit::MmioRead { addr, data } => machine.memory_read(*addr, data),
+        Exit::MmioRead {
+            addr,
+            data,
+            priority,
+        } => {
+            machine.sync_task_priority(*priority);
+            machine.memory_read(*addr, data)
+        }
         Exit::MmioWrite { addr, data } => machine.memory_write(*addr, data),
-        Exit::MsrRead { index, answer } => {
+        Exit::MsrRead {
+            index,
+            answer,
+            priority,
+        } => {
+            machine.sync_task_priority(*priority);
             **answer = machine.read_msr(*index);
             Action::None
         }

@@ -142,6 +142,7 @@ impl Vcpu for Scripted {
                 Exit::MmioRead {
                     addr: GuestPhys(addr),
                     data,
+                    priority: self.seen.state.cr8 as u8,
                 }
             }
             Step::Compute => {
