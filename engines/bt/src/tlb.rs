@@ -311,6 +311,21 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         (entry.key == key).then_some(entry.host)
     }
 
+    /// A key that maps to `host`.
+    pub(crate) fn key_of(&self, host: u64) -> Option<u64> {
+        let mut found = None;
+        self.filled.each(false, |group| {
+            for index in Self::group(group) {
+                // SAFETY: index < ENTRIES.
+                let entry = unsafe { &*self.entries.add(index) };
+                if entry.host == host && Self::index(entry.key) == index {
+                    found = Some(entry.key);
+                }
+            }
+        });
+        found
+    }
+
     /// Empties every entry.
     pub(crate) fn flush(&self) {
         self.filled.each(true, |group| {

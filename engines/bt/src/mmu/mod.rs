@@ -192,6 +192,13 @@ impl Mmu {
         }
     }
 
+    /// A guest-virtual address at which the software TLBs have the byte at `host`.
+    pub(crate) fn address_of(&self, host: u64) -> Option<u64> {
+        let (page, offset) = (host & !0xfff, host & 0xfff);
+        let mut keys = self.tlbs.iter().filter_map(|tlb| tlb.key_of(page));
+        keys.next().map(|key| key | offset)
+    }
+
     fn region(&self, phys: u64, len: u64) -> Option<(usize, u64)> {
         self.regions.iter().enumerate().find_map(|(index, region)| {
             let offset = phys.checked_sub(region.start)?;

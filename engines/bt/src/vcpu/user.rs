@@ -11,9 +11,12 @@ use super::{BtVcpu, Stop};
 use crate::{
     context::Context,
     fault::{self, Fault},
-    system,
+    system, window,
     x87::{self, FDP, FIP, FOP, FSW},
 };
+
+/// ES in the low byte of FSW: an unmasked exception waits (SDM 1 8.1.3.3).
+const ERROR_SUMMARY: u8 = 1 << 7;
 
 /// Why ring-3 code stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,8 +181,9 @@ impl BtVcpu {
 
     /// Turns the address of the last x87 instruction, which the host's CPU knows as one of
     /// translated code, into the guest's, and so its opcode, if the host's CPU keeps one: the
-    /// translated one's operand is another. The data pointer that came with it goes: it is an address
-    /// of the host's, and most processors keep it for unmasked exceptions alone.
+    /// translated one's operand is another. The data pointer is an address of the host's as well. It stays
+    /// for unmasked exceptions alone, as CPUID says, and where it is still known which of the guest's it
+    /// was.
     pub(super) fn settle_x87(&mut self) {
         let context: *mut Context = self.core.context();
         x87::fetch(context);
@@ -191,18 +195,41 @@ impl BtVcpu {
         if !code.contains(&ip) {
             return;
         }
-        let guest = match self.cache.mark(ip).map(|(mark, _)| mark.ip) {
+        let (operand, unmasked) = (word(area, FDP), area[FSW] & ERROR_SUMMARY != 0);
+        let found = self.cache.mark(ip);
+        let guest = match found.map(|(mark, _)| mark.ip) {
             Some(crate::site::Ip::At(guest)) => guest,
             Some(crate::site::Ip::Target) | None => 0,
         };
+        let in_window = found.is_some_and(|(_, block)| self.cache.block(block).key.mode.window);
+        let data = if unmasked {
+            self.operand_of(operand, in_window)
+        } else {
+            None
+        };
+        let area = &mut self.core.context().x87.0;
         area[FIP..FIP + 8].copy_from_slice(&guest.to_le_bytes());
-        area[FDP..FDP + 8].fill(0);
+        area[FDP..FDP + 8].copy_from_slice(&data.unwrap_or(0).to_le_bytes());
         if area[FOP..FOP + 2] != [0; 2] {
             let opcode = self.core.x87_opcode(guest).unwrap_or(0);
             let area = &mut self.core.context().x87.0;
             area[FOP..FOP + 2].copy_from_slice(&opcode.to_le_bytes());
         }
         x87::store(context);
+    }
+
+    /// The guest's address of an operand that translated code found at `host`: what a TLB holds still, or,
+    /// for code that uses the window, the address itself, which is an offset there. Nobody knows where an
+    /// operand in the bounce buffer came from.
+    fn operand_of(&mut self, host: u64, in_window: bool) -> Option<u64> {
+        let context: *const Context = self.core.context();
+        // SAFETY: the context is alive; no reference is made.
+        let bounce = unsafe { &raw const (*context).bounce } as u64;
+        if (bounce..bounce + size_of_val(&self.core.context().bounce) as u64).contains(&host) {
+            return None;
+        }
+        let known = self.core.mmu.address_of(host);
+        known.or((in_window && host < window::SIZE).then_some(host))
     }
 
     /// The system instructions that show x87 pointers see the guest's.

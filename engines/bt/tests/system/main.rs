@@ -38,6 +38,7 @@
 //! | `leaves` | callees in line with their callers |
 //! | `carry` | CF in loops that count down |
 //! | `shared` | accesses that share a lookup, and what else wants registers |
+//! | `x87` | pointers of x87 exceptions |
 //! | `limits` | wild pointers, the code cache, loops that stay translated |
 
 mod access;
@@ -78,3 +79,4 @@ mod switches;
 mod tasks;
 mod transitions;
 mod traps;
+mod x87;
