@@ -24,16 +24,19 @@
 //! exact registers. Arithmetic flags are exact if anything reads them before they are
 //! overwritten; flags that are dead may be scratch in the frame that an exception pushes.
 //!
-//! One file per family: `memory` (operands), `window` (operands there), `stack`, `strings`, `branch`,
-//! `privileged`;
-//! `registers` what is borrowed meanwhile, `count` runs that count.
+//! One file per family: `plain` (registers), `memory` (operands), `window` (operands there), `stack`,
+//! `strings`, `branch`, `returns`, `privileged`, `invlpg`. Beside them: `registers` what is borrowed meanwhile,
+//! `carry` loops that keep CF, `recode` operands in an instruction's own bytes, `buffer` and `layout` where bytes
+//! go and what they refer to, `count` runs that count.
 
 mod branch;
 mod buffer;
 mod carry;
 mod count;
 mod invlpg;
+mod layout;
 mod memory;
+mod plain;
 mod privileged;
 mod recode;
 mod registers;
@@ -43,25 +46,24 @@ mod strings;
 mod window;
 
 pub(crate) use count::Path;
+pub(crate) use layout::Layout;
 pub(crate) use privileged::inline;
 
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Code, Encoder, EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Encoder, Instruction, OpKind, Register};
 use std::mem::offset_of;
 
 use buffer::Buffer;
 
 use crate::{
-    arena::Arena,
     checks::{self, Checks, Levels, Outside},
     context::Context,
-    cpu::{Bits, FLAG_DF, FLAG_IF},
+    cpu::{Bits, FLAG_IF},
     decode::{Class, Decoded, Insn, Mode},
-    fault::{self, Fault},
+    fault::Fault,
     groups::{self, Plan},
     site::{Gate, Homes, Ip, Kind, Mark, Site, number},
-    stubs::Stubs,
-    tlb::{BANKS, tlb_index},
+    tlb::tlb_index,
     transitions::Transitions,
 };
 
@@ -71,70 +73,6 @@ pub(crate) const RSP: u16 = 1 << 4;
 /// where accesses go through the window, which needs no scratch.
 pub(crate) fn contract(mode: Mode) -> u16 {
     if mode.window { 0 } else { 1 << 12 | 1 << 13 }
-}
-
-/// Addresses that lowered code refers to, as displacements.
-#[derive(Clone, Copy)]
-pub(crate) struct Layout {
-    context: i32,
-    doorbell: i32,
-    tlb: [i32; 4],
-    jump: [i32; 2 * BANKS],
-    targets: [i32; BANKS],
-    exit: u64,
-    callout: u64,
-    miss: [u64; BANKS],
-    privileged: i32,
-    transitions: [Transitions; BANKS],
-    /// Code counts what it does.
-    counting: bool,
-}
-
-impl Layout {
-    /// `miss` is where indirect branches of code that uses the window go without a target, `callout`
-    /// where code goes that calls Rust.
-    pub(crate) fn new(
-        arena: &Arena,
-        stubs: &Stubs,
-        transitions: [Transitions; BANKS],
-        miss: [u64; BANKS],
-        callout: u64,
-        counting: bool,
-    ) -> Layout {
-        Layout {
-            context: arena.context_disp(),
-            doorbell: arena.doorbell() as i32,
-            tlb: std::array::from_fn(|index| arena.tlb(index) as i32),
-            jump: std::array::from_fn(|index| arena.jump(index) as i32),
-            targets: std::array::from_fn(|bank| arena.targets(bank) as i32),
-            exit: stubs.exit,
-            callout,
-            miss,
-            counting,
-            privileged: arena.privileged() as usize as i32,
-            transitions,
-        }
-    }
-
-    fn slot(&self, offset: usize) -> i32 {
-        self.context + offset as i32
-    }
-
-    fn spill(&self, register: u8) -> i32 {
-        self.slot(offset_of!(Context, spill)) + 8 * i32::from(register)
-    }
-
-    fn lazy_flags(&self) -> i32 {
-        self.slot(offset_of!(Context, lazy_flags))
-    }
-
-    fn target(&self) -> i32 {
-        self.slot(offset_of!(Context, target))
-    }
-
-    fn site(&self) -> i32 {
-        self.slot(offset_of!(Context, site))
-    }
 }
 
 /// What lowering a block yields, in buffers that are used again for the next: most blocks are a
@@ -454,106 +392,6 @@ impl Lower<'_> {
         }
     }
 
-    /// A divisor of zero is common enough as an operation (it is how kernels and benchmarks raise
-    /// #DE) to be worth a test: a host fault costs some 3 µs.
-    fn check_divisor(&mut self, insn: &Insn) {
-        if insn.live_out != 0 && !self.homes.lazy {
-            self.save_flags(0);
-        }
-        let divisor = insn.instr.op0_register();
-        let number = divisor.full_register().number() as u8;
-        self.need(insn.reads);
-        match divisor.size() {
-            8 => dynasm!(self.asm ; .arch x64 ; test Rq(number), Rq(number)),
-            4 => dynasm!(self.asm ; .arch x64 ; test Rd(number), Rd(number)),
-            2 => dynasm!(self.asm ; .arch x64 ; test Rw(number), Rw(number)),
-            // Byte registers come in two kinds; those go the long way.
-            _ => return,
-        }
-        self.asm.extend([0x0f, 0x84]);
-        let patch = self.position();
-        self.asm.push_i32(0);
-        self.cold.push(Cold::Raise {
-            patch,
-            homes: self.homes,
-            ip: insn.instr.ip(),
-            fault: Fault::plain(fault::DE),
-        });
-    }
-
-    fn plain(&mut self, insn: &Insn, raw: &[u8]) -> Result<(), String> {
-        if matches!(insn.instr.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
-            self.check_divisor(insn);
-        }
-        let carry = self.keeps_carry(insn);
-        if !carry {
-            self.flags_for(insn);
-        }
-        self.need(insn.reads);
-        if insn.faults {
-            self.mark(Ip::At(insn.instr.ip()));
-        }
-        let code = insn.instr.code();
-        let lasting = match self.mode.bits {
-            Bits::Bits64 => None,
-            // Outside of 64-bit code VEX.B, VEX.vvvv's highest bit and most often VEX.W mean nothing
-            // (SDM 2A 2.3.5).
-            Bits::Bits32 if code.encoding() == EncodingKind::VEX => Some(code),
-            Bits::Bits32 => lasting(code),
-            // Operand-size prefixes are the other way round.
-            Bits::Bits16 => lasting(code).or(Some(code)),
-        };
-        match lasting {
-            Some(code) => {
-                let mut instr = insn.instr;
-                instr.set_code(code);
-                self.encode(&instr)?;
-            }
-            None => self.asm.slice(raw),
-        }
-        self.note_direction(insn);
-        self.done(insn);
-        self.homes.carry = carry;
-        Ok(())
-    }
-
-    /// Writes DF's slot where `insn` has changed it.
-    fn note_direction(&mut self, insn: &Insn) {
-        let value = match insn.instr.code() {
-            Code::Std => FLAG_DF as i32,
-            Code::Cld => 0,
-            _ => return,
-        };
-        let direction = self.layout.slot(offset_of!(Context, direction));
-        dynasm!(self.asm ; .arch x64 ; mov DWORD [direction], value);
-    }
-
-    fn lea(&mut self, insn: &Insn) -> Result<(), String> {
-        self.need(insn.reads);
-        let instr = &insn.instr;
-        if instr.is_ip_rel_memory_operand() && instr.op0_register().size() >= 4 {
-            let mut address = instr.ip_rel_memory_address();
-            if instr.op0_register().size() == 4 {
-                address &= 0xffff_ffff;
-            }
-            self.load_constant(instr.op0_register().full_register().number() as u8, address);
-        } else if instr.is_ip_rel_memory_operand() {
-            let value = instr.ip_rel_memory_address() as u16;
-            let number = instr.op0_register().full_register().number() as u8;
-            dynasm!(self.asm ; .arch x64 ; mov Rw(number), value as i16);
-        } else {
-            let target = instr.op0_register();
-            let lea = memory::plain_address(instr, instr.code(), target);
-            self.encode(&lea)?;
-            if memory::address_bits(instr, self.mode.bits) == 16 && target.size() > 2 {
-                let number = target.full_register().number() as u8;
-                dynasm!(self.asm ; .arch x64 ; movzx Rd(number), Rw(number));
-            }
-        }
-        self.done(insn);
-        Ok(())
-    }
-
     /// Bookkeeping after the body of `insn` has been emitted.
     fn done(&mut self, insn: &Insn) {
         self.homes.spilled &= !insn.writes;
@@ -678,28 +516,6 @@ pub(crate) fn lend(context: &mut Context) {
     context.lazy_flags = (context.flags & 0xd5) << 8 | context.flags >> 11 & 1;
     context.spill[12] = context.gpr[12];
     context.spill[13] = context.gpr[13];
-}
-
-/// The form that 64-bit code has of an instruction whose encoding means something else there.
-fn lasting(code: Code) -> Option<Code> {
-    use Code::*;
-    Some(match code {
-        // One-byte inc and dec are REX prefixes in 64-bit code.
-        Inc_r16 => Inc_rm16,
-        Inc_r32 => Inc_rm32,
-        Dec_r16 => Dec_rm16,
-        Dec_r32 => Dec_rm32,
-        // Opcode 82 is 80's twin, and undefined in 64-bit code.
-        Add_rm8_imm8_82 => Add_rm8_imm8,
-        Or_rm8_imm8_82 => Or_rm8_imm8,
-        Adc_rm8_imm8_82 => Adc_rm8_imm8,
-        Sbb_rm8_imm8_82 => Sbb_rm8_imm8,
-        And_rm8_imm8_82 => And_rm8_imm8,
-        Sub_rm8_imm8_82 => Sub_rm8_imm8,
-        Xor_rm8_imm8_82 => Xor_rm8_imm8,
-        Cmp_rm8_imm8_82 => Cmp_rm8_imm8,
-        _ => return None,
-    })
 }
 
 /// True if the body of `insn` wants the host's flags to be the guest's.
