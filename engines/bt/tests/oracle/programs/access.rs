@@ -18,8 +18,8 @@ pub(super) struct Region {
 pub(super) const WRITABLE: Region = region(DATA, 4);
 /// The last page isn't writable.
 const READABLE: Region = region(DATA, 5);
-const ACROSS: Region = region(EDGE, 2);
-const DISTANT: Region = region(FAR, 1);
+pub(super) const ACROSS: Region = region(EDGE, 2);
+pub(super) const DISTANT: Region = region(FAR, 1);
 
 const fn region(at: u64, pages: u64) -> Region {
     Region {
@@ -151,6 +151,10 @@ impl Writer<'_> {
         store: bool,
     ) -> Option<MemoryOperand> {
         let first = self.pick(known);
+        if first.behind > 0 {
+            let displacement = self.below((first.behind - size) as u64) as i64;
+            return Some(Self::at(gpr64(first.register.into()), displacement));
+        }
         // The address by this register and others, without displacement: from where to where, without wrap.
         let mut base = gpr64(first.register.into());
         let (mut index, mut scale) = (Register::None, 1);
@@ -164,7 +168,9 @@ impl Writer<'_> {
             } else {
                 None
             };
-            let other = known.iter().find(|other| other.register != first.register);
+            let other = known
+                .iter()
+                .find(|other| other.register != first.register && other.behind == 0);
             if let (Some(other), true) = (other, self.chance(40)) {
                 base = gpr64(other.register.into());
                 low += i128::from(other.low);
@@ -258,7 +264,7 @@ impl Writer<'_> {
             }
             _ => {}
         }
-        self.set(register, value);
+        self.make(scope, register, value);
         let none = Register::None;
         Some(MemoryOperand::new(
             base,
@@ -269,6 +275,64 @@ impl Writer<'_> {
             false,
             none,
         ))
+    }
+
+    /// Brings `value` into a register in a way that hides it; an access may have shown another just before.
+    fn make(&mut self, scope: &Scope, register: u8, value: u64) {
+        let target = gpr64(register.into());
+        let other = self.free(&scope.pin(register));
+        let way = self.below(12);
+        if way < 8 && self.chance(50) {
+            let near = WRITABLE.low + 8 + self.below(0x3000) as i64;
+            self.set(register, near as u64);
+            let displacement = self.pick(&[0, 8, -8, 0x80]);
+            let byte = Self::at(target, displacement);
+            self.put(Instruction::with2(Code::Cmp_rm8_imm8, byte, 1));
+        }
+        match (way, other) {
+            (0, Some(other)) => {
+                let from = gpr64(other.into());
+                self.set(other, value);
+                self.put(Instruction::with2(Code::Xchg_rm64_r64, target, from));
+            }
+            (1, Some(other)) => {
+                self.set(other, value);
+                self.push(other);
+                self.put(Instruction::with1(Code::Pop_r64, target));
+            }
+            (2, Some(other)) => {
+                let from = gpr64(other.into());
+                self.set(other, value.wrapping_sub(0x1234));
+                self.set(register, 0x1234);
+                self.put(Instruction::with2(Code::Xadd_rm64_r64, target, from));
+            }
+            (3, Some(other)) => {
+                let from = gpr64(other.into());
+                self.set(other, value);
+                let slot = Self::at(Register::RSP, -0x10);
+                self.put(Instruction::with2(Code::Mov_rm64_r64, slot, from));
+                self.put(Instruction::with2(Code::Mov_r64_rm64, target, slot));
+            }
+            (4, _) => {
+                self.set(register, !value);
+                self.put(Instruction::with1(Code::Not_rm64, target));
+            }
+            (5, _) => {
+                self.set(register, value.swap_bytes());
+                self.put(Instruction::with1(Code::Bswap_r64, target));
+            }
+            (6, _) => {
+                self.set(register, value.rotate_right(13));
+                self.put(Instruction::with2(Code::Rol_rm64_imm8, target, 13));
+            }
+            (7, Some(other)) => {
+                let from = gpr64(other.into());
+                self.set(other, value);
+                self.put(Instruction::with2(Code::Cmp_r64_rm64, from, from));
+                self.put(Instruction::with2(Code::Cmove_r64_rm64, target, from));
+            }
+            _ => self.set(register, value),
+        }
     }
 
     /// By an index of which an `and` leaves some bits.

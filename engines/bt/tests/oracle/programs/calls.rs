@@ -6,7 +6,7 @@
 
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
-use super::access::WRITABLE;
+use super::access::{ACROSS, DISTANT, WRITABLE};
 use super::control::CONDITIONS;
 use super::plan::{Function, Op, Targets};
 use super::writer::{Known, RSP, Scope, Writer};
@@ -20,6 +20,7 @@ const POINTER: Known = Known {
     register: 0,
     low: WRITABLE.low,
     high: WRITABLE.high - ROOM,
+    behind: ROOM,
 };
 
 impl Writer<'_> {
@@ -323,15 +324,38 @@ impl Writer<'_> {
         }
         let target = gpr64(pointer.into());
         for known in &scope.known {
-            if known.low >= POINTER.low && known.high <= POINTER.high && self.chance(60) {
+            if fits(known) && self.chance(60) {
                 let from = gpr64(known.register.into());
                 self.put(Instruction::with2(Code::Mov_r64_rm64, target, from));
                 return true;
             }
         }
-        let value = POINTER.low + self.below((POINTER.high - POINTER.low) as u64) as i64;
-        self.set(pointer, value as u64);
+        let place = self.place();
+        self.set(pointer, place);
+        // Near or far, as the flags will have it.
+        if self.chance(35)
+            && let Some(other) =
+                self.free(&scope.pin(pointer).pin(function.depth.unwrap_or(pointer)))
+        {
+            let place = self.place();
+            self.set(other, place);
+            let code = self.pick(&[
+                Code::Cmovb_r64_rm64,
+                Code::Cmove_r64_rm64,
+                Code::Cmovs_r64_rm64,
+                Code::Cmovp_r64_rm64,
+                Code::Cmovle_r64_rm64,
+            ]);
+            self.put(Instruction::with2(code, target, gpr64(other.into())));
+        }
         true
+    }
+
+    /// Somewhere with room behind it.
+    fn place(&mut self) -> u64 {
+        let region = self.pick(&[WRITABLE, WRITABLE, WRITABLE, ACROSS, DISTANT]);
+        let room = region.high - region.low - ROOM;
+        (region.low + self.below(room as u64 + 1) as i64) as u64
     }
 
     fn call(&mut self, scope: &Scope, number: usize) {
@@ -447,6 +471,12 @@ impl Writer<'_> {
             self.restore(register);
         }
     }
+}
+
+/// True if a function's pointer may be there.
+fn fits(known: &Known) -> bool {
+    known.behind >= ROOM
+        || known.behind == 0 && known.low >= POINTER.low && known.high <= POINTER.high
 }
 
 fn own_pointer(function: &Function) -> u16 {

@@ -158,7 +158,7 @@ impl Writer<'_> {
             let known = scope
                 .known
                 .iter()
-                .find(|known| known.low >= 0 && known.high < 1 << 31);
+                .find(|known| known.behind == 0 && known.low >= 0 && known.high < 1 << 31);
             let from = match known {
                 Some(known) if writer.chance(50) => known.register,
                 Some(_) | None => writer.below(16) as u8,

@@ -4,7 +4,7 @@
 
 use iced_x86::{Code, Instruction, Register};
 
-use super::access::WRITABLE;
+use super::access::{ACROSS, DISTANT, WRITABLE};
 use super::writer::{Known, RCX, Scope, Writer};
 use crate::operands::{gpr32, gpr64};
 
@@ -167,6 +167,7 @@ impl Writer<'_> {
             register,
             low: start.min(last),
             high: start.max(last),
+            behind: 0,
         });
         if let Way::Compare {
             with,
@@ -230,17 +231,19 @@ impl Writer<'_> {
         let register = self.free(inner)?;
         let by = self.pick(&[1i64, 2, 4, 8, 8, 8, 16, 32, 24, 64, 0x100]);
         let total = by * turns;
-        let room = WRITABLE.high - WRITABLE.low;
-        let up = self.chance(65);
-        let low = if total + 64 > room {
-            WRITABLE.low
-        } else {
-            WRITABLE.low + self.below((room - total) as u64) as i64
-        };
+        // Beyond the window as well: what isn't known of it has to be compared.
+        let region = self.pick(&[WRITABLE, WRITABLE, WRITABLE, ACROSS, DISTANT]);
+        let room = region.high - region.low;
         // Those that leave the pages do so in steps that can't pass over what isn't mapped.
         if total > room + 0x1000 {
             return None;
         }
+        let up = self.chance(65);
+        let low = if total + 64 > room {
+            region.low
+        } else {
+            region.low + self.below((room - total) as u64) as i64
+        };
         let (start, by) = if up { (low, by) } else { (low + total, -by) };
         let last = start + by * (turns - 1);
         self.set(register, start as u64);
@@ -248,6 +251,7 @@ impl Writer<'_> {
             register,
             low: start.min(last),
             high: start.max(last),
+            behind: 0,
         });
         *inner = inner.pin(register);
         Some((register, by))

@@ -26,6 +26,8 @@ pub(super) struct Known {
     pub(super) register: u8,
     pub(super) low: i64,
     pub(super) high: i64,
+    /// It is elsewhere instead, with this much behind it.
+    pub(super) behind: i64,
 }
 
 /// What a statement may do.
