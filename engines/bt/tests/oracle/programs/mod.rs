@@ -10,7 +10,7 @@
 //! |---|---|
 //! | `generate`, `plan` | programs from seeds, and their places |
 //! | `writer` | what statements keep track of |
-//! | `straight`, `access` | instructions, on registers and in memory |
+//! | `straight`, `access`, `strings` | instructions, on registers and in memory |
 //! | `control`, `loops`, `calls` | statements of others |
 //!
 //! `TRAPLINE_ORACLE_PROGRAMS` says how many programs to compare (default 2,000), `TRAPLINE_ORACLE_SEED` where
@@ -23,6 +23,7 @@ mod generate;
 mod loops;
 mod plan;
 mod straight;
+mod strings;
 mod writer;
 
 use std::fmt::Write;
