@@ -50,6 +50,27 @@ const SNIPPETS: &[(&str, Snippet)] = &[
         asm.popfq()?;
         asm.mov(eax, dword_ptr(PLACES))
     }),
+    ("a copy of nothing to no address", |asm| {
+        asm.mov(esi, PLACES as u32)?;
+        asm.mov(rdi, 1u64 << 63)?;
+        asm.movsb()
+    }),
+    ("a repeated copy of nothing to no address", |asm| {
+        asm.mov(esi, PLACES as u32)?;
+        asm.mov(rdi, 1u64 << 63)?;
+        asm.mov(ecx, 3)?;
+        asm.rep().movsb()
+    }),
+    ("a comparison of nothing with no address", |asm| {
+        asm.mov(esi, PLACES as u32)?;
+        asm.mov(rdi, 1u64 << 63)?;
+        asm.cmpsb()
+    }),
+    ("a comparison of no address with nothing", |asm| {
+        asm.mov(rsi, 1u64 << 63)?;
+        asm.mov(edi, PLACES as u32)?;
+        asm.cmpsb()
+    }),
     ("alignment check of a load", |asm| {
         asm.mov(esp, 0x2_1000)?;
         asm.push(0x4_0202)?;
