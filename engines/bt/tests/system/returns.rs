@@ -241,3 +241,31 @@ fn registers_reach_the_target_of_an_indirect_branch() {
         }
     }
 }
+
+/// Functions whose addresses differ by 64 KiB share a place in the table of targets. Each is found where it is,
+/// though the other has been there.
+#[test]
+fn targets_that_share_a_place_are_told_apart() {
+    let [one, other] = [FREE + 0x100, FREE + 0x100 + (1 << 16)];
+    let mut rig = Rig::long().in_ring_3();
+    rig.vcpu.hold_window();
+    // lea rax, [rax + 2*rax + 1]; ret, and with 2 instead.
+    rig.put(one, &[0x48, 0x8d, 0x44, 0x40, 1, RET]);
+    rig.put(other, &[0x48, 0x8d, 0x44, 0x40, 2, RET]);
+    rig.code(|asm| {
+        let mut again = asm.create_label();
+        asm.xor(eax, eax)?;
+        asm.mov(ebx, one as u32)?;
+        asm.mov(esi, other as u32)?;
+        asm.mov(r10d, 15)?;
+        asm.set_label(&mut again)?;
+        asm.call(rbx)?;
+        asm.xchg(rbx, rsi)?;
+        asm.dec(r10d)?;
+        asm.jne(again)?;
+        asm.ud2()
+    });
+    assert_eq!(rig.run(), End::Vector(6));
+    let expected = (0..15u64).fold(0u64, |sum, turn| 3 * sum + 1 + turn % 2);
+    assert_eq!(rig.after().gpr[0], expected);
+}
