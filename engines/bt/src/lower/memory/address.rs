@@ -176,6 +176,8 @@ pub(in crate::lower) fn address_bits(instr: &Instruction, bits: Bits) -> u32 {
         instr.memory_index()
     };
     match register {
+        // iced tells of a 16-bit address without registers by its displacement alone.
+        Register::None if instr.memory_displ_size() == 2 => 16,
         Register::None if bits != Bits::Bits64 => 32,
         // An address-size prefix and nothing else: iced says so by the displacement's size.
         Register::None if instr.memory_displ_size() == 4 => 32,
