@@ -62,6 +62,9 @@ fn clock_of_this_thread() -> libc::clockid_t {
     clock
 }
 
+/// What is looked at of an idle guest at once.
+const STRETCH: Duration = Duration::from_millis(130);
+
 #[test]
 fn an_idle_guest_takes_less_than_a_hundredth_of_a_processor() {
     let mut guest = start("idle", None, &[]);
@@ -73,15 +76,21 @@ fn an_idle_guest_takes_less_than_a_hundredth_of_a_processor() {
     clocks.push(clock_of_this_thread());
     let watcher = thread::spawn(move || {
         let sum = || clocks.iter().map(|&clock| busy(clock)).sum::<u64>();
-        sleep(Duration::from_millis(300));
-        let before = sum();
-        sleep(Duration::from_millis(500));
-        sum() - before
+        // It idles for a second. The host's clocks count what else it does as well, and on a busy one
+        // the guest begins late: the quietest stretch says what idling takes.
+        sleep(Duration::from_millis(200));
+        let stretch = || {
+            let before = sum();
+            sleep(STRETCH);
+            sum() - before
+        };
+        (0..5).map(|_| stretch()).min()
     });
     let outcome = guest.run(&limits(10));
     assert!(matches!(outcome, Outcome::Success), "{outcome:?}");
-    let busy = watcher.join().expect("it measures");
-    assert!(busy < 5_000_000, "{busy} ns of 500 ms");
+    let busy = watcher.join().expect("it measures").expect("a stretch");
+    let most = STRETCH.as_nanos() as u64 / 100;
+    assert!(busy < most, "{busy} ns of {STRETCH:?}");
 }
 
 /// Proportional set size of a process in KiB, without guest memory.
