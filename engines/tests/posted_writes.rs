@@ -4,24 +4,18 @@
 mod support;
 
 use engine_core::peripherals::Family;
-use engine_core::testing::{Guest, assemble, end, selector};
+use engine_core::testing::{Guest, end};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use support::interrupts::{end_at_pic, handler, out, prepare, unmask};
 use support::{Call, on_every_mode};
 
 const BUFFER: u64 = 0x40_0000;
-const IDT: u64 = 0x28_0000;
-const HANDLER: u64 = 0x29_0000;
 const SECTOR: usize = 512;
 const SECTORS: usize = 3;
-/// Line 14 by the second 8259.
+const IRQ: u8 = 14;
+/// By the second 8259.
 const VECTOR: u64 = 0x2e;
-
-fn out(asm: &mut CodeAssembler, port: u32, value: u32) -> Result<(), IcedError> {
-    asm.mov(edx, port)?;
-    asm.mov(eax, value)?;
-    asm.out(dx, al)
-}
 
 /// Writes `count` items of `size` bytes from where rsi points on.
 fn write(asm: &mut CodeAssembler, size: usize, count: u32) -> Result<(), IcedError> {
@@ -56,21 +50,14 @@ fn spin(asm: &mut CodeAssembler, count: i32) -> Result<(), IcedError> {
 
 fn guest() -> Guest {
     let mut guest = Guest::long(|asm| {
-        asm.xor(r12d, r12d)?;
-        asm.mov(rax, IDT)?;
-        asm.push(rax)?;
-        asm.mov(rax, 0x0fff_0000_0000_0000u64)?;
-        asm.push(rax)?;
-        asm.lidt(ptr(rsp + 6))?;
-        for (port, words) in [(0x20, [0x11, 0x20, 4, 1]), (0xa0, [0x11, 0x28, 2, 1])] {
-            out(asm, port, words[0])?;
-            for word in &words[1..] {
-                out(asm, port + 1, *word)?;
-            }
-        }
-        out(asm, 0x21, 0xfb)?;
-        out(asm, 0xa1, 0xbf)?;
-        for (port, value) in [(0x1f6, 0xe0), (0x1f2, SECTORS as u32), (0x1f3, 1)] {
+        prepare(asm)?;
+        unmask(asm, IRQ)?;
+        handler(asm, VECTOR, |asm| {
+            asm.mov(edx, 0x1f7)?;
+            asm.in_(al, dx)?;
+            end_at_pic(asm, IRQ)
+        })?;
+        for (port, value) in [(0x1f6, 0xe0), (0x1f2, SECTORS as u8), (0x1f3, 1)] {
             out(asm, port, value)?;
         }
         out(asm, 0x1f4, 0)?;
@@ -97,31 +84,8 @@ fn guest() -> Guest {
         spin(asm, 3)?;
         end(asm, 0)
     });
-    let handler = assemble(64, HANDLER, |asm| {
-        asm.push(rax)?;
-        asm.push(rdx)?;
-        asm.inc(r12)?;
-        asm.mov(edx, 0x1f7)?;
-        asm.in_(al, dx)?;
-        out(asm, 0xa0, 0x20)?;
-        out(asm, 0x20, 0x20)?;
-        asm.pop(rdx)?;
-        asm.pop(rax)?;
-        asm.iretq()
-    });
-    let mut gate = vec![0; 16];
-    gate[..2].copy_from_slice(&(HANDLER as u16).to_le_bytes());
-    gate[2..4].copy_from_slice(&selector::CODE.to_le_bytes());
-    gate[5] = 0x8e;
-    gate[6..8].copy_from_slice(&((HANDLER >> 16) as u16).to_le_bytes());
-    for (address, bytes) in [
-        (IDT + 16 * VECTOR, gate),
-        (HANDLER, handler),
-        (BUFFER, data()),
-    ] {
-        let size = bytes.len() as u64;
-        guest.segments.push((address, bytes, size));
-    }
+    let size = (SECTOR * SECTORS) as u64;
+    guest.segments.push((BUFFER, data(), size));
     guest
 }
 

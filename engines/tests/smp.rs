@@ -3,7 +3,6 @@
 mod support;
 
 use std::io::Read;
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use engine_core::testing::{Guest, assemble, end};
@@ -52,24 +51,9 @@ fn four_processors_start_and_interrupt_each_other() {
 
 #[test]
 fn qemu_agrees_about_the_image() {
-    let directory = tempfile::TempDir::new().unwrap();
-    let file = directory.path().join("kernel");
-    std::fs::write(&file, smp::image(false)).unwrap();
-    let spawned = Command::new("qemu-system-x86_64")
-        .args(["-accel", "tcg", "-smp", "4", "-m", "16"])
-        .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
-        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
-        .arg("-kernel")
-        .arg(&file)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let Ok(child) = spawned else {
-        eprintln!("skipped: no QEMU");
+    let Some(ended) = support::qemu(&smp::image(false), &["-smp", "4"], b"") else {
         return;
     };
-    let ended = finish(child, Instant::now());
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     let text = String::from_utf8_lossy(&ended.stdout);
     assert!(text.contains("smp ok"), "{text}");

@@ -51,12 +51,7 @@ fn main() {
 
 /// Long mode, interrupts off.
 fn entry(user: bool) -> CpuState {
-    let segment = |selector, attributes| Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        attributes,
-    };
+    let segment = Segment::flat;
     let (code, data, level) = if user {
         (0xa0fb, 0xc0f3, 3)
     } else {

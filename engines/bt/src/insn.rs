@@ -14,15 +14,15 @@
 mod memory;
 #[cfg(test)]
 mod tests;
-mod watch;
 
 use std::{sync::Arc, time::Duration};
 
-use engine_core::{Error, GuestRam, Vcpu};
+use engine_core::{Error, GuestRam, Vcpu, kick::Watch};
 
 use crate::{BtVcpu, Extended, Options, UserStop, fault};
 use memory::Memory;
-use watch::Watch;
+#[doc(hidden)]
+pub use memory::enter;
 
 const CODE_CACHE: usize = 4 << 20;
 

@@ -147,12 +147,7 @@ impl Shortcuts {
             save: [0; 6],
             syscall: Default::default(),
             sysret: Default::default(),
-            null: Segment {
-                selector: 0,
-                base: 0,
-                limit: u32::MAX,
-                attributes: 0xc093,
-            },
+            null: Segment::flat(0, 0xc093),
             returns: [unknown; 2],
             gates: [Gate::default(); GATES],
             // An index that isn't the leaf's own: no leaf is found.

@@ -1,6 +1,10 @@
 //! Stopping a running vCPU from a signal handler or another thread.
 
+mod watch;
+
 use std::sync::Arc;
+
+pub use watch::Watch;
 
 /// Makes a running [`crate::Vcpu::run`] return [`crate::Exit::Interrupted`] soon.
 ///

@@ -19,6 +19,33 @@ pub struct Segment {
 }
 
 impl Segment {
+    /// A segment of all addresses.
+    pub fn flat(selector: u16, attributes: u16) -> Segment {
+        Segment {
+            selector,
+            base: 0,
+            limit: u32::MAX,
+            attributes,
+        }
+    }
+
+    /// LDTR without a table.
+    pub fn no_ldt() -> Segment {
+        Segment {
+            attributes: 0x82,
+            ..Segment::default()
+        }
+    }
+
+    /// TR with a task state segment that has no I/O permissions, busy.
+    pub fn tss(selector: u16, base: u64) -> Segment {
+        Segment {
+            selector,
+            base,
+            limit: 0x67,
+            attributes: 0x8b,
+        }
+    }
     /// Descriptor privilege level.
     pub fn dpl(&self) -> u8 {
         (self.attributes >> 5 & 3) as u8
@@ -96,34 +123,14 @@ impl CpuState {
     /// State at a PVH entry point: 32-bit protected mode, flat segments, paging off, `rbx` holding
     /// the physical address of `hvm_start_info` (Xen docs/misc/pvh.markdown).
     pub fn pvh_entry(entry: u32, start_info: u32) -> Self {
-        let data = Segment {
-            selector: 0x10,
-            base: 0,
-            limit: u32::MAX,
-            attributes: 0xc093,
-        };
-        let code = Segment {
-            selector: 0x08,
-            base: 0,
-            limit: u32::MAX,
-            attributes: 0xc09b,
-        };
+        let data = Segment::flat(0x10, 0xc093);
+        let code = Segment::flat(0x08, 0xc09b);
         let mut state = CpuState {
             rip: entry.into(),
             rflags: 2,
             segments: [data, code, data, data, data, data],
-            ldtr: Segment {
-                selector: 0,
-                base: 0,
-                limit: 0,
-                attributes: 0x82,
-            },
-            tr: Segment {
-                selector: 0,
-                base: 0,
-                limit: 0x67,
-                attributes: 0x8b,
-            },
+            ldtr: Segment::no_ldt(),
+            tr: Segment::tss(0, 0),
             // PE and ET; everything else is off.
             cr0: 0x11,
             ..CpuState::default()

@@ -238,6 +238,7 @@ fn timer_block() {
 
 fn idle() {
     let port = bind_timer();
+    say("idle\n");
     arm(now() + 1_000_000_000);
     hc(Call::SchedOp, [sched::BLOCK, 0, 0, 0, 0]);
     take(port);

@@ -4,9 +4,6 @@
 //! A guest ends with 0 if all is well, with [`ABSENT`] if the machine says that it lacks what is
 //! tried, and else with the number of the check that failed.
 
-use std::process::{Command, Stdio};
-use std::time::Instant;
-
 use engine_core::testing::Guest;
 
 use super::{Call, on_every_mode};
@@ -55,30 +52,9 @@ pub(crate) fn succeeds_in_modes(image: &[u8], irqchips: &[&str], input: &[u8], o
 
 /// Runs the image under QEMU's translator, where it is installed.
 fn qemu(image: &[u8], input: &[u8], output: &[u8]) {
-    let directory = tempfile::TempDir::new().unwrap();
-    let (file, text) = (
-        directory.path().join("image"),
-        directory.path().join("input"),
-    );
-    std::fs::write(&file, image).unwrap();
-    std::fs::write(&text, input).unwrap();
-    let spawned = Command::new("qemu-system-x86_64")
-        .args([
-            "-accel", "tcg", "-cpu", "max", "-m", "16", "-display", "none",
-        ])
-        .args(["-nodefaults", "-no-reboot", "-serial", "stdio"])
-        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
-        .arg("-kernel")
-        .arg(&file)
-        .stdin(std::fs::File::open(&text).unwrap())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let Ok(child) = spawned else {
-        eprintln!("skipped: no QEMU");
+    let Some(ended) = super::qemu(image, &["-cpu", "max", "-nodefaults"], input) else {
         return;
     };
-    let ended = super::finish(child, Instant::now());
     // isa-debug-exit ends with 2 * code + 1.
     match ended.status.code() {
         Some(code) if code == (2 * ABSENT + 1) as i32 => eprintln!("skipped: QEMU lacks it"),

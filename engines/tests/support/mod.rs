@@ -159,6 +159,30 @@ impl Call {
     }
 }
 
+/// Runs an image under QEMU's translator, if that is installed, with a console and an exit port as ours.
+pub(crate) fn qemu(image: &[u8], args: &[&str], input: &[u8]) -> Option<Ended> {
+    let directory = TempDir::new().unwrap();
+    let [file, text] = ["image", "input"].map(|name| directory.path().join(name));
+    fs::write(&file, image).unwrap();
+    fs::write(&text, input).unwrap();
+    let spawned = Command::new("qemu-system-x86_64")
+        .args(["-accel", "tcg", "-m", "16", "-display", "none"])
+        .args(["-no-reboot", "-serial", "stdio"])
+        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
+        .args(args)
+        .arg("-kernel")
+        .arg(&file)
+        .stdin(fs::File::open(&text).unwrap())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let Ok(child) = spawned else {
+        eprintln!("skipped: no QEMU");
+        return None;
+    };
+    Some(finish(child, Instant::now()))
+}
+
 /// Waits for the end, reading all that is said; kills what does not end in time.
 pub(crate) fn finish(mut child: Child, started: Instant) -> Ended {
     let stdout = child.stdout.take().map(read_all);

@@ -141,7 +141,8 @@ struct Place {
 
 /// Forms of the codes met so far.
 pub(crate) struct Forms {
-    /// One more than the form's number, or 0, by code, whether that is 64-bit code, and whether there is a memory operand.
+    /// One more than the form's number, or 0, by code, whether that is 64-bit code, and whether there is
+    /// a memory operand.
     numbers: Vec<u16>,
     forms: Vec<Form>,
     places: [Place; 256],

@@ -200,21 +200,9 @@ impl Memory {
 
     /// Enters a page into the page tables.
     fn enter(&mut self, virt: u64, phys: u64, rights: u64) -> Result<(), CaseError> {
-        let mut table = ROOT;
-        for level in (1..4).rev() {
-            let at = table + (virt >> (12 + 9 * level) & 0x1ff) * 8;
-            let entry = self.word(at);
-            table = if entry & PRESENT == 0 {
-                let fresh = self.page()?;
-                self.put(at, &(fresh | PRESENT | WRITABLE | USER).to_le_bytes());
-                fresh
-            } else {
-                entry & 0x000f_ffff_ffff_f000
-            };
-        }
-        let at = table + (virt >> 12 & 0x1ff) * 8;
-        self.put(at, &(phys | rights | PRESENT).to_le_bytes());
-        Ok(())
+        let ram = Arc::clone(&self.ram);
+        let entry = phys | rights | PRESENT;
+        enter(&ram, ROOT, virt, entry, || self.page())
     }
 
     /// Writes to pages that are mapped.
@@ -234,22 +222,41 @@ impl Memory {
             .write_slice(bytes, GuestAddress(phys))
             .expect("pages are handed out inside RAM");
     }
+}
 
-    fn word(&self, phys: u64) -> u64 {
-        self.ram
-            .read_obj(GuestAddress(phys))
-            .expect("tables are inside RAM")
+/// Enters a page into the 4-level tables at `root`, whose upper levels allow everything. Tables that
+/// aren't there yet are zeroed pages from `page`.
+///
+/// # Errors
+/// Those of `page`.
+pub fn enter<E>(
+    ram: &GuestRam,
+    root: u64,
+    virt: u64,
+    entry: u64,
+    mut page: impl FnMut() -> Result<u64, E>,
+) -> Result<(), E> {
+    const INSIDE: &str = "tables are inside RAM";
+    let put = |at: u64, entry: u64| ram.write_obj(entry, GuestAddress(at)).expect(INSIDE);
+    let mut table = root;
+    for level in (1..4).rev() {
+        let at = table + (virt >> (12 + 9 * level) & 0x1ff) * 8;
+        let entry: u64 = ram.read_obj(GuestAddress(at)).expect(INSIDE);
+        table = if entry & PRESENT == 0 {
+            let fresh = page()?;
+            put(at, fresh | PRESENT | WRITABLE | USER);
+            fresh
+        } else {
+            entry & 0x000f_ffff_ffff_f000
+        };
     }
+    put(table + (virt >> 12 & 0x1ff) * 8, entry);
+    Ok(())
 }
 
 /// The state of a process at its first instruction.
 pub(super) fn start(rip: u64) -> CpuState {
-    let flat = |selector, attributes| Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        attributes,
-    };
+    let flat = Segment::flat;
     let null = Segment::default();
     let xsave = engine_core::cpuid::pinned(1, 0)[2] >> 26 & 1;
     CpuState {
@@ -263,16 +270,8 @@ pub(super) fn start(rip: u64) -> CpuState {
             null,
             null,
         ],
-        ldtr: Segment {
-            attributes: 0x82,
-            ..null
-        },
-        tr: Segment {
-            selector: 0x40,
-            base: KERNEL + TSS_OFFSET,
-            limit: 0x67,
-            attributes: 0x8b,
-        },
+        ldtr: Segment::no_ldt(),
+        tr: Segment::tss(0x40, KERNEL + TSS_OFFSET),
         gdtr: DescriptorTable {
             base: KERNEL,
             limit: 0x3f,

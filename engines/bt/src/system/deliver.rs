@@ -164,12 +164,7 @@ impl Core {
         })?;
         if new_cpl < cpl {
             // A null selector with the new privilege (SDM 3A 6.14.5).
-            let null = Segment {
-                selector: new_cpl.into(),
-                base: 0,
-                limit: u32::MAX,
-                attributes: 0xc093 | u16::from(new_cpl) << 5,
-            };
+            let null = Segment::flat(new_cpl.into(), 0xc093 | u16::from(new_cpl) << 5);
             self.set_segment(Seg::SS, null);
         }
         let code = Segment {

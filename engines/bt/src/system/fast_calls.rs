@@ -7,7 +7,9 @@
 
 use iced_x86::Instruction;
 
-use super::{Trap, iret::RETURN_FLAGS, segment::flat};
+use engine_core::Segment;
+
+use super::{Trap, iret::RETURN_FLAGS};
 use crate::{
     core::Core,
     cpu::{Bits, CR0_PE, EFER_SCE, FLAG_RF, FLAG_TF, FLAG_VM, Seg, canonical},
@@ -19,13 +21,13 @@ impl Core {
     pub(crate) fn remember_star(&mut self) {
         let selector = (self.cpu.star >> 32) as u16 & !3;
         self.shortcuts.syscall = [
-            flat(selector, 0xa09b),
-            flat(selector.wrapping_add(8), 0xc093),
+            Segment::flat(selector, 0xa09b),
+            Segment::flat(selector.wrapping_add(8), 0xc093),
         ];
         let base = (self.cpu.star >> 48) as u16;
         self.shortcuts.sysret = [
-            flat(base.wrapping_add(16) | 3, 0xa0fb),
-            flat(base.wrapping_add(8) | 3, 0xc0f3),
+            Segment::flat(base.wrapping_add(16) | 3, 0xa0fb),
+            Segment::flat(base.wrapping_add(8) | 3, 0xc0f3),
         ];
     }
 
@@ -74,7 +76,7 @@ impl Core {
         } else {
             self.rip = target & 0xffff_ffff;
             let base = (self.cpu.star >> 48) as u16;
-            self.set_segment(Seg::CS, flat(base | 3, 0xc0fb));
+            self.set_segment(Seg::CS, Segment::flat(base | 3, 0xc0fb));
         }
         self.set_segment(Seg::SS, ss);
         // TF as it is at the end counts: the trap comes before the first instruction of ring 3.
@@ -93,8 +95,8 @@ impl Core {
         self.cpu.flags &= !FLAG_VM;
         self.set_interrupts(false);
         let code = if long { 0xa09b } else { 0xc09b };
-        self.set_segment(Seg::CS, flat(selector, code));
-        self.set_segment(Seg::SS, flat(selector.wrapping_add(8), 0xc093));
+        self.set_segment(Seg::CS, Segment::flat(selector, code));
+        self.set_segment(Seg::SS, Segment::flat(selector.wrapping_add(8), 0xc093));
         let mask = if long { u64::MAX } else { 0xffff_ffff };
         self.set_gpr(4, esp & mask);
         self.rip = eip & mask;
@@ -116,9 +118,9 @@ impl Core {
         } else {
             (0xc0fb, 16, 0xffff_ffff)
         };
-        self.set_segment(Seg::CS, flat(selector.wrapping_add(by) | 3, code));
+        self.set_segment(Seg::CS, Segment::flat(selector.wrapping_add(by) | 3, code));
         let stack = selector.wrapping_add(by + 8) | 3;
-        self.set_segment(Seg::SS, flat(stack, 0xc0f3));
+        self.set_segment(Seg::SS, Segment::flat(stack, 0xc0f3));
         self.set_gpr(4, rsp & mask);
         self.rip = rip & mask;
         Ok(())

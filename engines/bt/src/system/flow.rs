@@ -5,7 +5,7 @@
 use engine_core::Segment;
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::{Step, Trap, segment::flat};
+use super::{Step, Trap};
 use crate::{
     core::{Cause, Core},
     cpu::{Seg, canonical},
@@ -81,7 +81,7 @@ impl Core {
     ) -> Result<Segment, Fault> {
         if selector & !3 == 0 {
             if code.long() && rpl != 3 {
-                return Ok(flat(selector, 0xc093 | u16::from(rpl) << 5));
+                return Ok(Segment::flat(selector, 0xc093 | u16::from(rpl) << 5));
             }
             return Err(Fault::gp());
         }

@@ -129,12 +129,7 @@ impl Core {
             }
             let rsp = rsp.wrapping_sub(image.len() as u64);
             self.write(rsp, &image, false).map_err(super::on_stack)?;
-            let null = Segment {
-                selector: cpl.into(),
-                base: 0,
-                limit: u32::MAX,
-                attributes: 0xc093 | u16::from(cpl) << 5,
-            };
+            let null = Segment::flat(cpl.into(), 0xc093 | u16::from(cpl) << 5);
             self.set_segment(Seg::SS, null);
             self.set_gpr(4, rsp);
             return Ok(());

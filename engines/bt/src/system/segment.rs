@@ -9,16 +9,6 @@ use crate::{
     fault::{self, Fault},
 };
 
-/// A segment of all addresses.
-pub(super) fn flat(selector: u16, attributes: u16) -> Segment {
-    Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        attributes,
-    }
-}
-
 impl Core {
     /// Reads the descriptor that `selector` names.
     ///

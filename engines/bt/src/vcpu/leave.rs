@@ -143,27 +143,27 @@ impl BtVcpu {
 
     /// A return that has guesses left to make, at site `index`, leads to RIP.
     fn guess(&mut self, index: usize) -> Result<(), Stop> {
-        if self.doorbell.answer() {
-            return Err(Stop::Interrupted);
+        if let Some(number) = self.found_here()? {
+            self.cache.guess(index, self.core.rip, number, &self.arena);
         }
-        let mode = self.core.mode_here();
-        let virt = self.core.linear_ip();
-        let emptied = self.cache.emptied;
-        match self.block(mode, virt) {
-            Ok(number) => {
-                if self.stepping.is_none() && emptied == self.cache.emptied {
-                    self.cache.guess(index, self.core.rip, number, &self.arena);
-                }
-                Ok(())
-            }
-            Err(missing) => self.missing(missing),
-        }
+        Ok(())
     }
 
     /// A direct branch that isn't linked: finds its target and links it.
     fn direct(&mut self, index: usize, site: Site, target: u64) -> Result<(), Stop> {
         self.settle(site.homes, target);
         self.counts.add(ExitReason::DirectMiss);
+        if let Some(number) = self.found_here()?
+            && self.cache.link(index, number, &self.arena)
+        {
+            self.counts.add(ExitReason::Chain);
+        }
+        Ok(())
+    }
+
+    /// The block at RIP, if the site that was left may remember it: not while stepping, and not if the
+    /// site is gone since the cache was emptied to make room for the block.
+    fn found_here(&mut self) -> Result<Option<u32>, Stop> {
         if self.doorbell.answer() {
             return Err(Stop::Interrupted);
         }
@@ -172,15 +172,10 @@ impl BtVcpu {
         let emptied = self.cache.emptied;
         match self.block(mode, virt) {
             Ok(number) => {
-                if self.stepping.is_none()
-                    && emptied == self.cache.emptied
-                    && self.cache.link(index, number, &self.arena)
-                {
-                    self.counts.add(ExitReason::Chain);
-                }
-                Ok(())
+                let kept = self.stepping.is_none() && emptied == self.cache.emptied;
+                Ok(kept.then_some(number))
             }
-            Err(missing) => self.missing(missing),
+            Err(missing) => self.missing(missing).map(|()| None),
         }
     }
 }

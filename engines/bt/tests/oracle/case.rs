@@ -3,10 +3,13 @@
 //! Not compared: undefined flags, RF and IF, the present bit of page faults beyond user addresses
 //! (the kernel sets it), and what the kernel emulates (sgdt and its kin under UMIP).
 
+use std::time::Duration;
+
 use bt::insn::{Bench, Case, End, Outcome};
 use bt::{Extended, UserStop};
 use iced_x86::{Code, Decoder, Instruction, Mnemonic, RflagsBits};
 
+use crate::SHOWN;
 use crate::layout::{FX_AVX, PAGE};
 use crate::process::{Ended, MEMORY, Pages, Process};
 
@@ -46,37 +49,83 @@ fn stop(ended: &Ended, code: &[u8], load: u64) -> UserStop {
     }
 }
 
-/// Both sides of one case; what differs.
-pub(crate) fn differences(
-    bench: &mut Bench,
-    process: &mut Process,
-    case: &Case,
-    liberty: Liberty,
-) -> Result<String, String> {
-    let whole = |(at, bytes): (u64, u64)| {
-        let first = at & !(PAGE - 1);
-        (first, (at + bytes).next_multiple_of(PAGE) - first)
-    };
-    let code_range = whole((case.load, case.code.len() as u64));
-    let ranges: Vec<(u64, usize)> = [code_range]
-        .into_iter()
-        .chain(case.map.iter().copied().map(whole))
-        .map(|(at, bytes)| (at, bytes as usize))
-        .collect();
-    let contents = case.mem.iter().cloned();
-    let pages = Pages {
-        ranges,
-        contents: contents.chain([(case.load, case.code.clone())]).collect(),
-    };
-    let native = process.run(&pages, case.load);
-    let outcome = bench.run(case).map_err(|error| error.to_string())?;
-    let Some(native) = native else {
-        return match outcome.end {
-            End::Limit => Ok(String::new()),
-            End::Stop(stop) => Err(format!("natively no end, translated {stop:?}")),
+/// Both sides of cases, and what differed.
+pub(crate) struct Comparison {
+    pub(crate) bench: Bench,
+    process: Process,
+    pub(crate) cases: u64,
+    pub(crate) failures: Vec<String>,
+}
+
+impl Comparison {
+    pub(crate) fn new() -> Comparison {
+        Comparison {
+            bench: Bench::new(Duration::from_secs(2)).expect("a bench"),
+            process: Process::new(),
+            cases: 0,
+            failures: Vec::new(),
+        }
+    }
+
+    /// Compares a case, which is called `name` should it differ.
+    pub(crate) fn compare(&mut self, case: &Case, liberty: Liberty, name: impl FnOnce() -> String) {
+        self.cases += 1;
+        match self.differences(case, liberty) {
+            Ok(text) if text.is_empty() => {}
+            Ok(text) | Err(text) => self.failures.push(format!("{}:\n{text}", name())),
+        }
+    }
+
+    /// True until `wanted` cases were compared, or many differed.
+    pub(crate) fn goes_on(&self, wanted: u64) -> bool {
+        self.cases < wanted && self.failures.len() < SHOWN
+    }
+
+    /// Fails if any case differed, or if fewer than `least` were compared.
+    pub(crate) fn end(self, least: u64) {
+        eprintln!("{} cases, {} differ", self.cases, self.failures.len());
+        assert!(self.cases >= least, "{} cases", self.cases);
+        let shown = &self.failures[..self.failures.len().min(SHOWN)];
+        assert!(shown.is_empty(), "\n{}", shown.join("\n"));
+    }
+
+    /// What differs in one case.
+    ///
+    /// # Errors
+    /// What there was instead of two ends.
+    pub(crate) fn differences(&mut self, case: &Case, liberty: Liberty) -> Result<String, String> {
+        let whole = |(at, bytes): (u64, u64)| {
+            let first = at & !(PAGE - 1);
+            (first, (at + bytes).next_multiple_of(PAGE) - first)
         };
-    };
-    Ok(compare(bench, case, &pages, &native, &outcome, liberty))
+        let code_range = whole((case.load, case.code.len() as u64));
+        let ranges: Vec<(u64, usize)> = [code_range]
+            .into_iter()
+            .chain(case.map.iter().copied().map(whole))
+            .map(|(at, bytes)| (at, bytes as usize))
+            .collect();
+        let contents = case.mem.iter().cloned();
+        let pages = Pages {
+            ranges,
+            contents: contents.chain([(case.load, case.code.clone())]).collect(),
+        };
+        let native = self.process.run(&pages, case.load);
+        let outcome = self.bench.run(case).map_err(|error| error.to_string())?;
+        let Some(native) = native else {
+            return match outcome.end {
+                End::Limit => Ok(String::new()),
+                End::Stop(stop) => Err(format!("natively no end, translated {stop:?}")),
+            };
+        };
+        Ok(compare(
+            &self.bench,
+            case,
+            &pages,
+            &native,
+            &outcome,
+            liberty,
+        ))
+    }
 }
 
 fn compare(

@@ -5,14 +5,11 @@
 //! `TRAPLINE_ORACLE_COMPATIBLE` says how many cases to compare (default 1,000), `TRAPLINE_ORACLE_SEED` where
 //! to start.
 
-use std::time::Duration;
-
-use bt::insn::{Bench, Case};
+use bt::insn::Case;
 use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic};
 
-use crate::case::{CODE, Liberty, differences, liberty};
+use crate::case::{CODE, Comparison, Liberty, liberty};
 use crate::layout::{DATA, PAGE};
-use crate::process::Process;
 use crate::random::Random;
 use crate::raw::{LONGEST, PREFIXES, comparable};
 use crate::table::announced;
@@ -169,35 +166,26 @@ fn case(random: &mut Random, code32: &[u8], contents: &[u8]) -> Case {
 fn bytes_as_32_bit_code_end_as_on_the_host() {
     let wanted = crate::environment("TRAPLINE_ORACLE_COMPATIBLE", CASES);
     let mut random = Random::new(crate::environment("TRAPLINE_ORACLE_SEED", 1));
-    let mut bench = Bench::new(Duration::from_secs(2)).expect("a bench");
-    let mut process = Process::new();
+    let mut comparison = Comparison::new();
     let mut contents = vec![0; DATA_BYTES as usize];
-    for word in contents.chunks_exact_mut(8) {
-        word.copy_from_slice(&random.value().to_le_bytes());
-    }
+    random.fill(&mut contents);
     let probe = case(&mut random, &[0xf4], &contents);
-    if let Ok(text) = differences(&mut bench, &mut process, &probe, Liberty::default())
+    if let Ok(text) = comparison.differences(&probe, Liberty::default())
         && text.contains("native Exception")
     {
-        eprintln!("not compared: the host's kernel has no compatibility mode:\n{text}");
+        eprintln!("skipped: the host's kernel has no compatibility mode:\n{text}");
         return;
     }
-    let (mut done, mut failures) = (0, Vec::new());
-    while done < wanted && failures.len() < 12 {
+    while comparison.goes_on(wanted) {
         let Some((code, liberty)) = sequence(&mut random) else {
             continue;
         };
-        done += 1;
         let case = case(&mut random, &code, &contents);
-        match differences(&mut bench, &mut process, &case, liberty) {
-            Ok(text) if text.is_empty() => {}
-            Ok(text) | Err(text) => {
-                let mut decoder = Decoder::with_ip(32, &code, START, DecoderOptions::NONE);
-                let instrs: Vec<String> = decoder.iter().map(|instr| instr.to_string()).collect();
-                failures.push(format!("{code:02x?} {}:\n{text}", instrs.join("; ")));
-            }
-        }
+        comparison.compare(&case, liberty, || {
+            let mut decoder = Decoder::with_ip(32, &code, START, DecoderOptions::NONE);
+            let instrs: Vec<String> = decoder.iter().map(|instr| instr.to_string()).collect();
+            format!("{code:02x?} {}", instrs.join("; "))
+        });
     }
-    eprintln!("{done} cases, {} differ", failures.len());
-    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+    comparison.end(0);
 }

@@ -2,15 +2,12 @@
 //! moves half in nowhere, stores that fault. The host says what is done and what isn't, and which
 //! address the fault names.
 
-use std::time::Duration;
-
-use bt::insn::{Bench, Case};
+use bt::insn::Case;
 use iced_x86::code_asm::*;
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
-use crate::case::{CODE, Liberty, differences};
+use crate::case::{CODE, Comparison, Liberty};
 use crate::layout::PAGE;
-use crate::process::Process;
 use crate::snippets::Snippet;
 
 /// Two pages; nothing lies around them.
@@ -53,46 +50,6 @@ fn case(vectors: &[Vector], rest: Vec<u8>) -> Case {
     }
 }
 
-struct Sides {
-    liberty: Liberty,
-    bench: Bench,
-    process: Process,
-    failures: Vec<String>,
-    cases: usize,
-}
-
-impl Sides {
-    fn new() -> Sides {
-        Sides {
-            liberty: Liberty::default(),
-            bench: Bench::new(Duration::from_secs(2)).expect("a bench"),
-            process: Process::new(),
-            failures: Vec::new(),
-            cases: 0,
-        }
-    }
-
-    fn compare(&mut self, name: &str, case: &Case) {
-        self.cases += 1;
-        match differences(&mut self.bench, &mut self.process, case, self.liberty) {
-            Ok(text) if text.is_empty() => {}
-            Ok(text) | Err(text) => self.failures.push(format!("{name}:\n{text}")),
-        }
-    }
-
-    fn check(self, least: usize) {
-        assert!(self.cases >= least, "{} cases", self.cases);
-        let shown = &self.failures[..self.failures.len().min(12)];
-        assert!(
-            shown.is_empty(),
-            "{} of {} differ\n{}",
-            self.failures.len(),
-            self.cases,
-            shown.join("\n")
-        );
-    }
-}
-
 /// A vector of `size`-byte elements.
 fn elements(size: usize, value: impl Fn(usize) -> u64) -> Vector {
     let mut vector = [0; 32];
@@ -126,7 +83,7 @@ fn gathers_that_fault_in_the_middle() {
     ];
     // Beyond the end, across it, below the start, and, with 64-bit indices, not canonical.
     let targets = [END, END - 2, PLACE - 4, NOWHERE, 0x8000_0000_0000];
-    let mut sides = Sides::new();
+    let mut comparison = Comparison::new();
     for (form, wide, wide_index, index_size, size) in forms {
         let register = |number: u32, wide| {
             let first = if wide { Register::YMM0 } else { Register::XMM0 };
@@ -157,12 +114,12 @@ fn gathers_that_fault_in_the_middle() {
                     });
                     let vectors = [elements(8, |_| 0xdddd_dddd_dddd_dddd), indices, mask_vector];
                     let name = format!("{instr}, {target:#x} at {bad}, mask {mask:#x}");
-                    sides.compare(&name, &case(&vectors, bytes.clone()));
+                    comparison.compare(&case(&vectors, bytes.clone()), Liberty::default(), || name);
                 }
             }
         }
     }
-    sides.check(1000);
+    comparison.end(1000);
 }
 
 #[test]
@@ -183,9 +140,12 @@ fn masked_moves_at_the_end_of_memory() {
         |asm| asm.maskmovdqu(xmm0, xmm1),
         |asm| asm.vmaskmovdqu(xmm0, xmm1),
     ];
-    let mut sides = Sides::new();
+    let mut comparison = Comparison::new();
     // This differs between processors, as with all long operands.
-    sides.liberty.byte = true;
+    let liberty = Liberty {
+        byte: true,
+        ..Liberty::default()
+    };
     for (number, store) in stores.into_iter().enumerate() {
         for at in [END - 8, END - 6, END - 16, END, NOWHERE, PLACE - 8] {
             for mask in [
@@ -207,11 +167,11 @@ fn masked_moves_at_the_end_of_memory() {
                 store(&mut asm).expect("can be encoded");
                 let code = asm.assemble(0).expect("can be assembled");
                 let name = format!("masked move {number} at {at:#x}, mask {mask:#x}");
-                sides.compare(&name, &case(&[data, vector, data], code));
+                comparison.compare(&case(&[data, vector, data], code), liberty, || name);
             }
         }
     }
-    sides.check(14 * 6 * 9);
+    comparison.end(14 * 6 * 9);
 }
 
 #[test]
@@ -231,7 +191,7 @@ fn stores_that_fault_leave_what_was() {
         u64::from((70_000.1f32 * (number as f32 + 0.3)).to_bits())
     });
     let easy = elements(4, |_| u64::from(1.5f32.to_bits()));
-    let mut sides = Sides::new();
+    let mut comparison = Comparison::new();
     for (number, form) in forms.into_iter().enumerate() {
         for at in [
             BASE,
@@ -249,10 +209,12 @@ fn stores_that_fault_leave_what_was() {
             form(&mut asm).expect("can be encoded");
             let code = asm.assemble(0).expect("can be assembled");
             let name = format!("store {number} at {at:#x}");
-            sides.compare(&name, &case(&[hard, easy, easy], code));
+            comparison.compare(&case(&[hard, easy, easy], code), Liberty::default(), || {
+                name
+            });
         }
     }
-    sides.check(72);
+    comparison.end(72);
 }
 
 #[test]
@@ -272,7 +234,7 @@ fn x87_pointers_after_memory_operands() {
         |asm| asm.fxsave64(ptr(rbx + 0x200)),
         |asm| asm.xsave64(ptr(rbx + 0x200)),
     ];
-    let mut sides = Sides::new();
+    let mut comparison = Comparison::new();
     for (number, form) in forms.into_iter().enumerate() {
         for (which, save) in saves.into_iter().enumerate() {
             // The header of an xsave area is partly kept. Whether vectors of zeros are in their initial
@@ -291,8 +253,12 @@ fn x87_pointers_after_memory_operands() {
             save(&mut asm).expect("can be encoded");
             let code = asm.assemble(0).expect("can be assembled");
             let name = format!("x87 form {number}, save {which}");
-            sides.compare(&name, &case(&[set, set, set, clear], code));
+            comparison.compare(
+                &case(&[set, set, set, clear], code),
+                Liberty::default(),
+                || name,
+            );
         }
     }
-    sides.check(30);
+    comparison.end(30);
 }

@@ -6,7 +6,7 @@
 //! | `table`, `operands`, `families`, `generate` | sequences from seeds |
 //! | `sequence`, `flags` | their encoding, and what their flags are worth |
 //! | `layout`, `prologue` | the pages and states that both sides share |
-//! | `native`, `translated` | the two sides |
+//! | `native`, `translated`, `sides` | the two sides, and both |
 //! | `case`, `process` | one case through `bt::insn` and in a process of its own |
 //! | `snippets`, `snippets_of_state`, `forms`, `raw` | cases: by hand, one of every form, any bytes |
 //! | `compatible` | any bytes as 32-bit code |
@@ -40,24 +40,22 @@ mod prologue;
 mod random;
 mod raw;
 mod sequence;
+mod sides;
 mod snippets;
 mod snippets_of_state;
 mod table;
 mod translated;
 
 use std::fmt::Write;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use flags::Flags;
 use iced_x86::{Formatter, NasmFormatter};
-use layout::{DATA_BYTES, End, GPR, OUTCOME_SYSTEM_CALL, SLOTS};
-use native::{Lost, Native};
+use layout::{DATA_BYTES, End, GPR, SLOTS};
+use native::Lost;
 use random::Random;
 use sequence::{Placed, Sequence};
-use table::Table;
-use translated::Translated;
+use sides::Sides;
 
 const DEFAULT_INSTRUCTIONS: u64 = 1_000_000;
 const DEFAULT_SEED: u64 = 1;
@@ -88,7 +86,7 @@ fn random_sequences_end_as_on_the_host() {
     eprintln!("{}", bench.summary(begun));
     // Fewer operands reach what lies beyond displacements.
     assert!(
-        bench.rejected < bench.sequences || layout::DATA >> 31 != 0,
+        bench.sides.rejected < bench.sequences || layout::DATA >> 31 != 0,
         "most sequences were thrown away: the generator is broken"
     );
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
@@ -96,15 +94,9 @@ fn random_sequences_end_as_on_the_host() {
 
 /// Both sides and what was counted.
 struct Bench {
-    table: Table,
-    native: Native,
-    translated: Translated,
-    watch: Watch,
-    batches: u64,
+    sides: Sides,
     sequences: u64,
     instructions: u64,
-    rejected: u64,
-    vectors: [u64; 32],
 }
 
 struct Job {
@@ -116,40 +108,22 @@ struct Job {
 
 impl Bench {
     fn new() -> Bench {
-        let native = Native::new();
-        let translated = Translated::new();
         Bench {
-            table: Table::new(),
-            native,
-            watch: Watch::new(),
-            translated,
-            batches: 0,
+            sides: Sides::new(),
             sequences: 0,
             instructions: 0,
-            rejected: 0,
-            vectors: [0; 32],
         }
     }
 
     fn summary(&self, begun: Instant) -> String {
         let seconds = begun.elapsed().as_secs_f64();
-        let mut text = format!(
-            "{} instructions in {} sequences compared in {seconds:.1} s ({:.2} million a minute); \
-             {} thrown away; ends by vector:",
+        format!(
+            "{} instructions in {} sequences compared in {seconds:.1} s ({:.2} million a minute); {}",
             self.instructions,
             self.sequences,
             self.instructions as f64 / seconds * 60.0 / 1e6,
-            self.rejected,
-        );
-        for (vector, count) in self
-            .vectors
-            .iter()
-            .enumerate()
-            .filter(|(_, count)| **count > 0)
-        {
-            let _ = write!(text, " {vector}: {count}");
-        }
-        text
+            self.sides.ends(),
+        )
     }
 
     /// Generates, runs and compares one batch from `seed` on.
@@ -158,7 +132,7 @@ impl Bench {
         let mut jobs = Vec::with_capacity(SLOTS);
         while jobs.len() < SLOTS {
             *seed += 1;
-            let sequence = generate::sequence(&self.table, *seed);
+            let sequence = generate::sequence(&self.sides.table, *seed);
             match prepare(&sequence, jobs.len()) {
                 Some((placed, flags)) => jobs.push(Job {
                     seed: *seed,
@@ -166,36 +140,30 @@ impl Bench {
                     placed,
                     flags,
                 }),
-                None => self.rejected += 1,
+                None => self.sides.rejected += 1,
             }
         }
         let inputs: Vec<_> = jobs
             .iter()
             .map(|job| (job.placed.bytes.clone(), job.placed.start.clone()))
             .collect();
-        self.native.start(&template, &inputs);
-        self.batches += 1;
-        self.translated.reset(self.batches.is_multiple_of(4));
+        self.sides.native.start(&template, &inputs);
+        self.sides.batches += 1;
+        self.sides.reset();
         // All at once, as on the other side: code may read its neighbours.
         for (index, job) in jobs.iter().enumerate() {
-            self.translated.load_code(index, &job.placed.bytes);
+            self.sides.translated.load_code(index, &job.placed.bytes);
         }
         let mut ends = Vec::with_capacity(jobs.len());
         for job in &jobs {
             ends.push(self.both_runs(&job.placed, &template));
         }
-        let lost = self.native.finish().err();
+        let lost = self.sides.native.finish().err();
         let mut failures = Vec::new();
         for (index, (job, end)) in jobs.iter().zip(&ends).enumerate() {
-            match &lost {
-                Some(Lost::Endless(at) | Lost::Died(at)) if index >= *at => break,
-                Some(_) | None => {}
-            }
-            let native = self.native.end(index).clone();
-            if native.outcome == OUTCOME_SYSTEM_CALL {
-                self.rejected += 1;
+            let Some(native) = self.sides.native_end(index, lost.as_ref()) else {
                 continue;
-            }
+            };
             self.count(job, &native);
             let found = verdict(&job.placed, &job.flags, &native, end);
             if !found.is_empty() {
@@ -231,7 +199,6 @@ impl Bench {
             .map_or(code.len(), |at| at + 1);
         self.sequences += 1;
         self.instructions += reached as u64;
-        self.vectors[native.vector as usize & 31] += 1;
     }
 
     /// Cold, then with the blocks of the first run in place: the ends must not differ.
@@ -240,10 +207,13 @@ impl Bench {
         placed: &Placed,
         template: &[u8; DATA_BYTES],
     ) -> [Result<End, String>; 2] {
-        self.watch.run(self.translated.kick_handle());
-        let cold = self.translated.run(&placed.start, template);
-        let warm = self.translated.run(&placed.start, template);
-        self.watch.rest();
+        let Sides {
+            watch, translated, ..
+        } = &mut self.sides;
+        watch.start(translated.kick_handle());
+        let cold = translated.run(&placed.start, template);
+        let warm = translated.run(&placed.start, template);
+        watch.stop();
         [cold, warm]
     }
 
@@ -251,14 +221,10 @@ impl Bench {
     fn alone(&mut self, sequence: &Sequence, template: &[u8; DATA_BYTES]) -> Option<Alone> {
         let (placed, flags) = prepare(sequence, 0)?;
         let input = (placed.bytes.clone(), placed.start.clone());
-        self.native.start(template, &[input]);
-        self.native.finish().ok()?;
-        let native = self.native.end(0).clone();
-        if native.outcome == OUTCOME_SYSTEM_CALL {
-            return None;
-        }
-        self.translated.reset(self.batches.is_multiple_of(4));
-        self.translated.load_code(0, &placed.bytes);
+        self.sides.native.start(template, &[input]);
+        let native = self.sides.finish_alone(0)?;
+        self.sides.reset();
+        self.sides.translated.load_code(0, &placed.bytes);
         let ends = self.both_runs(&placed, template);
         let text = verdict(&placed, &flags, &native, &ends);
         Some(Alone {
@@ -377,67 +343,6 @@ fn list(placed: &Placed) -> String {
 fn template(seed: u64) -> [u8; DATA_BYTES] {
     let mut random = Random::new(seed ^ 0xda7a);
     let mut data = [0; DATA_BYTES];
-    for word in data.chunks_exact_mut(8) {
-        word.copy_from_slice(&random.value().to_le_bytes());
-    }
+    random.fill(&mut data);
     data
-}
-
-/// Kicks a translated sequence that runs for seconds.
-struct Watch {
-    shared: Arc<Watched>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-#[derive(Default)]
-struct Watched {
-    /// Counts up with each start and each end; odd while something runs.
-    round: AtomicU64,
-    over: AtomicBool,
-    handle: std::sync::Mutex<Option<engine_core::kick::KickHandle>>,
-}
-
-impl Watch {
-    fn new() -> Watch {
-        let shared = Arc::new(Watched::default());
-        let watched = Arc::clone(&shared);
-        let thread = std::thread::spawn(move || {
-            let mut last = 0;
-            let mut since = Instant::now();
-            while !watched.over.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_millis(100));
-                let round = watched.round.load(Ordering::Acquire);
-                if round != last || round % 2 == 0 {
-                    last = round;
-                    since = Instant::now();
-                } else if since.elapsed() > Duration::from_secs(30)
-                    && let Some(handle) = &*watched.handle.lock().expect("not poisoned")
-                {
-                    handle.kick();
-                }
-            }
-        });
-        Watch {
-            shared,
-            thread: Some(thread),
-        }
-    }
-
-    fn run(&self, handle: engine_core::kick::KickHandle) {
-        *self.shared.handle.lock().expect("not poisoned") = Some(handle);
-        self.shared.round.fetch_add(1, Ordering::Release);
-    }
-
-    fn rest(&self) {
-        self.shared.round.fetch_add(1, Ordering::Release);
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.shared.over.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }

@@ -44,4 +44,11 @@ impl Random {
             _ => self.next(),
         }
     }
+
+    /// Such values in all of `words`, which is a whole number of them.
+    pub(crate) fn fill(&mut self, words: &mut [u8]) {
+        for word in words.chunks_exact_mut(8) {
+            word.copy_from_slice(&self.value().to_le_bytes());
+        }
+    }
 }

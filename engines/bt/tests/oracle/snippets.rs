@@ -1,13 +1,10 @@
 //! Snippets: what sequences can't hold, from every corner of ring 3.
 
-use std::time::Duration;
-
-use bt::insn::{Bench, Case};
+use bt::insn::Case;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use crate::case::{CODE, Liberty, differences};
-use crate::process::Process;
+use crate::case::{CODE, Comparison, Liberty};
 use crate::snippets_of_state::STATE_SNIPPETS;
 
 /// One snippet.
@@ -320,9 +317,7 @@ const SNIPPETS: &[(&str, Snippet)] = &[
 
 #[test]
 fn snippets_end_as_on_the_host() {
-    let mut bench = Bench::new(Duration::from_secs(2)).expect("a bench");
-    let mut process = Process::new();
-    let mut failures = String::new();
+    let mut comparison = Comparison::new();
     for (name, snippet) in SNIPPETS.iter().chain(STATE_SNIPPETS) {
         let mut asm = CodeAssembler::new(64).expect("64-bit code");
         snippet(&mut asm).expect("can be encoded");
@@ -338,10 +333,7 @@ fn snippets_end_as_on_the_host() {
         if name.starts_with("division") {
             liberty.flags = 0x8d5;
         }
-        match differences(&mut bench, &mut process, &case, liberty) {
-            Ok(text) if text.is_empty() => {}
-            Ok(text) | Err(text) => failures += &format!("{name}:\n{text}\n"),
-        }
+        comparison.compare(&case, liberty, || (*name).to_owned());
     }
-    assert!(failures.is_empty(), "\n{failures}");
+    comparison.end(1);
 }

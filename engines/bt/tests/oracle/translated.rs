@@ -6,6 +6,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use bt::insn::enter;
 use bt::{BtVcpu, Options};
 use engine_core::{CpuState, DescriptorTable, Exit, GuestRam, Segment, Vcpu};
 use iced_x86::code_asm::{CodeAssembler, eax, edx, ptr, qword_ptr, rax, rdx};
@@ -181,12 +182,7 @@ impl Translated {
     }
 
     fn initial(&self) -> CpuState {
-        let flat = |selector, attributes| Segment {
-            selector,
-            base: 0,
-            limit: u32::MAX,
-            attributes,
-        };
+        let flat = Segment::flat;
         let null = Segment::default();
         CpuState {
             rflags: 0x202,
@@ -201,16 +197,8 @@ impl Translated {
                     ..null
                 },
             ],
-            ldtr: Segment {
-                attributes: 0x82,
-                ..null
-            },
-            tr: Segment {
-                selector: TSS_SELECTOR,
-                base: TSS,
-                limit: 0x67,
-                attributes: 0x8b,
-            },
+            ldtr: Segment::no_ldt(),
+            tr: Segment::tss(TSS_SELECTOR, TSS),
             gdtr: DescriptorTable {
                 base: GDT,
                 limit: 0x4f,
@@ -277,21 +265,17 @@ impl Translated {
     }
 
     fn map(&mut self, virt: u64, phys: u64, bits: u64) {
-        let mut table = TABLES;
-        for level in (1..4).rev() {
-            let at = table + (virt >> (12 + 9 * level) & 0x1ff) * 8;
-            let entry = self.phys_word(at);
-            table = if entry & PRESENT == 0 {
-                let fresh = self.next_table;
-                self.next_table += PAGE;
-                assert!(fresh < KERNEL_PHYS);
-                self.put_word(at, fresh | PRESENT | WRITABLE | USER);
-                fresh
+        let next = &mut self.next_table;
+        let page = || {
+            let fresh = *next;
+            *next += PAGE;
+            if fresh < KERNEL_PHYS {
+                Ok(fresh)
             } else {
-                entry & 0x000f_ffff_ffff_f000
-            };
-        }
-        self.put_word(table + (virt >> 12 & 0x1ff) * 8, phys | bits | PRESENT);
+                Err(fresh)
+            }
+        };
+        enter(&self.ram, TABLES, virt, phys | bits | PRESENT, page).expect("room for tables");
     }
 
     fn put(&mut self, phys: u64, bytes: &[u8]) {

@@ -291,11 +291,11 @@ fn drive(
 
 /// 64-bit mode, at the start of its program.
 pub(crate) fn state(index: usize, ring: u8) -> CpuState {
-    let segment = |selector: u16, attributes: u16| Segment {
-        selector: selector | u16::from(ring),
-        base: 0,
-        limit: u32::MAX,
-        attributes: attributes | u16::from(ring) << 5,
+    let segment = |selector: u16, attributes: u16| {
+        Segment::flat(
+            selector | u16::from(ring),
+            attributes | u16::from(ring) << 5,
+        )
     };
     let data = segment(0x10, 0xc093);
     let mut state = CpuState {

@@ -185,28 +185,15 @@ fn put(ram: &GuestRam, at: u64, bytes: &[u8]) {
 
 fn initial(cpu: usize, life: &Life) -> CpuState {
     let own = own(cpu);
-    let flat = |selector, attributes| Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        attributes,
-    };
+    let flat = Segment::flat;
     let data = flat(KERNEL_SS, 0xc093);
     let null = Segment::default();
     let mut state = CpuState {
         rip: CODE,
         rflags: 2,
         segments: [data, flat(KERNEL_CS, 0xa09b), data, data, null, null],
-        ldtr: Segment {
-            attributes: 0x82,
-            ..null
-        },
-        tr: Segment {
-            selector: TSS_SELECTOR,
-            base: own.tss,
-            limit: 0x67,
-            attributes: 0x8b,
-        },
+        ldtr: Segment::no_ldt(),
+        tr: Segment::tss(TSS_SELECTOR, own.tss),
         gdtr: DescriptorTable {
             base: GDT,
             limit: 0x37,

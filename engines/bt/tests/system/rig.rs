@@ -150,10 +150,6 @@ pub(crate) fn segment(selector: u16, base: u64, limit: u32, attributes: u16) -> 
     }
 }
 
-fn flat(selector: u16, attributes: u16) -> Segment {
-    segment(selector, 0, u32::MAX, attributes)
-}
-
 /// A system descriptor's first 8 bytes: kind is the byte with type, DPL and P.
 pub(crate) fn system_descriptor(kind: u64, base: u64, limit: u64) -> u64 {
     limit & 0xffff | (base & 0xff_ffff) << 16 | kind << 40 | (base >> 24 & 0xff) << 56
@@ -229,9 +225,9 @@ impl Rig {
             rig.word(IDT + 16 * vector, gate(0x8e, CS_64, target));
         }
         rig.word(TSS + 4, RSP0);
-        let data = flat(DATA, 0xc093);
+        let data = Segment::flat(DATA, 0xc093);
         rig.state = CpuState {
-            segments: [data, flat(CS_64, 0xa09b), data, data, data, data],
+            segments: [data, Segment::flat(CS_64, 0xa09b), data, data, data, data],
             cr0: 0x8001_0033,
             cr3: TABLES,
             // PAE OSFXSR OSXMMEXCPT.
@@ -252,8 +248,8 @@ impl Rig {
         }
         rig.put(TSS + 4, &(RSP0 as u32).to_le_bytes());
         rig.put(TSS + 8, &DATA.to_le_bytes());
-        let data = flat(DATA, 0xc093);
-        rig.state.segments = [data, flat(CS_32, 0xc09b), data, data, data, data];
+        let data = Segment::flat(DATA, 0xc093);
+        rig.state.segments = [data, Segment::flat(CS_32, 0xc09b), data, data, data, data];
         rig
     }
 
@@ -293,11 +289,11 @@ impl Rig {
     /// Goes on in ring 3, 64-bit or 32-bit as in ring 0.
     pub(crate) fn in_ring_3(mut self) -> Rig {
         let code = if self.state.segments[CpuState::CS].long() {
-            flat(USER_CS_64, 0xa0fb)
+            Segment::flat(USER_CS_64, 0xa0fb)
         } else {
-            flat(USER_CS_32, 0xc0fb)
+            Segment::flat(USER_CS_32, 0xc0fb)
         };
-        let data = flat(USER_DATA, 0xc0f3);
+        let data = Segment::flat(USER_DATA, 0xc0f3);
         self.state.segments = [data, code, data, data, data, data];
         // The large pages, for everybody.
         for page in 0..512 {

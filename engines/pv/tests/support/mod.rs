@@ -31,11 +31,17 @@ pub(crate) fn run_without(scenario: &str, defence: Defence) -> Run {
 }
 
 pub(crate) fn start(scenario: &str, without: Option<Defence>, input: &[u8]) -> Guest {
-    let options = Options {
-        without,
-        input: Source::Bytes(input.to_vec()),
-        ..Options::default()
-    };
+    start_with(
+        scenario,
+        Options {
+            without,
+            input: Source::Bytes(input.to_vec()),
+            ..Options::default()
+        },
+    )
+}
+
+pub(crate) fn start_with(scenario: &str, options: Options) -> Guest {
     Guest::start(pv::TEST_GUEST, 64, scenario, options).unwrap()
 }
 

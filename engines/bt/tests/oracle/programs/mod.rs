@@ -31,11 +31,10 @@ use std::time::Instant;
 
 use plan::{Plan, Prepared};
 
-use crate::layout::{DATA_BYTES, End, GPR, OUTCOME_SYSTEM_CALL, SLOT_BYTES, SLOTS, slot};
-use crate::native::{Lost, Native};
-use crate::table::Table;
-use crate::translated::Translated;
-use crate::{RUNS, SHOWN, Watch, environment, list, template, verdict};
+use crate::layout::{DATA_BYTES, End, GPR, SLOT_BYTES, SLOTS, slot};
+use crate::native::Lost;
+use crate::sides::Sides;
+use crate::{RUNS, SHOWN, environment, list, template, verdict};
 
 const DEFAULT_PROGRAMS: u64 = 2_000;
 /// Programs compared at once.
@@ -59,11 +58,11 @@ fn random_programs_end_as_on_the_host() {
     }
     eprintln!("{}", bench.summary(begun));
     assert!(
-        bench.rejected < bench.programs / 10,
+        bench.sides.rejected < bench.programs / 10,
         "many programs were thrown away: the generator is broken"
     );
     // Most get to their ends, past every branch; some fault in the middle.
-    let [ended, faulted] = [6, 14].map(|vector| bench.vectors[vector]);
+    let [ended, faulted] = [6, 14].map(|vector| bench.sides.vectors[vector]);
     assert!(
         !failures.is_empty()
             || bench.programs < DEFAULT_PROGRAMS
@@ -94,58 +93,31 @@ struct Job {
 
 /// Both sides and what was counted.
 struct Bench {
-    table: Table,
-    native: Native,
-    translated: Translated,
-    watch: Watch,
-    batches: u64,
+    sides: Sides,
     programs: u64,
-    rejected: u64,
     most: u64,
     instructions: u64,
-    vectors: [u64; 32],
 }
 
 impl Bench {
     fn new() -> Bench {
-        let native = Native::new();
         Bench {
-            table: Table::new(),
-            native,
-            translated: Translated::new(),
-            watch: Watch::new(),
-            batches: 0,
+            sides: Sides::new(),
             programs: 0,
-            rejected: 0,
             most: 0,
             instructions: 0,
-            vectors: [0; 32],
         }
     }
 
     fn summary(&self, begun: Instant) -> String {
-        let mut text = format!(
-            "{} programs of {} instructions, which execute {} at most, compared in {:.1} s; {} thrown away; \
-             ends by vector:",
+        format!(
+            "{} programs of {} instructions, which execute {} at most, compared in {:.1} s; {}",
             self.programs,
             self.instructions,
             self.most,
             begun.elapsed().as_secs_f64(),
-            self.rejected,
-        );
-        let met = self
-            .vectors
-            .iter()
-            .enumerate()
-            .filter(|(_, count)| **count > 0);
-        for (vector, count) in met {
-            let _ = write!(text, " {vector}: {count}");
-        }
-        text
-    }
-
-    fn tight(&self) -> bool {
-        self.batches.is_multiple_of(4)
+            self.sides.ends(),
+        )
     }
 
     /// Generates, runs and compares `count` programs from `seed` on.
@@ -161,7 +133,7 @@ impl Bench {
                 *seed += 1;
                 *seed
             };
-            let mut plan = generate::plan(&self.table, from);
+            let mut plan = generate::plan(&self.sides.table, from);
             let prepared = plan.prepare(jobs.len());
             refused = prepared.is_none();
             match prepared {
@@ -170,29 +142,22 @@ impl Bench {
                     plan,
                     prepared,
                 }),
-                None => self.rejected += 1,
+                None => self.sides.rejected += 1,
             }
         }
-        self.batches += 1;
+        self.sides.batches += 1;
         let prepared: Vec<&Prepared> = jobs.iter().map(|job| &job.prepared).collect();
         self.start(0, &prepared, &template);
         let ends = self.translated(0, &prepared, &template);
-        let lost = self.native.finish().err();
+        let lost = self.sides.native.finish().err();
         let mut failures = Vec::new();
         for (index, (job, ends)) in jobs.iter().zip(ends).enumerate() {
-            match &lost {
-                Some(Lost::Endless(at) | Lost::Died(at)) if index >= *at => break,
-                Some(_) | None => {}
-            }
-            let native = self.native.end(index).clone();
-            if native.outcome == OUTCOME_SYSTEM_CALL {
-                self.rejected += 1;
+            let Some(native) = self.sides.native_end(index, lost.as_ref()) else {
                 continue;
-            }
+            };
             self.programs += 1;
             self.instructions += job.prepared.placed.code.len() as u64;
             self.most += job.plan.cost;
-            self.vectors[native.vector as usize & 31] += 1;
             let found = differences(&job.prepared, &native, &ends);
             if !found.is_empty() {
                 failures.push((index, found));
@@ -224,7 +189,7 @@ impl Bench {
             (vec![0xcc; SLOT_BYTES], start)
         });
         let inputs: Vec<_> = nothing.chain(inputs).collect();
-        self.native.start(template, &inputs);
+        self.sides.native.start(template, &inputs);
     }
 
     /// The ends of each program, in each way.
@@ -236,20 +201,22 @@ impl Bench {
     ) -> Vec<Ends> {
         let mut ends: Vec<_> = programs.iter().map(|_| Vec::new()).collect();
         for way in WAYS {
-            self.translated.reset(self.tight());
-            if way == Memory::Window && !self.translated.hold_window() {
+            self.sides.reset();
+            let Sides {
+                watch, translated, ..
+            } = &mut self.sides;
+            if way == Memory::Window && !translated.hold_window() {
                 continue;
             }
             for (index, program) in programs.iter().enumerate() {
-                self.translated
-                    .load_code(first + index, &program.placed.bytes);
+                translated.load_code(first + index, &program.placed.bytes);
             }
             for (program, ends) in programs.iter().zip(&mut ends) {
-                self.watch.run(self.translated.kick_handle());
+                watch.start(translated.kick_handle());
                 let start = &program.placed.start;
-                let runs = RUNS.iter().map(|_| self.translated.run(start, template));
+                let runs = RUNS.iter().map(|_| translated.run(start, template));
                 ends.push((way, runs.collect()));
-                self.watch.rest();
+                watch.stop();
             }
         }
         ends
@@ -264,11 +231,7 @@ impl Bench {
     ) -> Option<(Prepared, End, String)> {
         let prepared = plan.prepare(index)?;
         self.start(index, &[&prepared], template);
-        self.native.finish().ok()?;
-        let native = self.native.end(index).clone();
-        if native.outcome == OUTCOME_SYSTEM_CALL {
-            return None;
-        }
+        let native = self.sides.finish_alone(index)?;
         let ends = self.translated(index, &[&prepared], template).remove(0);
         let found = differences(&prepared, &native, &ends);
         Some((prepared, native, found))
@@ -291,7 +254,7 @@ impl Bench {
         };
         if !fails(self, &removed) {
             let code = list(&job.prepared.placed);
-            let end = describe(&self.native.end(index).clone());
+            let end = describe(&self.sides.native.end(index).clone());
             return format!("seed {seed}: differs in its batch, not alone\n{code}{end}{found}");
         }
         let mut order: Vec<usize> = (0..removed.len()).collect();
