@@ -49,19 +49,39 @@ fn kernel(call: Call, image: &[u8], args: &[&str]) -> Call {
 }
 
 #[test]
-fn a_multiboot_kernel_finds_its_command_line_and_its_module() {
+fn a_multiboot_kernel_finds_its_command_line_and_its_modules() {
     let image = multiboot(|asm| {
         let mut bad = asm.create_label();
         asm.cmp(eax, BOOTED as i32)?;
         asm.jne(bad)?;
         asm.mov(esi, dword_ptr(ebx + 16))?;
         print(asm)?;
-        asm.mov(ecx, dword_ptr(ebx + 24))?;
-        asm.mov(esi, dword_ptr(ecx))?;
-        print(asm)?;
-        // The module ends after its zero byte.
-        asm.cmp(esi, dword_ptr(ecx + 4))?;
+        asm.cmp(dword_ptr(ebx + 20), 3)?;
         asm.jne(bad)?;
+        asm.mov(ecx, dword_ptr(ebx + 24))?;
+        for module in 0..3 {
+            let field = |number: i32| dword_ptr(ecx + 16 * module + 4 * number);
+            asm.mov(esi, field(0))?;
+            asm.test(esi, 0xfff)?;
+            asm.jne(bad)?;
+            print(asm)?;
+            // The module ends after its zero byte.
+            asm.cmp(esi, field(1))?;
+            asm.jne(bad)?;
+            // What is told of it, from its file's name on.
+            asm.mov(esi, field(2))?;
+            let mut again = asm.create_label();
+            let mut found = asm.create_label();
+            asm.set_label(&mut again)?;
+            asm.lodsb()?;
+            asm.cmp(al, b',' as i32)?;
+            asm.je(found)?;
+            asm.test(al, al)?;
+            asm.jne(again)?;
+            asm.jmp(bad)?;
+            asm.set_label(&mut found)?;
+            print(asm)?;
+        }
         asm.mov(eax, 21)?;
         asm.out(0xf4, ax)?;
         asm.set_label(&mut bad)?;
@@ -70,21 +90,32 @@ fn a_multiboot_kernel_finds_its_command_line_and_its_module() {
     .elf();
     on_every_mode(|mode| {
         let call = Call::new(mode.name);
-        let module = call.path("module");
-        std::fs::write(&module, b" module\0").unwrap();
-        let module = module.to_str().unwrap().to_owned();
+        let file = |name: &str, content: &[u8]| {
+            let path = call.path(name);
+            std::fs::write(&path, content).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let single = file(",0", b" zero\0");
+        let pair = [file(",1", b" one\0"), file(",2", b" two\0")];
+        let pair = pair.map(|name| name.replace(',', ",,"));
+        let pair = format!("{},{} x=1 y", pair[0], pair[1]);
         let args = [
             "--cmdline",
             "one two",
             "--initrd",
-            &module,
+            &single,
+            "--initrd",
+            &pair,
             "--exit-port",
             "raw",
         ];
         let ended = kernel(call, &image, &args).run();
         ended.check(43, "");
         let text = String::from_utf8_lossy(&ended.stdout);
-        assert!(text.ends_with("/kernel one two module"), "{text}");
+        assert!(
+            text.ends_with("/kernel one two zero0 one1 two2 x=1 y"),
+            "{text}"
+        );
     });
 }
 

@@ -2,16 +2,18 @@
 //!
 //! Images are ELF files with a PVH note (Xen docs/misc/pvh.pandoc), Multiboot images, or flat
 //! binaries. [`image`] reads and places ELF files, [`pvh`] and [`multiboot`] write what the guest is
-//! told about its machine, `tables` and `bios` what it may look for without being told. Nothing of the
+//! told about its machine, [`modules`] what comes with it, `tables` and `bios` what it may look for without being told. Nothing of the
 //! image is trusted: every offset and address is checked before memory is touched.
 
 mod bios;
 mod image;
+mod modules;
 mod multiboot;
 mod pvh;
 mod tables;
 
 use crate::{CpuState, GuestPhys, GuestRam};
+pub use modules::Module;
 
 /// An image can't be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +57,9 @@ pub enum LoadError {
         /// What fits.
         limit: usize,
     },
+    /// What the kernel is told of a module contains a zero byte.
+    #[error("a module's name contains a zero byte")]
+    ModuleText,
     /// Guest memory is too small for the boot information.
     #[error("guest memory is too small for the boot information")]
     NoRoom,
@@ -67,8 +72,8 @@ pub struct Boot<'a> {
     pub name: &'a str,
     /// The command line.
     pub command_line: &'a str,
-    /// A module for the kernel.
-    pub initrd: Option<&'a [u8]>,
+    /// Modules for the kernel.
+    pub modules: &'a [Module<'a>],
     /// Physical address of a flat binary, whatever the file looks like.
     pub load_at: Option<u64>,
     /// Processors to be told of by ACPI and MultiProcessor tables; 0 leaves them out, and what a BIOS
@@ -116,30 +121,9 @@ pub fn load_kernel(ram: &GuestRam, image: &[u8], boot: &Boot<'_>) -> Result<CpuS
         let entry = u32::try_from(start).map_err(|_| LoadError::EntryOutside(GuestPhys(start)))?;
         (entry, start + size)
     };
-    let module = match boot.initrd {
-        Some(module) => Some(after(ram, end, module, &pvh::TAKEN)?),
-        None => None,
-    };
-    pvh::write_start_info(ram, boot.command_line, module, rsdp)?;
+    let modules = pvh::place_modules(ram, end, boot.modules)?;
+    pvh::write_start_info(ram, boot.command_line, modules, rsdp)?;
     Ok(CpuState::pvh_entry(entry, pvh::START_INFO))
-}
-
-/// Puts a module on the first page after `end`; its start and length.
-fn after(
-    ram: &GuestRam,
-    end: u64,
-    module: &[u8],
-    taken: &std::ops::Range<u64>,
-) -> Result<(u64, u64), LoadError> {
-    const PAGE: u64 = 4096;
-    let size = module.len() as u64;
-    let start = end
-        .max(taken.end)
-        .checked_next_multiple_of(PAGE)
-        .ok_or(LoadError::NoRoom)?;
-    image::check_range(ram, start, size, taken)?;
-    image::write(ram, start, module, size)?;
-    Ok((start, size))
 }
 
 /// Loads a PVH image and the boot information into `ram`; answers with the state of the boot
@@ -151,7 +135,7 @@ pub fn load(ram: &GuestRam, image: &[u8], command_line: &str) -> Result<CpuState
     let image = image::Image::parse(image)?;
     let entry = image.pvh_entry()?;
     image::place(ram, &image, &pvh::TAKEN)?;
-    pvh::write_start_info(ram, command_line, None, 0)?;
+    pvh::write_start_info(ram, command_line, (0, 0), 0)?;
     Ok(CpuState::pvh_entry(entry, pvh::START_INFO))
 }
 

@@ -14,7 +14,7 @@ use std::ops::Range;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::image::{self, Image};
-use super::{Boot, LoadError, after, pvh};
+use super::{Boot, LoadError, modules, pvh};
 use crate::{CpuState, GuestRam, memory};
 
 const MAGIC: u32 = 0x1bad_b002;
@@ -29,7 +29,6 @@ const ADDRESSES: u32 = 1 << 16;
 
 /// Where the boot information goes unless the image lies there, and where its parts are from there on.
 const INFO: u64 = 0x9000;
-const MODULES: u64 = 0x100;
 const NAME: u64 = 0x180;
 const MEMORY_MAP: u64 = 0x200;
 const COMMAND_LINE: u64 = 0x1000;
@@ -95,11 +94,16 @@ pub(super) fn load(
         image::place(ram, &image, &taken(info))?;
         (entry, image.end(), info)
     };
-    let module = match boot.initrd {
-        Some(module) => Some(after(ram, end, module, &taken(info))?),
-        None => None,
-    };
-    write_info(ram, info, boot, module)?;
+    let modules = modules::place(ram, end, boot.modules, &taken(info), |module| {
+        // mod_start, mod_end, string, reserved
+        let words = [module.start, module.start + module.bytes, module.text, 0];
+        let mut entry = [0; 16];
+        for (place, word) in entry.chunks_exact_mut(4).zip(words) {
+            place.copy_from_slice(&(word as u32).to_le_bytes());
+        }
+        entry
+    })?;
+    write_info(ram, info, boot, modules)?;
     let mut state = CpuState::pvh_entry(entry, info as u32);
     state.gpr[0] = BOOTED.into();
     Ok(state)
@@ -159,16 +163,16 @@ fn place_by_addresses(
     Ok((entry, end, info))
 }
 
-/// The boot information at `at` and what it leads to (3.3).
+/// The boot information at `at` and what it leads to (3.3); the list of modules is at `modules`.
 fn write_info(
     ram: &GuestRam,
     at: u64,
     boot: &Boot<'_>,
-    module: Option<(u64, u64)>,
+    modules: Option<u64>,
 ) -> Result<(), LoadError> {
     const MEMORY: u32 = 1;
     const COMMAND: u32 = 1 << 2;
-    const MODULE: u32 = 1 << 3;
+    const MODULES: u32 = 1 << 3;
     const MAP: u32 = 1 << 6;
     const LOADER_NAME: u32 = 1 << 9;
 
@@ -198,13 +202,12 @@ fn write_info(
         .map_or(0, |&(_, length)| length);
     let upper = low.saturating_sub(ONE_MIB) >> 10;
     let conventional = map.first().map_or(0, |&(_, length, _)| length >> 10);
-    let (start, length) = module.unwrap_or((0, 0));
     let mut info = [0u32; 29];
     info[0] = MEMORY | COMMAND | MAP | LOADER_NAME;
-    if module.is_some() {
-        info[0] |= MODULE;
-        info[5] = 1;
-        info[6] = (at + MODULES) as u32;
+    if let Some(list) = modules {
+        info[0] |= MODULES;
+        info[5] = boot.modules.len() as u32;
+        info[6] = list as u32;
     }
     info[1] = conventional as u32;
     info[2] = upper as u32;
@@ -216,11 +219,8 @@ fn write_info(
         |words: &[u32]| -> Vec<u8> { words.iter().flat_map(|word| word.to_le_bytes()).collect() };
     let mut text = line.into_bytes();
     text.push(0);
-    // mod_start, mod_end, string, reserved
-    let list = [start as u32, (start + length) as u32, (at + NAME) as u32, 0];
     for (offset, content) in [
         (0, words(&info)),
-        (MODULES, words(&list)),
         (NAME, LOADER.to_vec()),
         (MEMORY_MAP, entries),
         (COMMAND_LINE, text),
@@ -251,11 +251,11 @@ mod tests {
     const AT: u32 = 0x20_0000;
     const GOOD: [u32; 5] = [AT, AT, 0, AT + 0x1000, AT + 32];
 
-    fn boot<'a>(initrd: Option<&'a [u8]>) -> Boot<'a> {
+    fn boot<'a>(modules: &'a [modules::Module<'a>]) -> Boot<'a> {
         Boot {
             name: "image",
             command_line: "one two",
-            initrd,
+            modules,
             load_at: None,
             cpus: 1,
         }
@@ -267,7 +267,10 @@ mod tests {
         ram.write_obj(7u8, GuestAddress(u64::from(AT) + 0xfff))
             .unwrap();
         let image = raw(ADDRESSES | 3, GOOD);
-        let state = loader::load_kernel(&ram, &image, &boot(Some(b"module"))).unwrap();
+        let page = vec![1; 4096];
+        let files = [("first one", &b"module"[..]), ("", &page), ("last", b"")];
+        let files = files.map(|(text, content)| modules::Module { text, content });
+        let state = loader::load_kernel(&ram, &image, &boot(&files)).unwrap();
         assert_eq!(state.rip, u64::from(AT) + 32);
         assert_eq!(state.gpr[0], u64::from(BOOTED));
         let word = |at: u64| u64::from(ram.read_obj::<u32>(GuestAddress(at)).unwrap());
@@ -278,13 +281,23 @@ mod tests {
         ram.read_slice(&mut line, GuestAddress(word(info + 16)))
             .unwrap();
         assert_eq!(&line, b"image one two\0");
-        let module = word(info + 24);
-        let mut content = [0; 6];
-        ram.read_slice(&mut content, GuestAddress(word(module)))
-            .unwrap();
-        assert_eq!(&content, b"module");
-        assert_eq!(word(module + 4) - word(module), 6);
-        assert!(word(module) >= u64::from(AT) + 0x1000);
+        assert_eq!(word(info + 20), 3);
+        let list = word(info + 24);
+        // Neither is on a page with anything else.
+        let mut free = list + 0x1000;
+        assert!(list >= u64::from(AT) + 0x1000);
+        for (number, file) in files.iter().enumerate() {
+            let [start, end, text, _] =
+                std::array::from_fn(|field| word(list + 16 * number as u64 + 4 * field as u64));
+            assert_eq!((start, end), (free, free + file.content.len() as u64));
+            free = end.next_multiple_of(4096);
+            let expected = [file.text.as_bytes(), b"\0"].concat();
+            for (at, expected) in [(start, file.content), (text, &expected)] {
+                let mut found = vec![0; expected.len()];
+                ram.read_slice(&mut found, GuestAddress(at)).unwrap();
+                assert_eq!(found, expected);
+            }
+        }
         assert_eq!(word(u64::from(AT) + 0xffc), 0);
         assert_eq!(word(info + 44), 3 * 24);
     }
@@ -293,7 +306,7 @@ mod tests {
     fn an_image_that_lies_where_its_information_goes_has_it_elsewhere() {
         let ram = memory::create(4).unwrap();
         let image = raw(ADDRESSES, [0x9000, 0x9000, 0, 0x1_0800, 0x9020]);
-        let state = loader::load_kernel(&ram, &image, &boot(None)).unwrap();
+        let state = loader::load_kernel(&ram, &image, &boot(&[])).unwrap();
         let word = |at: u64| ram.read_obj::<u32>(GuestAddress(at)).unwrap();
         assert_eq!(state.gpr[3], 0x1_2000);
         assert_eq!((word(0x9000), word(0x9020)), (MAGIC, 0xf4f4_f4f4));
@@ -306,7 +319,7 @@ mod tests {
     #[test]
     fn headers_that_make_no_sense_are_refused() {
         let ram = memory::create(4).unwrap();
-        let load = |image: &[u8]| loader::load_kernel(&ram, image, &boot(None));
+        let load = |image: &[u8]| loader::load_kernel(&ram, image, &boot(&[]));
         assert!(matches!(
             load(&raw(ADDRESSES | 1 << 3, GOOD)),
             Err(LoadError::MultibootFlags(8))
@@ -322,6 +335,19 @@ mod tests {
             addresses[index] = value;
             assert!(load(&raw(ADDRESSES, addresses)).is_err(), "{index}");
         }
+        let whole = vec![0; 2 << 20];
+        let refused = |text| {
+            let module = modules::Module {
+                text,
+                content: &whole,
+            };
+            loader::load_kernel(&ram, &raw(ADDRESSES, GOOD), &boot(&[module]))
+        };
+        assert!(matches!(
+            refused("large"),
+            Err(LoadError::OutsideMemory { .. })
+        ));
+        assert!(matches!(refused("a\0b"), Err(LoadError::ModuleText)));
         // One that takes all conventional memory leaves no room.
         let all = [0x9000, 0x9000, 0, 0x9_0000, 0x9000];
         assert!(matches!(

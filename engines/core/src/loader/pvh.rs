@@ -8,12 +8,12 @@ use std::ops::Range;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::LoadError;
+use super::modules::{self, Module};
 use crate::{GuestRam, memory};
 
 /// Physical address of `hvm_start_info`, which `rbx` holds at entry.
 pub(super) const START_INFO: u32 = 0x6000;
 const MEMORY_MAP: u64 = 0x6100;
-const MODULES: u64 = 0x6f00;
 const COMMAND_LINE: u64 = 0x7000;
 const COMMAND_LINE_BYTES: usize = 0x1000;
 /// Where the boot information lies.
@@ -45,12 +45,30 @@ pub(super) fn memory_map(ram: &GuestRam) -> Vec<(u64, u64, u32)> {
     map
 }
 
-/// Writes it all, with `module` (start, length) as the one module if there is one, and the ACPI
-/// tables' root pointer at `rsdp` unless that is 0.
+/// Puts modules behind `end`; answers with their number and where the list of them is.
+pub(super) fn place_modules(
+    ram: &GuestRam,
+    end: u64,
+    modules: &[Module<'_>],
+) -> Result<(u32, u64), LoadError> {
+    let list = modules::place(ram, end, modules, &TAKEN, |module| {
+        // paddr, size, cmdline_paddr, reserved
+        let words = [module.start, module.bytes, module.text, 0];
+        let mut entry = [0; 32];
+        for (place, word) in entry.chunks_exact_mut(8).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        entry
+    })?;
+    Ok((modules.len() as u32, list.unwrap_or(0)))
+}
+
+/// Writes it all, with `modules` as [`place_modules`] answers, and the ACPI tables' root pointer at `rsdp`
+/// unless that is 0.
 pub(super) fn write_start_info(
     ram: &GuestRam,
     command_line: &str,
-    module: Option<(u64, u64)>,
+    modules: (u32, u64),
     rsdp: u64,
 ) -> Result<(), LoadError> {
     let text = command_line.as_bytes();
@@ -66,11 +84,6 @@ pub(super) fn write_start_info(
     info.extend_from_slice(&MAGIC.to_le_bytes());
     info.extend_from_slice(&VERSION.to_le_bytes());
     info.extend_from_slice(&0u32.to_le_bytes()); // flags
-    let modules = if module.is_some() {
-        (1u32, MODULES)
-    } else {
-        (0, 0)
-    };
     info.extend_from_slice(&modules.0.to_le_bytes()); // nr_modules
     info.extend_from_slice(&modules.1.to_le_bytes()); // modlist_paddr
     info.extend_from_slice(&COMMAND_LINE.to_le_bytes());
@@ -88,16 +101,9 @@ pub(super) fn write_start_info(
     }
     let mut line = text.to_vec();
     line.push(0);
-    // paddr, size, cmdline_paddr, reserved
-    let (start, length) = module.unwrap_or((0, 0));
-    let list: Vec<u8> = [start, length, 0, 0]
-        .into_iter()
-        .flat_map(u64::to_le_bytes)
-        .collect();
     for (at, bytes) in [
         (START_INFO.into(), &info),
         (MEMORY_MAP, &entries),
-        (MODULES, &list),
         (COMMAND_LINE, &line),
     ] {
         ram.write_slice(bytes, GuestAddress(at))
@@ -113,7 +119,10 @@ mod tests {
     #[test]
     fn start_info_points_to_map_and_command_line() {
         let ram = memory::create(4).unwrap();
-        write_start_info(&ram, "run alu 1 2", Some((0x20_0000, 5)), 0xf_0000).unwrap();
+        let files = [("one 1", &b"first"[..]), ("two", b"second")];
+        let files = files.map(|(text, content)| Module { text, content });
+        let modules = place_modules(&ram, 0x20_0001, &files).unwrap();
+        write_start_info(&ram, "run alu 1 2", modules, 0xf_0000).unwrap();
         let word = |at: u64| ram.read_obj::<u32>(GuestAddress(at)).unwrap();
         let long = |at: u64| ram.read_obj::<u64>(GuestAddress(at)).unwrap();
         let base = u64::from(START_INFO);
@@ -122,9 +131,25 @@ mod tests {
         ram.read_slice(&mut text, GuestAddress(long(base + 24)))
             .unwrap();
         assert_eq!(&text, b"run alu 1 2\0");
-        assert_eq!(word(base + 12), 1);
-        let module = long(base + 16);
-        assert_eq!((long(module), long(module + 8)), (0x20_0000, 5));
+        assert_eq!(word(base + 12), 2);
+        let list = long(base + 16);
+        assert_eq!(list, 0x20_1000);
+        for (number, file) in files.iter().enumerate() {
+            let [start, bytes, text, reserved] =
+                std::array::from_fn(|field| long(list + 32 * number as u64 + 8 * field as u64));
+            assert_eq!(
+                (start % 4096, bytes, reserved),
+                (0, file.content.len() as u64, 0)
+            );
+            assert_eq!(start, 0x20_2000 + 0x1000 * number as u64);
+            for (at, expected) in [(start, file.content), (text, file.text.as_bytes())] {
+                let mut found = vec![0; expected.len()];
+                ram.read_slice(&mut found, GuestAddress(at)).unwrap();
+                assert_eq!(found, expected);
+            }
+            let after = GuestAddress(text + file.text.len() as u64);
+            assert_eq!(ram.read_obj::<u8>(after).unwrap(), 0);
+        }
         assert_eq!(long(base + 32), 0xf_0000);
         let map = long(base + 40);
         assert_eq!(word(base + 48), 3);
@@ -137,10 +162,10 @@ mod tests {
     #[test]
     fn a_command_line_that_does_not_fit_is_refused() {
         let ram = memory::create(1).unwrap();
-        assert!(write_start_info(&ram, &"x".repeat(4095), None, 0).is_ok());
+        assert!(write_start_info(&ram, &"x".repeat(4095), (0, 0), 0).is_ok());
         let long = "x".repeat(4096);
         assert!(matches!(
-            write_start_info(&ram, &long, None, 0),
+            write_start_info(&ram, &long, (0, 0), 0),
             Err(LoadError::CommandLine {
                 length: 4096,
                 limit: 4095

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ Examples:
   trapline run --mode para --workload sieve
   trapline run --mode full --kernel test.elf --cmdline 'all' --exit-port raw --timeout 60
   trapline run --mode hardware --kernel smp.elf --smp 4 --timeout 60
+  trapline run --mode full --kernel xen --initrd 'vmlinuz console=hvc0,initrd.gz' --memory 1024
   trapline run --mode full --workload blk_seqread --disk disk.img,readonly
   trapline run --mode hybrid --workload net_rr --net tap:t0 --irqchip kernel --doorbell eventfd
   trapline run --mode hardware --image vmlinux --cmdline 'console=ttyS0' --stats-fd 3 3>stats.json
@@ -96,9 +98,10 @@ pub(crate) struct Run {
     /// Command line for the guest
     #[arg(long, value_name = "TEXT", conflicts_with = "workload")]
     pub(crate) cmdline: Option<String>,
-    /// Module for the kernel
-    #[arg(long, value_name = "FILE", requires = "kernel")]
-    pub(crate) initrd: Option<PathBuf>,
+    /// Modules for the kernel: files, each with what it is to be told of it, as "vmlinuz quiet,initrd.gz".
+    /// A comma in a name is written twice, unless there is a file of just that name. May be repeated
+    #[arg(long, value_name = "FILE [TEXT],...", requires = "kernel")]
+    pub(crate) initrd: Vec<OsString>,
     /// Take the kernel for a flat binary, to be loaded at this address and entered there
     #[arg(long, value_name = "ADDRESS", requires = "kernel", value_parser = address)]
     pub(crate) load: Option<u64>,

@@ -10,6 +10,7 @@ mod floor;
 mod insn;
 mod list;
 mod lockstep;
+mod modules;
 mod native;
 mod probe;
 mod run;

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use engine_core::host::console::Sink;
-use engine_core::loader::Boot;
+use engine_core::loader::{Boot, Module};
 use engine_core::machine::{Source, Window};
 use engine_core::peripherals::Family;
 use engine_core::{
@@ -26,7 +26,7 @@ use engines::{Mode, Runs};
 
 use crate::conclude::{Last, conclude, report_end};
 use crate::wire::{Counter, Event, Stats};
-use crate::{cli, devices, lockstep, native, say, status};
+use crate::{cli, devices, lockstep, modules, native, say, status};
 
 /// An engine that has not stopped this long after its time limit never will.
 const GRACE: Duration = Duration::from_secs(5);
@@ -81,7 +81,7 @@ fn order(arguments: &cli::Run) -> anyhow::Result<Option<Order>> {
     }))
 }
 
-fn file(what: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn file(what: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("{what} {}", path.display()))
 }
 
@@ -97,14 +97,12 @@ fn load(
         return Ok(engine_core::loader::load(ram, &image, command_line)?);
     };
     let kernel = file("kernel", path)?;
-    let initrd = match &arguments.initrd {
-        Some(path) => Some(file("initrd", path)?),
-        None => None,
-    };
+    let files = modules::read(&arguments.initrd)?;
+    let modules: Vec<Module<'_>> = files.iter().map(modules::File::module).collect();
     let boot = Boot {
         name: &path.to_string_lossy(),
         command_line,
-        initrd: initrd.as_deref(),
+        modules: &modules,
         load_at: arguments.load,
         cpus: arguments.smp,
     };
