@@ -4,7 +4,7 @@ use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
 
 use super::{Class, Fpu, Mode, Raised};
 use crate::{
-    cpu::Bits,
+    cpu::{Bits, canonical},
     features::{announced, fpu_fault, uses_vectors},
     lower::inline,
 };
@@ -98,7 +98,7 @@ pub(super) fn classify(instr: &Instruction, mode: Mode) -> Class {
     if !mode.vectors && uses_vectors(instr) {
         return Class::System;
     }
-    if odd_stack(instr, mode) || leaves_segment(instr, mode) {
+    if odd_stack(instr, mode) || leads_nowhere(instr, mode) {
         return Class::System;
     }
     let near = |class| {
@@ -159,14 +159,17 @@ fn odd_stack(instr: &Instruction, mode: Mode) -> bool {
     }
 }
 
-/// True for a branch to what lies beyond the code segment: it faults if it is taken.
-fn leaves_segment(instr: &Instruction, mode: Mode) -> bool {
-    let near = matches!(
-        instr.op0_kind(),
-        OpKind::NearBranch16 | OpKind::NearBranch32
-    );
-    near && mode.bits != Bits::Bits64
-        && instr.near_branch_target() & 0xffff_ffff > mode.code_limit.into()
+/// True for a branch to what lies beyond the code segment, or to no canonical address: it faults if it
+/// is taken.
+pub(super) fn leads_nowhere(instr: &Instruction, mode: Mode) -> bool {
+    match instr.op0_kind() {
+        OpKind::NearBranch64 => !canonical(instr.near_branch_target()),
+        OpKind::NearBranch16 | OpKind::NearBranch32 => {
+            mode.bits != Bits::Bits64
+                && instr.near_branch_target() & 0xffff_ffff > mode.code_limit.into()
+        }
+        _ => false,
+    }
 }
 
 /// True for loop and jcxz with CX as their count, which 64-bit code has no form of.

@@ -172,6 +172,12 @@ impl Forms {
     pub(super) fn insn(&mut self, instr: Instruction, mode: Mode) -> Insn {
         let number = self.number(&instr);
         let class = match self.forms[number].ready.class(&mode) {
+            // What a branch is doesn't follow from its code alone.
+            Some(Class::Jump | Class::Branch | Class::Loop | Class::Call)
+                if classify::leads_nowhere(&instr, mode) =>
+            {
+                Class::System
+            }
             Some(class) => class,
             None => classify::classify(&instr, mode),
         };

@@ -9,7 +9,10 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use super::{Step, Trap, on_stack, segment_index};
 use crate::{
     core::Core,
-    cpu::{Bits, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, Seg},
+    cpu::{
+        Bits, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, Seg,
+        canonical,
+    },
     fault::Fault,
 };
 
@@ -275,7 +278,7 @@ impl Core {
         Ok(Step::Jump)
     }
 
-    /// loop and jcxz outside of 64-bit code.
+    /// loop and jcxz that lead nowhere, or outside of 64-bit code.
     pub(super) fn count_down(&mut self, instr: &Instruction) -> Result<Step, Trap> {
         use Code::*;
         use Mnemonic::*;
@@ -291,10 +294,14 @@ impl Core {
                 | Jcxz_rel8_16
                 | Jcxz_rel8_32
         );
-        let (size, mask) = if narrow {
-            (2, 0xffff)
-        } else {
-            (4, 0xffff_ffff)
+        let wide = matches!(
+            instr.code(),
+            Loop_rel8_64_RCX | Loope_rel8_64_RCX | Loopne_rel8_64_RCX | Jrcxz_rel8_64
+        );
+        let (size, mask) = match (narrow, wide) {
+            (true, _) => (2, 0xffff),
+            (false, false) => (4, 0xffff_ffff),
+            (false, true) => (8, u64::MAX),
         };
         let zero = self.rflags() & ZF != 0;
         let counts = !matches!(instr.mnemonic(), Jcxz | Jecxz | Jrcxz);
@@ -314,7 +321,7 @@ impl Core {
         Ok(self.branch_if(taken, instr))
     }
 
-    /// jcc to what lies beyond the code segment.
+    /// jcc that leads nowhere.
     pub(super) fn conditional_branch(&mut self, instr: &Instruction) -> Result<Step, Trap> {
         let flags = self.rflags();
         let flag = |bit: u32| flags >> bit & 1 == 1;
@@ -367,12 +374,13 @@ impl Core {
         (limit - self.rip.min(limit)) as usize + 1
     }
 
-    /// A branch target beyond the code segment faults at the branch.
+    /// A branch target beyond the code segment, or that isn't canonical, faults at the branch (SDM 2, JMP,
+    /// CALL and RET).
     pub(crate) fn check_target(&self, target: u64) -> Result<(), Fault> {
-        let long = self.cpu.bits() == Bits::Bits64;
-        if !long && target > self.cpu.segments[Seg::CS].limit.into() {
-            return Err(Fault::gp());
-        }
-        Ok(())
+        let good = match self.cpu.bits() {
+            Bits::Bits64 => canonical(target),
+            _ => target <= self.cpu.segments[Seg::CS].limit.into(),
+        };
+        if good { Ok(()) } else { Err(Fault::gp()) }
     }
 }

@@ -10,7 +10,7 @@ use engine_core::ExitReason;
 use super::{BtVcpu, Resume, Stop, access::Transfer};
 use crate::{
     context::HOST_FAULT,
-    cpu::{Bits, canonical},
+    cpu::Bits,
     decode::Mode,
     fault::Fault,
     features::uses_vectors,
@@ -69,14 +69,9 @@ impl BtVcpu {
                 let target = self.core.context().target;
                 self.settle(site.homes, target);
                 self.counts.add(ExitReason::IndirectMiss);
-                let long = self.core.cpu.bits() == Bits::Bits64;
-                let good = if long {
-                    canonical(target)
-                } else {
-                    self.core.check_target(target).is_ok()
-                };
-                if !good {
-                    // The branch faults, not its target (SDM 2, JMP, CALL and RET).
+                if self.core.check_target(target).is_err() {
+                    // The branch faults, not its target.
+                    let long = self.core.cpu.bits() == Bits::Bits64;
                     let before = self.core.gpr(4).wrapping_sub(rsp as i64 as u64);
                     self.core.set_gpr_sized(4, before, if long { 8 } else { 4 });
                     self.core.rip = site.ip;

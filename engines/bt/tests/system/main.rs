@@ -10,6 +10,7 @@
 //! | `descriptors` | what loading a descriptor checks and changes |
 //! | `devices` | every form of memory operand on device memory |
 //! | `direction` | the direction flag across everything that changes or carries it |
+//! | `edges` | the last canonical address, operands beyond it, registers and encodings that aren't there |
 //! | `nmi` | non-maskable interrupts |
 //! | `exceptions` | frames, stacks, error codes, double and triple faults |
 //! | `debug` | single steps, breakpoints, alignment checks |
@@ -49,6 +50,7 @@ mod debug;
 mod descriptors;
 mod devices;
 mod direction;
+mod edges;
 mod exceptions;
 mod interrupts;
 mod kernel;
