@@ -260,6 +260,24 @@ fn a_guest_that_switches_its_machine_off_has_ended_well() {
 }
 
 #[test]
+fn a_reset_is_never_taken_for_a_good_end() {
+    let image = Guest::protected(|asm| {
+        asm.mov(eax, 6)?;
+        asm.mov(edx, 0xcf9)?;
+        asm.out(dx, al)?;
+        end(asm, 0)
+    })
+    .elf();
+    on_every_mode(|mode| {
+        for (args, status) in [(&[][..], 1), (&["--exit-port", "raw"], 4)] {
+            kernel(Call::new(mode.name), &image, args)
+                .run()
+                .check(status, "the guest reset the machine");
+        }
+    });
+}
+
+#[test]
 fn a_machine_that_is_suspended_goes_on_at_its_waking_vector() {
     const VECTOR: u64 = 0x8003;
     let guest = |alarm: bool| {

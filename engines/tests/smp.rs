@@ -350,6 +350,91 @@ fn init_of_the_boot_processor_goes_on_where_the_shutdown_code_says() {
     });
 }
 
+/// The ways to pull the reset line: (port, value) written one after the other.
+const RESETS: [&[(u32, u32)]; 5] = [
+    // Port A's bit rises, whatever it was.
+    &[(0x92, 2), (0x92, 3)],
+    // The keyboard controller pulses the line, and holds it low.
+    &[(0x64, 0xfe)],
+    &[(0x64, 0xd1), (0x60, 2)],
+    // The chipset, soft and hard.
+    &[(0xcf9, 0), (0xcf9, 4)],
+    &[(0xcf9, 2), (0xcf9, 6)],
+];
+
+fn reset(asm: &mut CodeAssembler, writes: &[(u32, u32)]) -> Result<(), IcedError> {
+    for &(port, value) in writes {
+        asm.mov(edx, port)?;
+        asm.mov(eax, value)?;
+        asm.out(dx, al)?;
+    }
+    halt(asm)
+}
+
+#[test]
+fn a_reset_goes_on_where_the_shutdown_code_says_and_ends_the_run_without_one() {
+    on_every_mode(|mode| {
+        for writes in RESETS {
+            for (code, status, text, output) in [
+                (5, 0, "", &b"ww"[..]),
+                (10, 0, "", b"ww"),
+                (0, 1, "the guest reset the machine", b""),
+                (9, 1, "the guest reset the machine", b""),
+            ] {
+                let image = warm_start(code, |asm| reset(asm, writes));
+                let ended = kernel(mode, &image, &[]).run();
+                ended.check(status, text);
+                assert_eq!(ended.stdout, output, "{writes:x?} {code}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_reset_by_another_processor_resets_the_boot_processor() {
+    const PAGE: u32 = 0xb000;
+    let image = warm_start(0x0a, |asm| {
+        let second = assemble(16, 0, |asm| {
+            asm.mov(dx, 0xcf9)?;
+            asm.mov(al, 6)?;
+            asm.out(dx, al)?;
+            halt(asm)
+        });
+        put(asm, PAGE, &second)?;
+        start_others(asm, PAGE)?;
+        spin(asm)
+    });
+    on_smp_modes(|mode| {
+        let ended = kernel(mode, &image, &["--smp", "2"]).run();
+        ended.check(0, "");
+        assert_eq!(ended.stdout, b"ww");
+    });
+}
+
+/// Has code written to `page`.
+fn put(asm: &mut CodeAssembler, page: u32, code: &[u8]) -> Result<(), IcedError> {
+    for (index, word) in code.chunks(4).enumerate() {
+        let mut bytes = [0; 4];
+        bytes[..word.len()].copy_from_slice(word);
+        asm.mov(
+            dword_ptr(page + 4 * index as u32),
+            i32::from_le_bytes(bytes),
+        )?;
+    }
+    Ok(())
+}
+
+/// INIT and start-up at `page` to all others.
+fn start_others(asm: &mut CodeAssembler, page: u32) -> Result<(), IcedError> {
+    for command in [5 << 8, 6 << 8 | page >> 12] {
+        asm.mov(
+            dword_ptr(0xfee0_0300u32),
+            (0b11 << 18 | 1 << 14 | command) as i32,
+        )?;
+    }
+    Ok(())
+}
+
 #[test]
 fn another_processor_can_have_the_boot_processor_start_anew() {
     let image = warm_start(0x0a, |asm| {
@@ -367,18 +452,8 @@ fn another_processor_can_have_the_boot_processor_start_anew() {
             asm.cli()?;
             asm.hlt()
         });
-        for (index, word) in second.chunks(4).enumerate() {
-            let mut bytes = [0; 4];
-            bytes[..word.len()].copy_from_slice(word);
-            let at = PAGE + 4 * index as u32;
-            asm.mov(dword_ptr(at), i32::from_le_bytes(bytes))?;
-        }
-        for command in [5 << 8, 6 << 8 | PAGE >> 12] {
-            asm.mov(
-                dword_ptr(0xfee0_0300u32),
-                (0b11 << 18 | 1 << 14 | command) as i32,
-            )?;
-        }
+        put(asm, PAGE, &second)?;
+        start_others(asm, PAGE)?;
         spin(asm)
     });
     on_smp_modes(|mode| {

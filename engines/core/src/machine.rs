@@ -237,6 +237,19 @@ impl Machine {
         self.write_log.as_ref().is_some_and(|log| log.take(pages))
     }
 
+    /// The guest's firmware goes on after a reset as the guest has told it, by a shutdown code that it
+    /// knows ([`loader`](crate::loader)).
+    pub(crate) fn resumes(&self) -> bool {
+        const EOI_AND_JUMP: u8 = 5;
+        const JUMP: u8 = 10;
+        let codes = self.others.iter().map(|device| device.shutdown_code());
+        self.firmware
+            && self.own_controllers
+            && codes
+                .max()
+                .is_some_and(|code| matches!(code, EOI_AND_JUMP | JUMP))
+    }
+
     /// The guest's clock.
     pub fn clock(&self) -> &Clock {
         &self.clock

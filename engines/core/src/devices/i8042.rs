@@ -115,6 +115,7 @@ impl Keyboard {
             Expected::OutputPort => {
                 self.output_port = value;
                 if value & RESET_HIGH == 0 {
+                    self.output_port |= RESET_HIGH;
                     return Action::Reset;
                 }
             }

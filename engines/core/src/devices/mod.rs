@@ -134,6 +134,12 @@ pub trait Device: Send {
     fn host_ready(&mut self) -> Action {
         Action::None
     }
+
+    /// What the guest left for its firmware to find after a reset, from the device that keeps it; 0 is
+    /// nothing.
+    fn shutdown_code(&self) -> u8 {
+        0
+    }
 }
 
 /// Items that may be posted where `bytes` bytes make something happen: none is wider than 4 bytes.

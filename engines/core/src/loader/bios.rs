@@ -5,9 +5,9 @@
 //! trampoline below), and go back to real mode to ask for services. There are none here: each call
 //! returns with carry set and AH 86h, "function not supported", instead of running off at address 0.
 //!
-//! INIT brings the boot processor to F000:FFF0, as a jump of its own does. Code there does what a PC/AT's
-//! does after a reset with a shutdown code in CMOS 0Fh: with 5 and 0Ah it goes on at the far pointer in
-//! 40:67, after an end of interrupt to both 8259s with 5. A machine that was suspended to memory waits for
+//! INIT brings the boot processor to F000:FFF0, as a jump of its own does, and so does a reset by any port
+//! if there is a shutdown code in CMOS 0Fh. Code there does what a PC/AT's does then: with 5 and 0Ah it goes
+//! on at the far pointer in 40:67, after an end of interrupt to both 8259s with 5. A machine that was suspended to memory waits for
 //! the clock's alarm there and goes on at the waking vector (ACPI specification 16.3.2.3); any other is reset.
 //!
 //! Invariant: nothing of this lies where [`super::tables`] or boot information does.

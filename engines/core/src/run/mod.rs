@@ -85,7 +85,8 @@ pub enum Outcome {
     Success,
     /// The guest wrote this to the exit port.
     Failure(u32),
-    /// The guest reset the machine, which ends the run: one machine serves one.
+    /// The guest reset the machine and left no shutdown code to go on by, which ends the run: one
+    /// machine serves one boot.
     Reset,
     /// The guest switched the machine off.
     Off,
@@ -119,6 +120,7 @@ enum Next {
     Mark(u8),
     Halt,
     Suspend,
+    Reset,
     End(Outcome),
 }
 
@@ -279,7 +281,9 @@ impl<'a, const SHARED: bool> Run<'a, SHARED> {
                     }
                     machine = reach.hold();
                 }
-                Next::Suspend => {
+                Next::Reset if !machine.resumes() => return Ok(Outcome::Reset.into()),
+                // The firmware knows what to go on by.
+                Next::Suspend | Next::Reset => {
                     machine.irqchip.lapics.init_all();
                     machine.attention = true;
                 }
@@ -352,6 +356,7 @@ impl<'a, const SHARED: bool> Run<'a, SHARED> {
         for action in [input, devices] {
             match next(action) {
                 Next::End(outcome) => return Some(outcome.into()),
+                Next::Reset => return Some(Outcome::Reset.into()),
                 Next::Continue | Next::Poll | Next::Mark(_) | Next::Halt | Next::Suspend => {}
             }
         }
@@ -494,7 +499,7 @@ fn next(action: Action) -> Next {
         Action::Mark(value) => Next::Mark(value),
         Action::Exit(0) => Next::End(Outcome::Success),
         Action::Exit(code) => Next::End(Outcome::Failure(code)),
-        Action::Reset => Next::End(Outcome::Reset),
+        Action::Reset => Next::Reset,
         Action::Off => Next::End(Outcome::Off),
         Action::Suspend => Next::Suspend,
         Action::ConsoleClosed => {

@@ -31,7 +31,8 @@ Examples:
 Exit status:
   0 guest success      1 guest failure      2 usage      3 mode unavailable on this host
   4 guest crashed      5 limit reached      128+N ended by signal N
-  A guest that switches its machine off has ended with success.";
+  A guest that switches its machine off has ended with success, one that resets it with failure, unless
+  it has left a shutdown code (5 or 0Ah in CMOS 0Fh) by which its firmware goes on at 40:67.";
 
 /// Runs one guest in one virtualization mode, and counts what traps.
 #[derive(Debug, Parser)]
@@ -179,8 +180,8 @@ pub(crate) enum Reference {
 pub(crate) enum ExitPort {
     /// 0 is success, all else failure
     Plain,
-    /// Code c becomes exit status (c << 1) | 1, as with QEMU's isa-debug-exit; test devices as
-    /// QEMU's pc-testdev come with it
+    /// Code c becomes exit status (c << 1) | 1, as with QEMU's isa-debug-exit, and a reset 4, which no
+    /// code becomes; test devices as QEMU's pc-testdev come with it
     Raw,
 }
 

@@ -46,7 +46,12 @@ pub(crate) fn conclude(
         Outcome::Reset => (
             "reset",
             "the guest reset the machine".to_owned(),
-            status::FAILURE,
+            // As a raw status 1 is a good end.
+            if raw {
+                status::CRASHED
+            } else {
+                status::FAILURE
+            },
         ),
         Outcome::Crashed { state, message } => {
             show(state.as_deref(), &which);

@@ -41,6 +41,8 @@ const A: usize = 10;
 const B: usize = 11;
 const C: usize = 12;
 const D: usize = 13;
+/// Where PC firmware looks after a reset for what to do.
+const SHUTDOWN: usize = 15;
 /// Where PC firmware keeps the century.
 const CENTURY: usize = 0x32;
 
@@ -366,6 +368,10 @@ fn memory_sizes(cmos: &mut [u8; 128], memory: &[(GuestPhys, u64)]) {
 impl Device for Rtc {
     fn name(&self) -> &'static str {
         "rtc"
+    }
+
+    fn shutdown_code(&self) -> u8 {
+        self.memory[SHUTDOWN]
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Action {
