@@ -22,7 +22,7 @@ use crate::{
 };
 pub(crate) use forms::{Flags, Forms};
 use leaf::{Leaf, Reader};
-use undefined::{hopeless, too_long};
+use undefined::{LONGEST, ends_behind, too_long};
 
 /// The six arithmetic flags, in iced's numbering.
 pub(crate) const ALL_FLAGS: u32 = RflagsBits::OF
@@ -362,21 +362,20 @@ pub(crate) fn decode(
     decoded.leaf = None;
     loop {
         let instr = decoder.decode();
-        if instr.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
-            if more != 0 {
+        let rest = &bytes[len as usize..];
+        let cut = decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
+        if instr.is_invalid() && (cut || rest.len() < LONGEST) {
+            let behind = ends_behind(rest, width);
+            if more != 0 && (cut || behind) {
                 return Err(Short::More);
             }
-            if !insns.is_empty() {
+            if !insns.is_empty() && (cut || behind) {
                 break;
             }
-            if !hopeless(bytes, width) {
+            if behind {
                 return Err(Short::Crosses);
             }
-            len += instr.len() as u32;
-            forms.push_as(&instr, Class::Fault(Raised::Undefined), insns);
-            break;
         }
-        let rest = &bytes[len as usize..];
         len += instr.len() as u32;
         let class = if instr.is_invalid() && too_long(rest, width) {
             // More than 15 bytes of prefixes and opcode (SDM 2A 2.3.11).

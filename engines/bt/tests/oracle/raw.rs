@@ -143,7 +143,7 @@ pub(crate) fn comparable(instr: &Instruction) -> bool {
     !machine && !segment && !far && !branch && instr.code().encoding() != EncodingKind::EVEX
 }
 
-/// Registers that lead into the data, then the bytes.
+/// Registers that lead into the data, then the bytes, at the end of a page if they are all there is.
 fn case(random: &mut Random, bytes: &[u8], contents: &[u8]) -> Case {
     let mut code = Vec::new();
     for register in 0..16u8 {
@@ -159,9 +159,14 @@ fn case(random: &mut Random, bytes: &[u8], contents: &[u8]) -> Case {
     // add eax, 0: the same flags on both sides, whatever the start gives.
     code.extend([0x83, 0xc0, 0]);
     code.extend(bytes);
+    let load = if bytes.len() > LONGEST {
+        CODE
+    } else {
+        CODE + PAGE - code.len() as u64
+    };
     Case {
         code,
-        load: CODE,
+        load,
         map: vec![(DATA, DATA_BYTES)],
         mem: vec![(DATA, contents.to_vec())],
     }
@@ -202,10 +207,17 @@ fn any_bytes_end_as_on_the_host() {
         bytes.extend([0xf4; 40]);
         let instr = decode(&bytes);
         let liberty = if instr.is_invalid() {
-            // EVEX has its own rules, and the host may know it. Of an undefined instruction that is
-            // too long processors see one thing or the other first.
-            if bytes.contains(&0x62) || length > 8 {
+            // EVEX has its own rules, and the host may know it, and the maps of VEX that are none.
+            let vex = bytes
+                .windows(2)
+                .any(|pair| pair[0] == 0xc4 && !matches!(pair[1] & 0x1f, 1..=3));
+            // Some end with their page, and what is fetched beyond faults.
+            let at_end = random.chance(20);
+            if bytes.contains(&0x62) || vex && (length > 8 || at_end) {
                 continue;
+            }
+            if at_end {
+                bytes.truncate(length);
             }
             Liberty::default()
         } else {
