@@ -55,6 +55,33 @@ pub(crate) const ST: usize = 32;
 
 type Area = Aligned<[u8; 512]>;
 
+/// True if the host's CPU keeps data pointer and opcode of unmasked exceptions alone (SDM 2A CPUID: leaf 7,
+/// EBX bit 6).
+pub(crate) fn kept_for_exceptions() -> bool {
+    engine_core::cpuid::pinned(7, 0)[1] >> 6 & 1 == 1
+}
+
+/// The last x87 opcode (SDM 1 8.1.9) of the instruction with these bytes; None if some can't be read.
+pub(crate) fn opcode(byte: impl Fn(u64) -> Option<u8>, long: bool) -> Option<u16> {
+    let prefix = |byte: u8| {
+        let rex = long && byte >> 4 == 4;
+        rex || matches!(
+            byte,
+            0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3
+        )
+    };
+    for at in 0..14 {
+        match byte(at)? {
+            opcode @ 0xd8..=0xdf => {
+                return Some(u16::from(opcode & 7) << 8 | u16::from(byte(at + 1)?));
+            }
+            other if prefix(other) => {}
+            _ => return None,
+        }
+    }
+    None
+}
+
 /// State after finit: FCW 0x37f, all registers empty.
 pub(crate) fn reset(area: &mut Area) {
     area.0 = [0; 512];

@@ -213,6 +213,15 @@ impl Mmu {
         Some(unsafe { self.regions[index].host.add(offset as usize) })
     }
 
+    /// True if `host` is an address of RAM's mapping.
+    pub(crate) fn is_ram_at(&self, host: u64) -> bool {
+        let mut regions = self.regions.iter();
+        regions.any(|region| {
+            let first = region.host as u64;
+            (first..first + region.len).contains(&host)
+        })
+    }
+
     /// Maps two pages of RAM next to each other, for an atomic access across both. Valid until the
     /// next call. None if they can't be mapped again.
     pub(crate) fn side_by_side(&mut self, first: u64, second: u64) -> Option<*mut u8> {

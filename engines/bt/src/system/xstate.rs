@@ -338,23 +338,7 @@ impl Core {
             let byte = read(true).or_else(|_| read(false));
             byte.ok().map(|byte| byte as u8)
         };
-        let prefix = |byte: u8| {
-            let rex = long && byte >> 4 == 4;
-            rex || matches!(
-                byte,
-                0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3
-            )
-        };
-        for at in 0..14 {
-            match byte(at)? {
-                opcode @ 0xd8..=0xdf => {
-                    return Some(u16::from(opcode & 7) << 8 | u16::from(byte(at + 1)?));
-                }
-                other if prefix(other) => {}
-                _ => return None,
-            }
-        }
-        None
+        x87::opcode(byte, long)
     }
 
     /// fnstenv and fnsave (SDM 1 8.1.10).

@@ -11,7 +11,7 @@ use super::{BtVcpu, Stop};
 use crate::{
     context::Context,
     fault::{self, Fault},
-    system, window,
+    system,
     x87::{self, FDP, FIP, FOP, FSW},
 };
 
@@ -180,10 +180,9 @@ impl BtVcpu {
     }
 
     /// Turns the address of the last x87 instruction, which the host's CPU knows as one of
-    /// translated code, into the guest's, and so its opcode, if the host's CPU keeps one: the
-    /// translated one's operand is another. The data pointer is an address of the host's as well. It stays
-    /// for unmasked exceptions alone, as CPUID says, and where it is still known which of the guest's it
-    /// was.
+    /// translated code, into the guest's, and so what belongs to it: the data pointer, and the opcode, for the
+    /// translated one's operand is another. A host's CPU that keeps these two for unmasked
+    /// exceptions alone has those of the last such exception, or what the guest loaded.
     pub(super) fn settle_x87(&mut self) {
         let context: *mut Context = self.core.context();
         x87::fetch(context);
@@ -196,21 +195,19 @@ impl BtVcpu {
             return;
         }
         let (operand, unmasked) = (word(area, FDP), area[FSW] & ERROR_SUMMARY != 0);
-        let found = self.cache.mark(ip);
-        let guest = match found.map(|(mark, _)| mark.ip) {
+        let guest = match self.cache.mark(ip).map(|(mark, _)| mark.ip) {
             Some(crate::site::Ip::At(guest)) => guest,
             Some(crate::site::Ip::Target) | None => 0,
         };
-        let in_window = found.is_some_and(|(_, block)| self.cache.block(block).key.mode.window);
-        let data = if unmasked {
-            self.operand_of(operand, in_window)
-        } else {
-            None
-        };
+        let kept = x87::kept_for_exceptions();
+        let data = self.operand_of(operand, unmasked || kept);
+        // SAFETY: translated code can be read, and behind its end nobody looks: an x87 instruction is there.
+        let translated = x87::opcode(|at| Some(unsafe { *((ip + at) as *const u8) }), true);
         let area = &mut self.core.context().x87.0;
         area[FIP..FIP + 8].copy_from_slice(&guest.to_le_bytes());
-        area[FDP..FDP + 8].copy_from_slice(&data.unwrap_or(0).to_le_bytes());
-        if area[FOP..FOP + 2] != [0; 2] {
+        area[FDP..FDP + 8].copy_from_slice(&data.to_le_bytes());
+        let last = u16::from_le_bytes([area[FOP], area[FOP + 1]]);
+        if last != 0 && (!kept || translated == Some(last)) {
             let opcode = self.core.x87_opcode(guest).unwrap_or(0);
             let area = &mut self.core.context().x87.0;
             area[FOP..FOP + 2].copy_from_slice(&opcode.to_le_bytes());
@@ -218,18 +215,21 @@ impl BtVcpu {
         x87::store(context);
     }
 
-    /// The guest's address of an operand that translated code found at `host`: what a TLB holds still, or,
-    /// for code that uses the window, the address itself, which is an offset there. Nobody knows where an
-    /// operand in the bounce buffer came from.
-    fn operand_of(&mut self, host: u64, in_window: bool) -> Option<u64> {
-        let context: *const Context = self.core.context();
-        // SAFETY: the context is alive; no reference is made.
-        let bounce = unsafe { &raw const (*context).bounce } as u64;
-        if (bounce..bounce + size_of_val(&self.core.context().bounce) as u64).contains(&host) {
-            return None;
+    /// The guest's address of an operand that the x87 data pointer has as `host`: what a TLB holds still, if the
+    /// guest would be `shown` it, or, outside of all memory that translated code finds operands in, the
+    /// address itself, which is an offset in the window or was loaded by the guest. Nobody knows where an operand
+    /// in the bounce buffer came from.
+    fn operand_of(&mut self, host: u64, shown: bool) -> u64 {
+        let context = self.core.context();
+        let first = std::ptr::from_ref(context) as u64;
+        if (first..first + size_of_val(context) as u64).contains(&host) {
+            return 0;
         }
-        let known = self.core.mmu.address_of(host);
-        known.or((in_window && host < window::SIZE).then_some(host))
+        if !self.core.mmu.is_ram_at(host) {
+            return host;
+        }
+        let known = self.core.mmu.address_of(host).filter(|_| shown);
+        known.unwrap_or(0)
     }
 
     /// The system instructions that show x87 pointers see the guest's.

@@ -124,6 +124,42 @@ pub(crate) const STATE_SNIPPETS: &[(&str, Snippet)] = &[
         asm.fninit()?;
         asm.fxrstor64(ptr(PLACE))
     }),
+    ("x87 pointers that were loaded", |asm| {
+        // An environment: control, status, tags, instruction, opcode, data.
+        let image = [
+            0x37f,
+            0x3000,
+            0xffff,
+            0x1234_5678,
+            0x123_0033,
+            0x7654_3210,
+            0,
+        ];
+        for (at, word) in (0u64..).zip(image) {
+            asm.mov(dword_ptr(PLACE + 4 * at), word)?;
+        }
+        asm.fldenv(ptr(PLACE))?;
+        asm.fld1()?;
+        asm.fnstenv(ptr(PLACE + 0x40))?;
+        asm.fldenv(ptr(PLACE))?;
+        asm.fldz()?;
+        asm.fchs()?;
+        asm.db(&[0x66])?;
+        asm.fnstenv(ptr(PLACE + 0x80))?;
+        asm.fldenv(ptr(PLACE))?;
+        asm.fldpi()?;
+        asm.fxsave64(ptr(PLACE + 0x100))
+    }),
+    ("x87 pointers of an exception that was cleared", |asm| {
+        asm.mov(word_ptr(PLACE), 0x37b)?;
+        asm.mov(edx, (PLACE + 0x20) as u32)?;
+        asm.fldcw(word_ptr(PLACE))?;
+        asm.fld1()?;
+        asm.fdiv(qword_ptr(rdx + 8))?;
+        asm.fnclex()?;
+        asm.fnstenv(ptr(PLACE + 0x40))?;
+        asm.fnsave(ptr(PLACE + 0x80))
+    }),
     ("an unmasked x87 exception", |asm| {
         asm.fninit()?;
         asm.mov(word_ptr(PLACE), 0x33b)?;
