@@ -117,6 +117,8 @@ pub(crate) struct Window {
     open: bool,
     /// It stays open whatever that costs.
     held: bool,
+    /// It never opens.
+    refused: bool,
     /// Closed with mappings that nobody keeps up to date.
     stale: bool,
     /// Flushes while closed, those that were noticed, and since when there was none.
@@ -143,6 +145,7 @@ impl Window {
             extents: BTreeMap::new(),
             open: false,
             held: false,
+            refused: false,
             stale: false,
             flushes: 0,
             seen: 0,
@@ -198,9 +201,15 @@ impl Window {
         (self.base != 0).then_some(self.base)
     }
 
+    /// Keeps it closed, before it was first opened.
+    pub(crate) fn refuse(&mut self) {
+        debug_assert!(!self.open, "code may rely on it");
+        self.refused = true;
+    }
+
     /// True if user code is to run through the window now. Opens it if it is time.
     pub(crate) fn ready(&mut self) -> bool {
-        if self.open || self.base == 0 {
+        if self.open || self.base == 0 || self.refused {
             return self.open;
         }
         let now = engine_core::clock::tsc();
@@ -225,7 +234,7 @@ impl Window {
 
     /// True if it is closed and may open again.
     pub(crate) fn waits(&self) -> bool {
-        !self.open && self.base != 0
+        !self.open && self.base != 0 && !self.refused
     }
 
     /// Every translation was dropped, between two instructions: translated code isn't resumed before

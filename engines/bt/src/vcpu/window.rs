@@ -77,6 +77,12 @@ impl BtVcpu {
         self.core.mmu.window.hold()
     }
 
+    /// Leaves all accesses to the software TLB, for tests of that. To be called before anything runs.
+    #[doc(hidden)]
+    pub fn refuse_window(&mut self) {
+        self.core.mmu.window.refuse();
+    }
+
     /// Has returns go where they went before, whatever has become of it, for tests that show what
     /// undoing that is good for.
     #[doc(hidden)]

@@ -11,6 +11,7 @@
 //! | `snippets`, `snippets_of_state`, `forms`, `raw` | cases: by hand, one of every form, any bytes |
 //! | `compatible` | any bytes as 32-bit code |
 //! | `programs` | loops, calls and branches of every kind |
+//! | `changing` | programs that write over their own code, in both modes |
 //! | `elements` | gathers, masked moves and stores that fault |
 //! | `compare` | differences |
 //!
@@ -24,6 +25,7 @@
 //! x87 instruction's address; sequences that make system calls.
 
 mod case;
+mod changing;
 mod compare;
 mod compatible;
 mod elements;

@@ -101,6 +101,11 @@ impl Translated {
         self.vcpu.hold_window().is_some()
     }
 
+    /// Leaves accesses to the software TLB from now to the next reset.
+    pub(crate) fn refuse_window(&mut self) {
+        self.vcpu.refuse_window();
+    }
+
     /// Puts code into a slot. Nothing of the slot may have been run since the last reset.
     pub(crate) fn load_code(&mut self, index: usize, code: &[u8]) {
         self.put(CODE_PHYS + (index * SLOT_BYTES) as u64, code);

@@ -205,8 +205,10 @@ impl Bench {
             let Sides {
                 watch, translated, ..
             } = &mut self.sides;
-            if way == Memory::Window && !translated.hold_window() {
-                continue;
+            match way {
+                Memory::Tlb => translated.refuse_window(),
+                Memory::Window if translated.hold_window() => {}
+                Memory::Window => continue,
             }
             for (index, program) in programs.iter().enumerate() {
                 translated.load_code(first + index, &program.placed.bytes);
