@@ -16,7 +16,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::{
     core::Core,
-    cpu::{Bits, CR0_TS, CR4_OSXSAVE, Seg, XCR0_AVX, XCR0_PKRU, XCR0_SSE, XCR0_X87},
+    cpu::{Bits, CR0_TS, CR4_OSXSAVE, Seg, XCR0_AVX, XCR0_PKRU, XCR0_SSE, XCR0_X87, canonical},
     fault::{self, Fault},
     x87::{self, FCW, FDP, FIP, FOP, FSW, FTW, MXCSR, ST},
 };
@@ -124,9 +124,7 @@ impl Core {
 
     pub(super) fn fxsave(&mut self, instr: &Instruction) -> Result<(), Fault> {
         let at = self.operand(instr, 512, true)?;
-        if at & 15 != 0 {
-            return Err(Fault::gp());
-        }
+        self.check_area(instr, at, 16)?;
         let area = self.legacy_area(instr.mnemonic() == Mnemonic::Fxsave64);
         let long = self.cpu.bits() == Bits::Bits64;
         let user = self.user();
@@ -144,10 +142,18 @@ impl Core {
             return Err(Fault::plain(fault::NM));
         }
         let at = self.operand(instr, 576, false)?;
-        if at & 63 != 0 {
-            return Err(Fault::gp());
-        }
+        self.check_area(instr, at, 64)?;
         Ok(at)
+    }
+
+    /// Refuses an area at `at` that isn't aligned; that there is no such address comes first.
+    fn check_area(&self, instr: &Instruction, at: u64, alignment: u64) -> Result<(), Fault> {
+        let fault = Fault::gp();
+        match at.is_multiple_of(alignment) {
+            true => Ok(()),
+            false if canonical(at) => Err(fault),
+            false => Err(self.on_operand(instr, fault)),
+        }
     }
 
     fn requested(&self) -> u64 {

@@ -59,7 +59,10 @@ impl BtVcpu {
                 .map_err(|fault| slow.of_stack(fault))
         };
         if ea & u64::from(slow.alignment - 1) != 0 {
-            return Err(Fault::gp());
+            // fxrstor looks at its address first.
+            let nowhere = slow.size == 512 && self.core.cpu.long() && !canonical(ea);
+            let fault = Fault::gp();
+            return Err(if nowhere { slow.of_stack(fault) } else { fault });
         }
         let crosses = (ea & 0xfff) + u64::from(slow.size) > 4096;
         let next = (ea & !0xfff).wrapping_add(4096);

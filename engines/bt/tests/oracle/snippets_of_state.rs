@@ -124,6 +124,32 @@ pub(crate) const STATE_SNIPPETS: &[(&str, Snippet)] = &[
         asm.fninit()?;
         asm.fxrstor64(ptr(PLACE))
     }),
+    ("fxrstor of no address of the stack", |asm| {
+        asm.mov(rbp, 0x8000_0000_0000_0001u64)?;
+        asm.fxrstor(ptr(rbp))
+    }),
+    ("fxsave to no address of the stack", |asm| {
+        asm.mov(rbp, 0x8000_0000_0000_0008u64)?;
+        asm.fxsave(ptr(rbp))
+    }),
+    ("xsave to no address of the stack", |asm| {
+        asm.mov(rbp, 0x8000_0000_0000_0008u64)?;
+        asm.mov(eax, 3)?;
+        asm.xsave(ptr(rbp))
+    }),
+    ("xrstor of no address of the stack", |asm| {
+        asm.mov(rbp, 0x8000_0000_0000_0008u64)?;
+        asm.mov(eax, 3)?;
+        asm.xrstor(ptr(rbp))
+    }),
+    ("fxrstor of an address that is not aligned", |asm| {
+        asm.mov(ebp, (PLACE + 8) as u32)?;
+        asm.fxrstor(ptr(rbp))
+    }),
+    ("an aligned load of no address of the stack", |asm| {
+        asm.mov(rbp, 0x8000_0000_0000_0001u64)?;
+        asm.movaps(xmm0, xmmword_ptr(rbp))
+    }),
     ("x87 pointers that were loaded", |asm| {
         // An environment: control, status, tags, instruction, opcode, data.
         let image = [

@@ -144,13 +144,13 @@ pub(super) fn operation(
         16..19 => vec![0x0f, random.pick(&[0xb6, 0xbe, 0xb7, 0xbf]), pair],
         19 => vec![0x50 | a, 0x58 | b],
         // To a vector register and back.
-        20 => vec![0x66, 0x0f, 0x6e, 0xc0 | random.below(4) as u8 * 8 | a],
+        20 => vec![0x66, 0x0f, 0x6e, 0xc0 | (random.below(4) as u8) << 3 | a],
         21 => {
             let (left, right) = (random.below(4) as u8, random.below(4) as u8);
             let opcode = random.pick(&[0xfe, 0xfa, 0xef]);
             vec![0x66, 0x0f, opcode, 0xc0 | left << 3 | right]
         }
-        22 => vec![0x66, 0x0f, 0x7e, 0xc0 | random.below(4) as u8 * 8 | a],
+        22 => vec![0x66, 0x0f, 0x7e, 0xc0 | (random.below(4) as u8) << 3 | a],
         23 => on_registers(random),
         24 => {
             // Over something, or not.
@@ -186,12 +186,12 @@ pub(super) fn operation(
         _ => match around.mode {
             Mode::Long => match random.below(3) {
                 // Between these and R8 to R11.
-                0 => vec![0x4c, 0x01, 0xc0 | random.below(4) as u8 * 8 | b],
-                1 => vec![0x4d, 0x31, 0xc0 | random.below(4) as u8 * 9],
+                0 => vec![0x4c, 0x01, 0xc0 | (random.below(4) as u8) << 3 | b],
+                1 => vec![0x4d, 0x31, 0xc0 | (random.below(4) as u8 * 9)],
                 _ => vec![0x49, 0x89, 0xc0 | a << 3 | random.below(4) as u8],
             },
             Mode::Compatible => match random.below(3) {
-                0 => vec![0x40 | random.below(2) as u8 * 8 | a],
+                0 => vec![0x40 | (random.below(2) as u8) << 3 | a],
                 1 => vec![0x60, 0x61],
                 // Through the stack segment.
                 _ => vec![0x36, 0x8b, at, offset],
