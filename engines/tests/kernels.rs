@@ -278,6 +278,55 @@ fn a_reset_is_never_taken_for_a_good_end() {
 }
 
 #[test]
+fn real_mode_code_finds_a_timer_that_ticks_and_handlers_for_it() {
+    // To real mode by a reset, after which the boot processor takes the 8259s' interrupts again.
+    const PAGE: u64 = 8;
+    const TICKS: u32 = 0x46c;
+    let mut guest = Guest::protected(|asm| {
+        for (port, value) in [(0x70, 0x0f), (0x71, 0x0a)] {
+            asm.mov(eax, value)?;
+            asm.out(port, al)?;
+        }
+        asm.mov(dword_ptr(0x467), (PAGE as u32) << 24)?;
+        // The last tick of a day is next.
+        asm.mov(dword_ptr(TICKS), 0x18_00af)?;
+        asm.mov(eax, 0xfe)?;
+        asm.out(0x64, al)?;
+        asm.hlt()
+    });
+    let page = assemble(16, 0, |asm| {
+        let mut again = asm.create_label();
+        let mut bad = asm.create_label();
+        // The timer's line and the cascade are open.
+        asm.in_(al, 0x21)?;
+        asm.cmp(al, 0xfa_u32 as i32)?;
+        asm.jne(bad)?;
+        asm.mov(cx, 3)?;
+        asm.set_label(&mut again)?;
+        asm.sti()?;
+        asm.hlt()?;
+        asm.cli()?;
+        asm.loop_(again)?;
+        asm.cmp(dword_ptr(TICKS), 2)?;
+        asm.jne(bad)?;
+        asm.cmp(byte_ptr(0x470), 1)?;
+        asm.jne(bad)?;
+        asm.xor(eax, eax)?;
+        asm.out(0xf4, eax)?;
+        asm.set_label(&mut bad)?;
+        asm.mov(eax, 1)?;
+        asm.out(0xf4, eax)
+    });
+    let size = page.len() as u64;
+    guest.segments.push((PAGE << 12, page, size));
+    let image = guest.elf();
+    on_every_mode(|mode| {
+        let ended = kernel(Call::new(mode.name), &image, &[]).run();
+        ended.check(0, "");
+    });
+}
+
+#[test]
 fn a_machine_that_is_suspended_goes_on_at_its_waking_vector() {
     const VECTOR: u64 = 0x8003;
     let guest = |alarm: bool| {

@@ -7,6 +7,7 @@
 //! Time. The machine has one clock and one host timer, which is set to the earliest deadline of all
 //! devices just before the guest is entered ([`Machine::arm`]), or slept until when it is halted.
 
+mod firmware;
 mod upkeep;
 
 use std::io::{self, Write};
@@ -60,8 +61,8 @@ pub struct MachineOptions {
     pub command_line: String,
     /// Where the debug console goes, if anywhere.
     pub debug: Option<Box<dyn Write + Send>>,
-    /// There is firmware at the reset vector ([`load_kernel`](crate::loader::load_kernel)); INIT of the
-    /// boot processor resets the machine otherwise.
+    /// There is firmware at the reset vector ([`load_kernel`](crate::loader::load_kernel)), which has set
+    /// up interrupt controllers and timer; INIT of the boot processor resets the machine otherwise.
     pub firmware: bool,
 }
 
@@ -216,6 +217,9 @@ impl Machine {
         if own_controllers {
             let pit = Pit::new(machine.clock.clone(), machine.line(pit::IRQ));
             machine.add_ports(board::PIT, Box::new(pit))?;
+        }
+        if own_controllers && options.firmware {
+            machine.set_up_board();
         }
         Ok(machine)
     }

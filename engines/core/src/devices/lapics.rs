@@ -239,9 +239,11 @@ impl Lapics {
         }
     }
 
-    /// Sends every processor an INIT, as a machine does that has been suspended.
+    /// Sends every processor an INIT, as a machine does that has been suspended or is reset, and leaves
+    /// the boot processor's as firmware does.
     pub fn init_all(&mut self) {
         (0..self.all.len()).for_each(|cpu| self.init(cpu));
+        self.all[0].wire();
     }
 
     /// All but the boot processor wait for a start-up IPI then (SDM 3A 9.4.3).

@@ -28,6 +28,16 @@ const SEGMENT: u16 = 0xf000;
 const DUMMY: u16 = 0xff53;
 const REFUSE: u16 = 0xff58;
 
+/// Vectors of the 8259s' lines: the timer's, the rest of the first one's, the second one's.
+const TICK_VECTOR: usize = 0x08;
+const MASTER_VECTORS: std::ops::RangeInclusive<usize> = 0x09..=0x0f;
+const SLAVE_VECTORS: std::ops::RangeInclusive<usize> = 0x70..=0x77;
+/// Where the PC/AT's BIOS handles the timer's ticks.
+const TICK: u16 = 0xfea5;
+/// Handlers that end service and do nothing else.
+const MASTER: u16 = 0xff60;
+const SLAVE: u16 = 0xff68;
+
 /// Where the PC/AT's BIOS begins its self test.
 const POST: u16 = 0xe05b;
 /// The reset vector, at which its last paragraph begins.
@@ -40,10 +50,12 @@ const EXTENDED: u64 = CONVENTIONAL_KIB as u64 * 1024;
 pub(super) fn write(ram: &GuestRam) -> Result<(), LoadError> {
     let vectors: Vec<u8> = (0..VECTORS)
         .flat_map(|vector| {
-            let offset = if SERVICES.contains(&vector) {
-                REFUSE
-            } else {
-                DUMMY
+            let offset = match vector {
+                TICK_VECTOR => TICK,
+                _ if SERVICES.contains(&vector) => REFUSE,
+                _ if MASTER_VECTORS.contains(&vector) => MASTER,
+                _ if SLAVE_VECTORS.contains(&vector) => SLAVE,
+                _ => DUMMY,
             };
             [offset.to_le_bytes(), SEGMENT.to_le_bytes()].concat()
         })
@@ -58,6 +70,16 @@ pub(super) fn write(ram: &GuestRam) -> Result<(), LoadError> {
         (handler(DUMMY), vec![0xcf]),
         // mov ah, 86h; stc; retf 2: carry goes back in the flags, not those that int has pushed.
         (handler(REFUSE), vec![0xb4, 0x86, 0xf9, 0xca, 2, 0]),
+        (handler(TICK), tick()),
+        // push ax; mov al, 20h; out 20h, al; pop ax; iret, and the second with out A0h, al.
+        (
+            handler(MASTER),
+            vec![0x50, 0xb0, 0x20, 0xe6, 0x20, 0x58, 0xcf],
+        ),
+        (
+            handler(SLAVE),
+            vec![0x50, 0xb0, 0x20, 0xe6, 0xa0, 0xe6, 0x20, 0x58, 0xcf],
+        ),
         (handler(POST), after_reset()),
         (handler(RESET), last_paragraph()),
     ] {
@@ -102,6 +124,23 @@ fn after_reset() -> Vec<u8> {
     code.concat()
 }
 
+/// Counts the timer's ticks of a day in 40:6C and days in 40:70, and tells int 1Ch.
+fn tick() -> Vec<u8> {
+    let code: &[&[u8]] = &[
+        &[0x1e, 0x50],                                     //      push ds; push ax
+        &[0x31, 0xc0, 0x8e, 0xd8],                         //      xor ax, ax; mov ds, ax
+        &[0x66, 0xff, 0x06, 0x6c, 0x04],                   //      inc dword [46Ch]
+        &[0x66, 0x81, 0x3e, 0x6c, 0x04, 0xb0, 0, 0x18, 0], //      cmp dword [46Ch], 1800B0h
+        &[0x72, 0x0d],                                     //      jb told
+        &[0x66, 0xc7, 0x06, 0x6c, 0x04, 0, 0, 0, 0],       //      mov dword [46Ch], 0
+        &[0xfe, 0x06, 0x70, 0x04],                         //      inc byte [470h]
+        &[0xcd, 0x1c],                                     // told: int 1Ch
+        &[0xb0, 0x20, 0xe6, 0x20],                         //      mov al, 20h; out 20h, al
+        &[0x58, 0x1f, 0xcf],                               //      pop ax; pop ds; iret
+    ];
+    code.concat()
+}
+
 /// A jump to the self test, the BIOS's date, and the model byte of a PC/AT.
 fn last_paragraph() -> Vec<u8> {
     let mut bytes = vec![0xea];
@@ -142,10 +181,12 @@ mod tests {
         let word = |at: u64| ram.read_obj::<u16>(GuestAddress(at)).expect("RAM");
         assert_eq!((word(0x413), word(0x40e)), (639, 0x9fc0));
         assert_eq!(word(0x9fc00) & 0xff, 1);
-        // int 15h leads to the refusal, int 8 to an iret.
+        // int 15h leads to the refusal, others to what ends with an iret.
         assert_eq!((word(0x15 * 4), word(0x15 * 4 + 2)), (REFUSE, SEGMENT));
-        let dummy = u64::from(word(8 * 4 + 2)) * 16 + u64::from(word(8 * 4));
-        assert_eq!(word(dummy) & 0xff, 0xcf);
+        for (vector, bytes) in [(3, 1), (8, 44), (9, 7), (0xf, 7), (0x70, 9), (0x77, 9)] {
+            let first = u64::from(word(vector * 4 + 2)) * 16 + u64::from(word(vector * 4));
+            assert_eq!(word(first + bytes - 1) & 0xff, 0xcf, "{vector:x}");
+        }
         // The last paragraph ends with the model byte.
         assert_eq!(last_paragraph().len(), 16);
         assert_eq!(word(0xf_fffe) & 0xff, 0xfc);

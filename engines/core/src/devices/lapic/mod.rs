@@ -165,6 +165,11 @@ impl Lapic {
         self.priority_written = false;
     }
 
+    /// What firmware does: the boot processor takes the 8259s' interrupts.
+    pub fn wire(&mut self) {
+        self.lvt[LINT0] = DELIVERY_EXTINT;
+    }
+
     /// True when some vector waits, deliverable or not.
     #[inline]
     pub fn has_request(&self) -> bool {
