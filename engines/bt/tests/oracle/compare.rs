@@ -6,7 +6,8 @@ use iced_x86::{Code, CpuidFeature, Instruction, OpKind};
 
 use crate::flags::Flags;
 use crate::layout::{
-    COMPARED_FLAGS, DATA_BYTES, DATA_PAGES, End, FX_AVX, GPR, OUTCOME_ENDED, PAGE, avx, data_page,
+    COMPARED_FLAGS, DATA_BYTES, DATA_PAGES, End, FX_AVX, GPR, NOTE_RIP, NOTE_VECTOR, Note,
+    OUTCOME_ENDED, PAGE, avx, data_page,
 };
 use crate::sequence::Placed;
 
@@ -52,6 +53,18 @@ fn mmx(instr: &Instruction) -> bool {
     })
 }
 
+/// True for x87 and MMX instructions with a memory operand.
+fn may_raise_x87(instr: &Instruction) -> bool {
+    let features = instr.cpuid_features();
+    let x87 = [
+        CpuidFeature::FPU,
+        CpuidFeature::FPU287,
+        CpuidFeature::FPU387,
+    ];
+    (features.iter().any(|feature| x87.contains(feature)) || mmx(instr))
+        && instr.memory_size().size() != 0
+}
+
 /// What differs, one line each; empty if nothing that matters does.
 pub(crate) fn differences(
     placed: &Placed,
@@ -74,17 +87,7 @@ pub(crate) fn differences(
     // raises one stores nothing; here the operand comes first.
     if (native.vector, native.rip) != (translated.vector, translated.rip)
         && matches!(translated.vector, 12..=14)
-        && find(translated).is_some_and(|at| {
-            let instr = &placed.code[at];
-            let features = instr.cpuid_features();
-            let x87 = [
-                CpuidFeature::FPU,
-                CpuidFeature::FPU287,
-                CpuidFeature::FPU387,
-            ];
-            (features.iter().any(|feature| x87.contains(feature)) || mmx(instr))
-                && instr.memory_size().size() != 0
-        })
+        && find(translated).is_some_and(|at| may_raise_x87(&placed.code[at]))
     {
         return text;
     }
@@ -96,7 +99,24 @@ pub(crate) fn differences(
         return text;
     }
     let at = find(native);
-    let free = at.map_or(Latitude::default(), |at| latitude(&placed.code[at]));
+    let mut free = at.map_or(Latitude::default(), |at| latitude(&placed.code[at]));
+    for (number, (left, right)) in native.notes.iter().zip(&translated.notes).enumerate() {
+        let instr = |note: &Note| {
+            let mut code = placed.code.iter();
+            code.find(|instr| note[NOTE_VECTOR] != 0 && instr.ip() == note[NOTE_RIP])
+        };
+        // Which exception an instruction raises first, and what it did before, lives on.
+        let other = instr(left).map_or(Latitude::default(), latitude);
+        if left != right && instr(right).is_some_and(may_raise_x87) {
+            return text;
+        }
+        free.operand |= other.operand;
+        free.x87 |= other.x87;
+        free.raised |= other.raised;
+        for (word, (left, right)) in left.iter().zip(right).enumerate() {
+            line(&format!("fault {number}.{word}"), *left, *right);
+        }
+    }
     line("vector", native.vector, translated.vector);
     if native.vector == translated.vector {
         match native.vector {

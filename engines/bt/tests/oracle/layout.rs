@@ -94,6 +94,21 @@ pub(crate) const PROLOGUE: u64 = 0x3000_0000;
 /// What it loads from, writable.
 pub(crate) const CONTROL: u64 = 0x3001_0000;
 
+/// Behind the [`Start`]: where a program goes on after its next fault, or 0; where that fault is noted; and the
+/// notes: general registers in encoding order, RIP, vector, DF.
+pub(crate) const LANDING: u64 = CONTROL + 0x500;
+pub(crate) const NOTED: u64 = CONTROL + 0x508;
+pub(crate) const NOTES: u64 = CONTROL + 0x510;
+pub(crate) type Note = [u64; 19];
+pub(crate) const NOTE_RIP: usize = 16;
+pub(crate) const NOTE_VECTOR: usize = 17;
+pub(crate) const NOTE_DIRECTION: usize = 18;
+/// Faults that a program goes on after.
+pub(crate) const MOST_NOTES: usize = 6;
+pub(crate) const DIRECTION: u64 = 1 << 10;
+/// RFLAGS where it goes on.
+pub(crate) const LANDING_FLAGS: u64 = 0x202;
+
 /// Selectors, as Linux gives them to a 64-bit process (arch/x86/include/asm/segment.h).
 pub(crate) const USER_CS: u16 = 0x33;
 pub(crate) const USER_SS: u16 = 0x2b;
@@ -138,6 +153,8 @@ pub(crate) struct End {
     /// One of the `OUTCOME_` constants.
     pub(crate) outcome: u64,
     pub(crate) memory: [u8; DATA_BYTES],
+    /// Of the faults that it went on after.
+    pub(crate) notes: [Note; MOST_NOTES],
 }
 
 pub(crate) const OUTCOME_NONE: u64 = 0;
@@ -157,6 +174,7 @@ impl End {
             cr2: 0,
             outcome: OUTCOME_NONE,
             memory: [0; DATA_BYTES],
+            notes: [[0; _]; MOST_NOTES],
         }
     }
 }

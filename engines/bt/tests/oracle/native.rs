@@ -16,8 +16,10 @@ use std::ptr;
 use std::time::Duration;
 
 use crate::layout::{
-    CODE, CONTROL, DATA_BYTES, DATA_PAGES, End, FX_BYTES, GS_BASE, OUTCOME_ENDED, OUTCOME_NONE,
-    OUTCOME_SYSTEM_CALL, PAGE, PROLOGUE, SLOT_BYTES, SLOTS, Start, avx, data_page, slot,
+    CODE, CONTROL, DATA_BYTES, DATA_PAGES, DIRECTION, End, FX_BYTES, GS_BASE, LANDING,
+    LANDING_FLAGS, MOST_NOTES, NOTE_DIRECTION, NOTE_RIP, NOTE_VECTOR, NOTED, NOTES, Note,
+    OUTCOME_ENDED, OUTCOME_NONE, OUTCOME_SYSTEM_CALL, PAGE, PROLOGUE, SLOT_BYTES, SLOTS, Start,
+    avx, data_page, slot,
 };
 use crate::prologue::{HOST_RSP, Prologue, prologue};
 
@@ -290,8 +292,13 @@ unsafe fn child(
                 let data = (&raw mut (*shared).data).cast::<u8>();
                 let template = (&raw const (*shared).template).cast::<u8>();
                 ptr::copy_nonoverlapping(template, data, DATA_BYTES);
+                *(LANDING as *mut u64) = 0;
+                *(NOTED as *mut u64) = NOTES;
+                ptr::write_bytes(NOTES as *mut Note, 0, MOST_NOTES);
                 RESULT = &raw mut (*shared).ends[index];
                 enter();
+                let notes = (&raw mut (*shared).ends[index].notes).cast::<Note>();
+                ptr::copy_nonoverlapping(NOTES as *const Note, notes, MOST_NOTES);
                 let memory = (&raw mut (*shared).ends[index].memory).cast::<u8>();
                 ptr::copy_nonoverlapping(data, memory, DATA_BYTES);
             }
@@ -401,6 +408,29 @@ pub(crate) const ORDER: [i32; 16] = [
     libc::REG_R15,
 ];
 
+/// Notes a fault, and goes on where the program says.
+///
+/// # Safety
+/// Called in the child, which has the page of notes mapped.
+unsafe fn land(gregs: &mut [i64; 23]) {
+    // SAFETY: as the caller says; a program goes on after as many faults as there are notes for.
+    unsafe {
+        let noted = NOTED as *mut u64;
+        let note = &mut *(*noted as *mut Note);
+        for (slot, register) in note.iter_mut().zip(ORDER) {
+            *slot = gregs[register as usize] as u64;
+        }
+        note[NOTE_RIP] = gregs[libc::REG_RIP as usize] as u64;
+        note[NOTE_VECTOR] = gregs[libc::REG_TRAPNO as usize] as u64;
+        note[NOTE_DIRECTION] = gregs[libc::REG_EFL as usize] as u64 & DIRECTION;
+        *noted += size_of::<Note>() as u64;
+        let landing = LANDING as *mut i64;
+        gregs[libc::REG_RIP as usize] = *landing;
+        gregs[libc::REG_EFL as usize] = LANDING_FLAGS as i64;
+        *landing = 0;
+    }
+}
+
 extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes valid pointers, RESULT points to the sequence that runs, and
     // without one the child ends.
@@ -408,10 +438,13 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut c_
         if RESULT.is_null() {
             libc::_exit(92);
         }
-        let end = &mut *RESULT;
-        RESULT = ptr::null_mut();
         let machine = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext;
         let gregs = &mut machine.gregs;
+        if signal != libc::SIGSYS && *(LANDING as *const u64) != 0 {
+            return land(gregs);
+        }
+        let end = &mut *RESULT;
+        RESULT = ptr::null_mut();
         for (slot, register) in end.gpr.iter_mut().zip(ORDER) {
             *slot = gregs[register as usize] as u64;
         }

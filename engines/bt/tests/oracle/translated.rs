@@ -9,12 +9,16 @@ use std::sync::Arc;
 use bt::insn::enter;
 use bt::{BtVcpu, Options};
 use engine_core::{CpuState, DescriptorTable, Exit, GuestRam, Segment, Vcpu};
-use iced_x86::code_asm::{CodeAssembler, eax, edx, ptr, qword_ptr, rax, rdx};
+use iced_x86::code_asm::{
+    CodeAssembler, eax, edx, ptr, qword_ptr, r8, r9, r10, r11, r12, r13, r14, r15, rax, rbp, rbx,
+    rcx, rdi, rdx, rsi, rsp,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout::{
-    CONTROL, DATA_BYTES, DATA_PAGES, End, GS_BASE, OUTCOME_ENDED, PAGE, PROLOGUE, SLOT_BYTES,
-    SLOTS, Start, USER_CS, USER_SS, avx, data_page, slot,
+    CONTROL, DATA_BYTES, DATA_PAGES, DIRECTION, End, GS_BASE, LANDING, LANDING_FLAGS, MOST_NOTES,
+    NOTE_DIRECTION, NOTE_RIP, NOTE_VECTOR, NOTED, NOTES, Note, OUTCOME_ENDED, PAGE, PROLOGUE,
+    SLOT_BYTES, SLOTS, Start, USER_CS, USER_SS, avx, data_page, slot,
 };
 use crate::prologue::prologue;
 
@@ -30,16 +34,20 @@ const RAM_MIB: u64 = 12;
 /// Supervisor pages: IDT, GDT, TSS, handlers, stack, FPU image. In the upper half, as the host's: an
 /// access of ring 3 finds a page there on both sides, and below nothing that the host hasn't.
 const KERNEL: u64 = 0xffff_ffff_ad5a_3000;
-const KERNEL_PAGES: u64 = 10;
+const KERNEL_PAGES: u64 = 14;
 const IDT: u64 = KERNEL;
 const GDT: u64 = KERNEL + PAGE;
 const TSS: u64 = KERNEL + PAGE + 0x800;
 const HANDLERS: u64 = KERNEL + 2 * PAGE;
-const HANDLER_STRIDE: u64 = 64;
-const FX: u64 = KERNEL + 6 * PAGE;
+const HANDLER_STRIDE: u64 = 128;
+/// What notes a fault after which the program goes on.
+const LAND: u64 = KERNEL + 10 * PAGE;
+const FX: u64 = KERNEL + 11 * PAGE;
+/// Bytes from [`LANDING`] to the end of the notes.
+const NOTES_BYTES: usize = (NOTES - LANDING) as usize + MOST_NOTES * size_of::<Note>();
 /// RAX and RDX while a handler uses them.
 const KEPT: u64 = FX + 0xc00;
-const STACK: u64 = KERNEL + 10 * PAGE;
+const STACK: u64 = KERNEL + 14 * PAGE;
 
 const KERNEL_CS: u16 = 0x10;
 const TSS_SELECTOR: u16 = 0x40;
@@ -134,6 +142,9 @@ impl Translated {
             )
         };
         self.put(CONTROL_PHYS, bytes);
+        let mut notes = [0; NOTES_BYTES];
+        notes[8..16].copy_from_slice(&NOTES.to_le_bytes());
+        self.put(CONTROL_PHYS + LANDING - CONTROL, &notes);
         let mut state = self.initial();
         state.rip = self.load;
         let vcpu = &mut self.vcpu;
@@ -167,7 +178,7 @@ impl Translated {
         if frame >> 12 != (STACK - 1) >> 12 {
             return Err(format!("handler's stack pointer is {frame:#x}"));
         }
-        if matches!(end.vector, 8 | 10..=14 | 17 | 21) {
+        if has_error_code(end.vector) {
             end.error = self.word(frame);
             frame += 8;
         }
@@ -182,6 +193,10 @@ impl Translated {
         end.cr2 = state.cr2;
         self.get(FX - KERNEL + KERNEL_PHYS, &mut end.fx);
         self.get(DATA_PHYS, &mut end.memory);
+        let words = end.notes.as_flattened_mut().iter_mut();
+        for (word, at) in words.zip((CONTROL_PHYS + NOTES - CONTROL..).step_by(8)) {
+            *word = self.phys_word(at);
+        }
         end.outcome = OUTCOME_ENDED;
         Ok(end)
     }
@@ -238,6 +253,16 @@ impl Translated {
             self.put_word(phys(IDT) + 16 * vector + 8, handler >> 32);
             let mut asm = CodeAssembler::new(64).expect("64-bit code");
             let mut build = || {
+                let mut ends = asm.create_label();
+                asm.cmp(qword_ptr(LANDING), 0)?;
+                asm.je(ends)?;
+                asm.mov(qword_ptr(KEPT), rax)?;
+                if has_error_code(vector) {
+                    asm.pop(rax)?;
+                }
+                asm.mov(eax, vector as u32)?;
+                asm.jmp(LAND)?;
+                asm.set_label(&mut ends)?;
                 if !avx() {
                     asm.fxsave64(ptr(FX))?;
                     return asm.hlt();
@@ -256,6 +281,8 @@ impl Translated {
             assert!(code.len() as u64 <= HANDLER_STRIDE);
             self.put(phys(handler), &code);
         }
+        let code = land().assemble(LAND).expect("encodable");
+        self.put(phys(LAND), &code);
         let gdt = [
             (KERNEL_CS, 0x00af_9b00_0000_ffffu64),
             (USER_SS, 0x00cf_f300_0000_ffff),
@@ -309,6 +336,51 @@ impl Translated {
     fn word(&self, virt: u64) -> u64 {
         self.phys_word(virt - KERNEL + KERNEL_PHYS)
     }
+}
+
+fn has_error_code(vector: u64) -> bool {
+    matches!(vector, 8 | 10..=14 | 17 | 21)
+}
+
+/// Notes the fault whose vector is in RAX, with RAX itself at [`KEPT`], and returns to where the program goes on.
+fn land() -> CodeAssembler {
+    let mut asm = CodeAssembler::new(64).expect("64-bit code");
+    let mut build = || {
+        let at = |word: usize| qword_ptr(rdx + 8 * word);
+        asm.mov(qword_ptr(KEPT + 8), rdx)?;
+        asm.mov(rdx, qword_ptr(NOTED))?;
+        asm.mov(at(NOTE_VECTOR), rax)?;
+        let others = [rbx, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
+        let numbers = [3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+        for (number, register) in numbers.into_iter().zip(others) {
+            asm.mov(at(number), register)?;
+        }
+        asm.mov(at(1), rcx)?;
+        // What is elsewhere: RAX, RDX, and the frame's.
+        let kept = [
+            (0, qword_ptr(KEPT)),
+            (2, qword_ptr(KEPT + 8)),
+            (4, qword_ptr(rsp + 24)),
+            (NOTE_RIP, qword_ptr(rsp)),
+        ];
+        for (number, from) in kept {
+            asm.mov(rax, from)?;
+            asm.mov(at(number), rax)?;
+        }
+        asm.mov(rax, qword_ptr(rsp + 16))?;
+        asm.and(eax, DIRECTION as i32)?;
+        asm.mov(at(NOTE_DIRECTION), rax)?;
+        asm.add(qword_ptr(NOTED), size_of::<Note>() as i32)?;
+        asm.mov(rax, qword_ptr(LANDING))?;
+        asm.mov(qword_ptr(rsp), rax)?;
+        asm.mov(qword_ptr(LANDING), 0)?;
+        asm.mov(qword_ptr(rsp + 16), LANDING_FLAGS as i32)?;
+        asm.mov(rdx, qword_ptr(KEPT + 8))?;
+        asm.mov(rax, qword_ptr(KEPT))?;
+        asm.iretq()
+    };
+    build().expect("encodable");
+    asm
 }
 
 const LARGE_CACHE: usize = 4 << 20;

@@ -48,6 +48,7 @@ impl Writer<'_> {
             leave: None,
             callable: number,
             returns: Some(number),
+            faults: false,
         };
         match self.below(100) {
             0..40 => {

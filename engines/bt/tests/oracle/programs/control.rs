@@ -4,6 +4,7 @@ use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
 use super::plan::{Op, Targets};
 use super::writer::{POINTERS_END, Scope, Writer};
+use crate::layout::{DATA, PAGE, operand};
 use crate::operands::{gpr32, gpr64};
 
 pub(super) const CONDITIONS: &[Code] = &[
@@ -45,6 +46,9 @@ impl Writer<'_> {
 
     fn statement(&mut self, scope: &Scope) {
         let nest = scope.depth > 0 && scope.budget > 12;
+        if scope.faults && self.chance(4) {
+            return self.fault();
+        }
         match self.below(100) {
             0..16 => self.straight(scope),
             16..22 => self.flags(scope),
@@ -61,6 +65,33 @@ impl Writer<'_> {
             98..99 => self.block_ends(),
             _ => self.straight(scope),
         }
+    }
+
+    /// A fault, or not: no memory, no right to it, no instruction.
+    fn fault(&mut self) {
+        self.unit(|writer| {
+            let over = writer.label();
+            if writer.chance(70) {
+                let code = writer.pick(CONDITIONS);
+                writer.branch(code, over);
+            }
+            let page = writer.pick(&[4, 5]);
+            let nowhere = operand(DATA + page * PAGE + writer.below(PAGE - 64));
+            let number = writer.below(16) as usize;
+            let (register, vector) = (gpr64(number), Register::XMM0 + number as u32);
+            let instr = match writer.below(8) {
+                0 => Instruction::with2(Code::Mov_rm64_r64, nowhere, register),
+                1 => Instruction::with2(Code::Adc_rm64_r64, nowhere, register),
+                2 => Instruction::with2(Code::Movups_xmmm128_xmm, nowhere, vector),
+                3 => Instruction::with1(Code::Pop_rm64, nowhere),
+                4 => Instruction::with2(Code::Xadd_rm64_r64, nowhere, register),
+                5 => Instruction::with1(Code::Inc_rm32, nowhere),
+                6 => Instruction::with2(Code::Shl_rm64_CL, nowhere, Register::CL),
+                _ => Ok(Instruction::with(Code::Ud2)),
+            };
+            writer.put(instr);
+            writer.bind(over);
+        });
     }
 
     /// A block ends, and nothing else happens.

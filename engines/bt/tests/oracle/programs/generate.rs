@@ -38,17 +38,31 @@ pub(super) fn plan(table: &Table, seed: u64) -> Plan {
     }
     let (setup, main, end) = (writer.label(), writer.label(), writer.label());
     writer.bind(main);
+    let parts = writer.pick(&[1, 1, 2, 3, 5]);
     let scope = Scope {
         pinned: 1 << RSP,
         known: Vec::new(),
-        budget,
+        budget: budget / parts,
         depth: 4,
         leave: None,
         callable: writer.functions.len(),
         returns: None,
+        faults: false,
     };
     let count = 6 + writer.below(20);
-    writer.statements(&scope, count);
+    let begins: Vec<Label> = (0..parts).map(|_| writer.label()).collect();
+    for (part, &begin) in begins.iter().enumerate() {
+        writer.bind(begin);
+        let next = begins.get(part + 1).copied();
+        if parts > 1 {
+            writer.land(next, gpr[usize::from(RSP)]);
+        }
+        let scope = Scope {
+            faults: next.is_some(),
+            ..scope.clone()
+        };
+        writer.statements(&scope, count / parts + 1);
+    }
     writer.jump(end);
     segments.push(writer.ops.len());
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use iced_x86::{Code, Encoder, IcedError, Instruction, InstructionInfoFactory, OpAccess, Register};
 
 use super::plan::{Function, Label, Op, Targets};
-use crate::layout::{CODE, DATA, PAGE};
+use crate::layout::{CODE, DATA, LANDING, PAGE, operand};
 use crate::operands::{Builder, gpr32, gpr64};
 use crate::random::Random;
 use crate::table::Table;
@@ -47,6 +47,8 @@ pub(super) struct Scope {
     pub(super) callable: usize,
     /// The function that it is part of, if that may be left where the stack is as it is.
     pub(super) returns: Option<usize>,
+    /// It may fault: the program goes on.
+    pub(super) faults: bool,
 }
 
 impl Scope {
@@ -248,6 +250,26 @@ impl<'a> Writer<'a> {
         if self.ops.len() > begin {
             self.units.push(begin..self.ops.len());
         }
+    }
+
+    /// A part of the program begins, which goes on at `next` after a fault, with this stack.
+    pub(super) fn land(&mut self, next: Option<Label>, stack: u64) {
+        let landing = operand(LANDING);
+        if let Some(next) = next {
+            self.address(0, next);
+            self.put(Instruction::with2(
+                Code::Mov_rm64_r64,
+                landing,
+                Register::RAX,
+            ));
+        } else {
+            self.put(Instruction::with2(Code::Mov_rm64_imm32, landing, 0));
+        }
+        self.put(Instruction::with2(
+            Code::Mov_r64_imm64,
+            Register::RSP,
+            stack,
+        ));
     }
 
     pub(super) fn push(&mut self, register: u8) {
