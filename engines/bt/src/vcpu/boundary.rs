@@ -7,23 +7,13 @@
 
 use engine_core::{ExitReason, Stepping, Vcpu};
 
-use super::{BtVcpu, Missing, Stop};
-use crate::{cache::Dropped, core::Flushed, system::Trap};
+use super::{BtVcpu, Missing, Resume, Stop};
+use crate::{cache::Dropped, core::Flushed, decode::Mode, lower, system::Trap};
 
 impl BtVcpu {
     /// As [`BtVcpu::boundary`], where nothing has to be looked at and the code is known.
     pub(super) fn quick(&mut self) -> Option<u64> {
-        let quiet = self.alone
-            && matches!(self.core.flushed, Flushed::Nothing)
-            && self.core.code_writes.is_empty()
-            && !self.core.mmu.has_marked()
-            && self.steps == 0
-            && !self.window
-            && !self.core.cpu.shadow
-            && !self.doorbell.rang()
-            && !self.core.debugging()
-            && !self.core.nmi_due();
-        if !quiet {
+        if !self.quiet() {
             return None;
         }
         let (index, serial) = self.core.known_mode()?;
@@ -35,6 +25,30 @@ impl BtVcpu {
         let entry = self.core.mmu.jumps[index].get(self.core.linear_ip(), false)?;
         self.stale = false;
         Some(entry)
+    }
+
+    /// Goes on in block `number`, which was found for `mode` and RIP just now, if nothing has to be looked at.
+    pub(super) fn go_straight(&mut self, number: u32, mode: Mode) {
+        if self.quiet() && self.jump_modes[mode.jumps()] == Some(mode) {
+            self.stale = false;
+            lower::lend(self.core.context());
+            self.resume = Resume::Host(self.cache.block(number).entry());
+        }
+    }
+
+    /// Nothing is due at this boundary.
+    fn quiet(&self) -> bool {
+        self.alone
+            && matches!(self.core.flushed, Flushed::Nothing)
+            && self.core.code_writes.is_empty()
+            && !self.core.mmu.has_marked()
+            && self.steps == 0
+            && !self.window
+            && !self.core.cpu.shadow
+            && !self.doorbell.rang()
+            && !self.core.debugging()
+            && !self.core.nmi_due()
+            && self.stepping.is_none()
     }
 
     /// Between two instructions: finds the code to go on with. None to look again.

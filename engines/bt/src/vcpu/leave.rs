@@ -156,7 +156,7 @@ impl BtVcpu {
         Ok(())
     }
 
-    /// The block at RIP, if the site that was left may remember it: not while stepping, and not if the
+    /// The block at RIP, where it goes on if it can, and only if the site that was left may remember it: not while stepping, and not if the
     /// site is gone since the cache was emptied to make room for the block.
     fn found_here(&mut self) -> Result<Option<u32>, Stop> {
         if self.doorbell.answer() {
@@ -167,6 +167,7 @@ impl BtVcpu {
         let emptied = self.cache.emptied;
         match self.block(mode, virt) {
             Ok(number) => {
+                self.go_straight(number, mode);
                 let kept = self.stepping.is_none() && emptied == self.cache.emptied;
                 Ok(kept.then_some(number))
             }
