@@ -120,6 +120,8 @@ pub(crate) struct Cache {
     marks: List<Mark>,
     index: Index,
     by_page: Map<u64, Vec<u32>>,
+    /// The page entered last, by its number, if it hasn't been left.
+    recent: Option<u64>,
     /// Blocks whose accesses look up for themselves, because sharing didn't pay.
     apart: HashSet<Key, BuildHasherDefault<Mix>>,
     /// Accesses of blocks that go around the window, because it wasn't for them.
@@ -159,6 +161,7 @@ impl Cache {
             marks: List::new(bytes / 80),
             index: Index::new(bytes / 2048),
             by_page: Map::default(),
+            recent: None,
             apart: HashSet::default(),
             outside: Map::default(),
             missed: Map::default(),
@@ -250,6 +253,7 @@ impl Cache {
         self.marks.clear();
         self.index.clear();
         self.by_page.clear();
+        self.recent = None;
         self.across.clear();
         self.apart.clear();
         self.outside.clear();
@@ -262,7 +266,15 @@ impl Cache {
     /// it unseen: they have to be waited for.
     pub(crate) fn enter(&mut self, phys: u64, mmu: &mut Mmu) -> Set {
         self.by_page.entry(phys >> 12).or_default();
+        self.recent = Some(phys >> 12);
         mmu.enter(phys)
+    }
+
+    /// True if the page around `phys` is the one [entered](Cache::enter) last: most code is translated from where
+    /// the code before it was. Where there is one vCPU, entering it once more changes nothing.
+    #[inline]
+    pub(crate) fn just_entered(&self, phys: u64) -> bool {
+        self.recent == Some(phys >> 12)
     }
 
     /// Translates and enters one block. The cache must not be [`full`](Cache::full), and its pages
@@ -323,10 +335,16 @@ impl Cache {
         }
         arena.populate(self.next + length);
         arena.write_code(self.next, lowered.code.code());
-        let mut block = Block::new(key, second, self.next, lowered, &self.decoded);
-        block.place_marks(self.marks.len());
-        let replaced = self.index.enter(&mut block, number, &mut self.blocks);
-        self.blocks.push(block);
+        // Straight to its place: a copy would wait for all that was written before it.
+        self.blocks.push(Block::new(
+            key,
+            second,
+            self.next,
+            self.marks.len(),
+            lowered,
+            &self.decoded,
+        ));
+        let replaced = self.index.enter(number, &mut self.blocks);
         self.next = (self.next + length).next_multiple_of(16);
         self.sites.append(&mut lowered.sites);
         self.system.append(&mut lowered.system);
@@ -385,6 +403,7 @@ impl Cache {
     /// Kills the blocks made from any of `len` bytes at `phys`. Returns how many there were.
     pub(crate) fn kill(&mut self, phys: u64, len: u64, arena: &Arena, mmu: &mut Mmu) -> usize {
         let mut killed = 0;
+        self.recent = None;
         for page in phys >> 12..=(phys + len - 1) >> 12 {
             let Some(mut numbers) = self.by_page.remove(&page) else {
                 continue;

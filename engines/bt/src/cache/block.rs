@@ -66,11 +66,14 @@ pub(crate) struct Block {
 const NOWHERE: u64 = u64::MAX;
 
 impl Block {
-    /// What `lowered` has made of `decoded`, placed at `code`.
+    /// What `lowered` has made of `decoded`, placed at `code`; its marks are in the cache's list from `first_mark`
+    /// on.
+    #[inline(always)]
     pub(super) fn new(
         key: Key,
         second: Option<u64>,
         code: u64,
+        first_mark: usize,
         lowered: &Lowered,
         decoded: &Decoded,
     ) -> Block {
@@ -78,7 +81,7 @@ impl Block {
             key,
             second: second.unwrap_or(NOWHERE),
             code: code as u32,
-            first_mark: 0,
+            first_mark: first_mark as u32,
             marks: lowered.marks.len() as u16,
             code_len: lowered.code.code().len() as u16,
             entry: lowered.entry as u16,
@@ -93,11 +96,6 @@ impl Block {
             incoming: Vec::new(),
             next: None,
         }
-    }
-
-    /// Its marks are in the cache's list from `first` on.
-    pub(super) fn place_marks(&mut self, first: usize) {
-        self.first_mark = first as u32;
     }
 
     pub(super) fn marks(&self) -> Range<usize> {

@@ -29,6 +29,7 @@ impl<T> List<T> {
         }
     }
 
+    #[inline(always)]
     pub(super) fn push(&mut self, item: T) {
         self.prepare(1);
         self.items.push(item);

@@ -102,6 +102,9 @@ impl Lower<'_> {
             let value = instr.ip_rel_memory_address() as u16;
             let number = instr.op0_register().full_register().number() as u8;
             dynasm!(self.asm ; .arch x64 ; mov Rw(number), value as i16);
+        } else if self.mode.bits == Bits::Bits64 {
+            // It has no segment, and the host's processor computes as the guest's does.
+            self.asm.slice(self.raw);
         } else {
             let target = instr.op0_register();
             let lea = memory::plain_address(instr, instr.code(), target);

@@ -127,9 +127,17 @@ impl BtVcpu {
         /// Most blocks, and where they lead, are seen with the first of these; no block, with its
         /// surroundings, needs more than the second.
         const READ: [usize; 2] = [256, 1024];
-        let mut buffer = [0; READ[1]];
+        let (mut first, mut second);
         for read in READ {
-            let bytes = &mut buffer[..read.min(left)];
+            // Room that isn't needed costs its zeroing.
+            let bytes: &mut [u8] = if read == READ[0] {
+                first = [0; READ[0]];
+                &mut first
+            } else {
+                second = [0; READ[1]];
+                &mut second
+            };
+            let bytes = &mut bytes[..read.min(left)];
             let more = if read == READ[1] {
                 0
             } else {

@@ -59,13 +59,8 @@ pub(crate) struct Comparison {
 
 impl Comparison {
     pub(crate) fn new() -> Comparison {
-        Comparison::within(Duration::from_secs(2))
-    }
-
-    /// What runs for longer when translated has no end.
-    pub(crate) fn within(limit: Duration) -> Comparison {
         Comparison {
-            bench: Bench::new(limit).expect("a bench"),
+            bench: Bench::new(Duration::from_secs(2)).expect("a bench"),
             process: Process::new(),
             cases: 0,
             failures: Vec::new(),

@@ -92,7 +92,7 @@ pub(super) fn program(mode: Mode, seed: u64) -> Program {
         } else {
             Counter::Memory
         },
-        turns: random.pick(&[2, 3, 5, 9, 30, 60]),
+        turns: random.pick(&[2, 3, 5, 9, 30, 120]),
         around: Surroundings {
             mode,
             functions,
@@ -236,7 +236,7 @@ impl Program {
                 emitter.bytes(&parts.sites[site].alternatives[0]);
             }
             Kind::Loop(_) | Kind::LoopOfCalls(_) => {
-                emitter.number(&[0xb9], random.pick(&[1, 2, 3, 6, 20]));
+                emitter.number(&[0xb9], random.pick(&[1, 2, 3, 6, 40]));
                 let top = emitter.here();
                 let other = random.below(parts.sites.len() as u64) as usize;
                 let early = random.chance(30);

@@ -24,7 +24,6 @@ mod patch;
 mod sites;
 
 use std::fmt::Write;
-use std::time::Duration;
 
 use bt::insn::Case;
 use emit::{EBP, Emitter};
@@ -78,11 +77,9 @@ impl Counter {
 type Ways = Vec<(&'static str, Comparison)>;
 
 fn ways() -> Ways {
-    // All of them end, but a busy machine may take its time.
-    let new = || Comparison::within(Duration::from_secs(60));
-    let mut table = new();
+    let mut table = Comparison::new();
     table.bench.vcpu_for_tests().refuse_window();
-    let mut window = new();
+    let mut window = Comparison::new();
     let held = window.bench.vcpu_for_tests().hold_window().is_some();
     let both = [("software TLB", table), ("window", window)];
     both.into_iter().take(1 + usize::from(held)).collect()
