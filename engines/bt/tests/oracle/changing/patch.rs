@@ -48,7 +48,8 @@ impl Emitter {
                 0xce,
             ]);
         }
-        if random.chance(8) {
+        // A nop whose bytes are changed as an operand would be anything.
+        if site.immediate.is_none() && random.chance(8) {
             self.nops(site.bytes);
         } else {
             self.copy(random, site.bytes);
