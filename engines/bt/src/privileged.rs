@@ -12,7 +12,7 @@ use std::ops::{Deref, DerefMut};
 
 use engine_core::Segment;
 
-use crate::{cpu::Cpu, invalidation::Invalidation};
+use crate::{cpu::Cpu, invalidation::Invalidation, system::null_stack};
 
 /// The jump cache of ring 0 is that of 64-bit code.
 pub(crate) const KERNEL: u32 = 1;
@@ -147,7 +147,7 @@ impl Shortcuts {
             save: [0; 6],
             syscall: Default::default(),
             sysret: Default::default(),
-            null: Segment::flat(0, 0xc093),
+            null: null_stack(0, 0),
             returns: [unknown; 2],
             gates: [Gate::default(); GATES],
             // An index that isn't the leaf's own: no leaf is found.

@@ -101,14 +101,15 @@ impl Core {
         self.debug.stepping = self.cpu.flags & FLAG_TF != 0;
     }
 
-    /// A task switch: local breakpoints go, and the new task may ask for a trap before its first
-    /// instruction (SDM 3A 8.2.1, 3B 18.3.1.5).
-    pub(super) fn task_entered(&mut self, trap: bool) {
+    /// A task switch: local breakpoints go (SDM 3A 8.2.1).
+    pub(super) fn task_entered(&mut self) {
         self.cpu.dr[7] &= !LOCAL;
         self.forget_modes();
-        if trap {
-            self.debug.hits.set(self.debug.hits.get() | BT);
-        }
+    }
+
+    /// The new task asks for a trap before its first instruction (SDM 3B 18.3.1.5).
+    pub(super) fn task_traps(&mut self) {
+        self.debug.hits.set(self.debug.hits.get() | BT);
     }
 
     /// The instruction has not happened, or is itself what its breakpoints would raise.

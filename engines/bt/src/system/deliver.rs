@@ -5,7 +5,7 @@
 
 use engine_core::Segment;
 
-use super::on_stack;
+use super::{on_stack, segment::null_stack};
 use crate::{
     core::{Cause, Core},
     cpu::{CR0_PE, FLAG_AC, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, Seg, canonical},
@@ -116,6 +116,7 @@ impl Core {
         if !code.long() || code.db() || code.dpl() > cpl {
             return Err(Fault::selector(fault::GP, selector));
         }
+        Self::present(&code)?;
         if !canonical(target) {
             return Err(Fault::gp());
         }
@@ -164,8 +165,7 @@ impl Core {
         })?;
         if new_cpl < cpl {
             // A null selector with the new privilege (SDM 3A 6.14.5).
-            let null = Segment::flat(new_cpl.into(), 0xc093 | u16::from(new_cpl) << 5);
-            self.set_segment(Seg::SS, null);
+            self.set_segment(Seg::SS, null_stack(new_cpl.into(), new_cpl));
         }
         let code = Segment {
             selector: selector & !3 | u16::from(new_cpl),
@@ -234,8 +234,14 @@ impl Core {
             return Err(bad(fault::NP));
         }
         let selector = (gate >> 16) as u16;
+        // RF is set in the image for faults, so that an instruction breakpoint doesn't repeat.
+        let rf = if cause == Cause::Exception && vector != fault::DB {
+            FLAG_RF
+        } else {
+            0
+        };
         if kind == 5 {
-            return self.deliver_task(selector, error);
+            return self.deliver_task(selector, error, rf);
         }
         let target = match slot {
             2 => gate & 0xffff,
@@ -247,6 +253,7 @@ impl Core {
         if code.dpl() > cpl {
             return Err(Fault::selector(fault::GP, selector));
         }
+        Self::present(&code)?;
         let new_cpl = if conforming { cpl } else { code.dpl() };
         let virtual_8086 = self.cpu.virtual_8086();
         if virtual_8086 && new_cpl != 0 {
@@ -261,12 +268,6 @@ impl Core {
             self.tss_stack(new_cpl)?
         } else {
             (old_ss, self.gpr(4))
-        };
-        // RF is set in the image for faults, so that an instruction breakpoint doesn't repeat.
-        let rf = if cause == Cause::Exception && vector != fault::DB {
-            FLAG_RF
-        } else {
-            0
         };
         let mut values = Vec::with_capacity(10);
         if virtual_8086 {

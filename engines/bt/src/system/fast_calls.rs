@@ -55,7 +55,7 @@ impl Core {
         Ok(())
     }
 
-    /// SDM 2B, SYSRET.
+    /// SDM 2B, SYSRET. Where it isn't known it is undefined in every ring.
     pub(super) fn sysret(&mut self, wide: bool) -> Result<(), Trap> {
         if self.cpu.efer & EFER_SCE == 0 || self.cpu.bits() != Bits::Bits64 {
             return Err(Fault::ud().into());

@@ -5,17 +5,21 @@
 use engine_core::Segment;
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::{Step, Trap};
+use super::{Step, Trap, segment::null_stack};
 use crate::{
     core::{Cause, Core},
     cpu::{Seg, canonical},
     fault::{self, Fault},
 };
 
-/// True if a return to `cpl` drops this data segment (SDM 2A, IRET).
+/// True if a return to `cpl` drops this data segment. Of a null selector it drops the RPL (SDM 2A, IRET:
+/// both become a null selector).
 pub(crate) fn drops(segment: &Segment, cpl: u8) -> bool {
+    if segment.selector & !3 == 0 {
+        return segment.selector != 0;
+    }
     let conforming = segment.attributes & 0xc == 0xc;
-    !conforming && segment.dpl() < cpl && segment.selector & !3 != 0
+    !conforming && segment.dpl() < cpl
 }
 
 impl Core {
@@ -72,7 +76,7 @@ impl Core {
         Ok(())
     }
 
-    /// The stack segment that a return to `rpl` loads.
+    /// The stack segment that a return to `rpl` loads, not accessed yet.
     pub(super) fn return_stack(
         &mut self,
         selector: u16,
@@ -80,8 +84,8 @@ impl Core {
         code: &Segment,
     ) -> Result<Segment, Fault> {
         if selector & !3 == 0 {
-            if code.long() && rpl != 3 {
-                return Ok(Segment::flat(selector, 0xc093 | u16::from(rpl) << 5));
+            if self.cpu.long() && code.long() && rpl != 3 {
+                return Ok(null_stack(selector, rpl));
             }
             return Err(Fault::gp());
         }
@@ -93,7 +97,7 @@ impl Core {
         if !segment.present() {
             return Err(Fault::selector(fault::SS, selector));
         }
-        self.accessed(segment)
+        Ok(segment)
     }
 
     /// A return to less privilege drops segments that it may not use (SDM 2A, IRET). Their bases stay,
@@ -167,6 +171,7 @@ impl Core {
         if conforming && code.dpl() > cpl || !conforming && (code.dpl() != cpl || rpl > cpl) {
             return Err(Fault::selector(fault::GP, selector).into());
         }
+        Self::present(&code)?;
         self.check_code_target(&code, offset)?;
         let code = self.accessed(code)?;
         if calls {
@@ -222,24 +227,32 @@ impl Core {
         }
         let rpl = (selector & 3) as u8;
         let cpl = self.cpu.cpl();
-        let code = self.code_descriptor(selector)?;
+        let mut code = self.code_descriptor(selector)?;
         let conforming = code.attributes & 4 != 0;
         if rpl < cpl || !conforming && code.dpl() != rpl || conforming && code.dpl() > rpl {
             return Err(Fault::selector(fault::GP, selector).into());
         }
-        self.check_code_target(&code, rip)?;
-        let code = self.accessed(code)?;
+        Self::present(&code)?;
         let past = 2 * step + u64::from(extra);
         if rpl > cpl {
             let rsp = self.peek(past, size)?;
             let ss = self.peek(past + step, size)? as u16;
             let segment = self.return_stack(ss, rpl, &code)?;
+            // Behind the stack's checks (SDM 2B, RET).
+            self.check_code_target(&code, rip)?;
+            code = self.accessed(code)?;
+            let segment = self.accessed(segment)?;
             self.set_segment(Seg::SS, segment);
-            let narrow = !code.long() && !segment.db();
-            let rsp = rsp.wrapping_add(extra.into());
-            self.set_gpr_sized(4, rsp, if narrow { 2 } else { 8 });
+            let width = match (self.cpu.long() && code.long(), segment.db()) {
+                (true, _) => 8,
+                (false, true) => 4,
+                (false, false) => 2,
+            };
+            self.set_gpr_sized(4, rsp.wrapping_add(extra.into()), width);
             self.drop_data_segments(rpl);
         } else {
+            self.check_code_target(&code, rip)?;
+            code = self.accessed(code)?;
             self.pop_bytes(past);
         }
         self.set_segment(Seg::CS, Segment { selector, ..code });

@@ -3,7 +3,7 @@
 use engine_core::Segment;
 use iced_x86::{Instruction, Mnemonic};
 
-use super::{Trap, deliver::Frame, task::Way};
+use super::{Trap, deliver::Frame, segment::null_stack, task::Way};
 use crate::{
     core::Core,
     cpu::Seg,
@@ -96,6 +96,7 @@ impl Core {
         if !allowed || long && (!code.long() || code.db()) {
             return Err(Fault::selector(fault::GP, selector).into());
         }
+        Self::present(&code)?;
         self.check_code_target(&code, target)?;
         let code = self.accessed(code)?;
         let cs = self.cpu.segments[Seg::CS].selector;
@@ -129,8 +130,7 @@ impl Core {
             }
             let rsp = rsp.wrapping_sub(image.len() as u64);
             self.write(rsp, &image, false).map_err(super::on_stack)?;
-            let null = Segment::flat(cpl.into(), 0xc093 | u16::from(cpl) << 5);
-            self.set_segment(Seg::SS, null);
+            self.set_segment(Seg::SS, null_stack(cpl.into(), cpl));
             self.set_gpr(4, rsp);
             return Ok(());
         }

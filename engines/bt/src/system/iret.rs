@@ -10,10 +10,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::Trap;
 use crate::{
     core::Core,
-    cpu::{
-        Bits, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, Seg,
-        canonical,
-    },
+    cpu::{Bits, FLAG_AC, FLAG_ID, FLAG_IF, FLAG_IOPL, FLAG_NT, FLAG_RF, FLAG_TF, FLAG_VM, Seg},
     fault::{self, Fault},
     privileged::Return,
 };
@@ -48,25 +45,23 @@ impl Core {
         }
         let cpl = self.cpu.cpl();
         let rpl = (selector & 3) as u8;
-        let code = self.code_descriptor(selector)?;
+        let mut code = self.code_descriptor(selector)?;
         let conforming = code.attributes & 4 != 0;
         if rpl < cpl || !conforming && code.dpl() != rpl || conforming && code.dpl() > rpl {
             return Err(Fault::selector(fault::GP, selector).into());
         }
-        if self.cpu.long() && code.long() && !canonical(rip) {
-            return Err(Fault::gp().into());
-        }
+        Self::present(&code)?;
         let long = self.cpu.long() && code.long();
-        if !long && rip > code.limit.into() {
-            return Err(Fault::gp().into());
-        }
-        let code = self.accessed(code)?;
         // 64-bit mode always takes SS:RSP from the frame (SDM 2A, IRET).
         let from_64 = self.cpu.bits() == Bits::Bits64;
         if from_64 || rpl > cpl {
             let rsp = self.peek(3 * step, size)?;
             let ss = self.peek(4 * step, size)? as u16;
             let segment = self.return_stack(ss, rpl, &code)?;
+            // Behind the stack's checks (SDM 2A, IRET).
+            self.check_code_target(&code, rip)?;
+            code = self.accessed(code)?;
+            let segment = self.accessed(segment)?;
             if from_64 && long && cpl == 0 {
                 self.remember_return([selector, ss], code, segment);
             }
@@ -74,6 +69,8 @@ impl Core {
             let narrow = !long && !segment.db();
             self.set_gpr_sized(4, rsp, if narrow { 2 } else { 8 });
         } else {
+            self.check_code_target(&code, rip)?;
+            code = self.accessed(code)?;
             self.pop_bytes(3 * step);
         }
         self.set_segment(Seg::CS, Segment { selector, ..code });

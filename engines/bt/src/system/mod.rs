@@ -50,6 +50,7 @@ mod task;
 mod xstate;
 
 pub(crate) use flow::drops;
+pub(crate) use segment::null_stack;
 pub(crate) use xstate::stores_x87_pointers;
 
 pub(crate) use debug::Debugging;
@@ -200,9 +201,6 @@ impl Core {
                     | Invd
                     | Wbinvd
                     | Swapgs
-                    | Xsetbv
-                    | Sysret
-                    | Sysretq
                     | Sysexit
                     | Sysexitq
             );

@@ -9,6 +9,16 @@ use crate::{
     fault::{self, Fault},
 };
 
+/// A null SS of this privilege: 64-bit code has its stack all the same, other code finds none.
+pub(crate) fn null_stack(selector: u16, cpl: u8) -> Segment {
+    Segment {
+        selector,
+        base: 0,
+        limit: 0,
+        attributes: 0x4093 | u16::from(cpl) << 5,
+    }
+}
+
 impl Core {
     /// Reads the descriptor that `selector` names.
     ///
@@ -33,10 +43,11 @@ impl Core {
         Ok(unpack(selector, self.raw_descriptor(selector, vector)?))
     }
 
-    /// A code segment to transfer to: not null, present, code.
+    /// A code segment to transfer to: not null, code. That it is present is checked behind its privilege
+    /// ([`Core::present`]).
     ///
     /// # Errors
-    /// #GP or #NP with the selector.
+    /// #GP with the selector.
     pub(crate) fn code_descriptor(&self, selector: u16) -> Result<Segment, Fault> {
         if selector & !3 == 0 {
             return Err(Fault::gp());
@@ -46,10 +57,17 @@ impl Core {
         if segment.attributes & 0x18 != 0x18 || both {
             return Err(Fault::selector(fault::GP, selector));
         }
-        if !segment.present() {
-            return Err(Fault::selector(fault::NP, selector));
-        }
         Ok(segment)
+    }
+
+    /// # Errors
+    /// #NP with the selector.
+    pub(super) fn present(segment: &Segment) -> Result<(), Fault> {
+        if segment.present() {
+            Ok(())
+        } else {
+            Err(Fault::selector(fault::NP, segment.selector))
+        }
     }
 
     /// Sets the accessed bit of a descriptor that is being loaded, in its table (SDM 3A 3.4.5.1).
@@ -83,20 +101,17 @@ impl Core {
         let cpl = self.cpu.cpl();
         let rpl = (selector & 3) as u8;
         if selector & !3 == 0 {
-            if index == Seg::SS && (!self.cpu.long() || cpl == 3 || rpl != cpl) {
-                return Err(Fault::gp());
-            }
-            // A null ss keeps its privilege; the others keep no base.
-            let attributes = if index == Seg::SS {
-                0xc093 | u16::from(cpl) << 5
+            let null = if index == Seg::SS {
+                if self.cpu.bits() != Bits::Bits64 || cpl == 3 || rpl != cpl {
+                    return Err(Fault::gp());
+                }
+                null_stack(selector, cpl)
             } else {
-                0
-            };
-            let null = Segment {
-                selector,
-                base: 0,
-                limit: 0,
-                attributes,
+                // No base either.
+                Segment {
+                    selector,
+                    ..Segment::default()
+                }
             };
             self.set_segment(index, null);
             return Ok(());
@@ -211,29 +226,33 @@ impl Core {
             })
     }
 
-    /// Base and limit of a system descriptor (LDT, TSS), 16 bytes long in IA-32e mode.
+    /// A system descriptor (LDT, TSS) of one of these types, 16 bytes long in IA-32e mode.
     ///
     /// # Errors
     /// #GP or #NP with the selector; page faults.
-    pub(crate) fn system_descriptor(&self, selector: u16) -> Result<Segment, Fault> {
+    pub(crate) fn system_descriptor(&self, selector: u16, types: &[u16]) -> Result<Segment, Fault> {
+        let bad = Err(Fault::selector(fault::GP, selector));
         if selector & 4 != 0 {
-            return Err(Fault::selector(fault::GP, selector));
+            return bad;
         }
         let mut segment = self.descriptor(selector, fault::GP)?;
-        if segment.attributes & 0x10 != 0 {
-            return Err(Fault::selector(fault::GP, selector));
-        }
-        if !segment.present() {
-            return Err(Fault::selector(fault::NP, selector));
+        if !types.contains(&(segment.attributes & 0x1f)) {
+            return bad;
         }
         if self.cpu.long() {
-            let at = self
-                .cpu
-                .gdtr
-                .base
-                .wrapping_add(u64::from(selector & !7) + 8);
-            segment.base |= self.mmu.read_int::<4>(&self.cpu, at, false)? << 32;
+            let offset = u64::from(selector & !7) + 8;
+            if offset + 7 > u64::from(self.cpu.gdtr.limit) {
+                return bad;
+            }
+            let at = self.cpu.gdtr.base.wrapping_add(offset);
+            let upper = self.mmu.read_int::<8>(&self.cpu, at, false)?;
+            segment.base |= upper << 32;
+            // The upper half's type has to be zero (SDM 2A, LTR).
+            if upper >> 40 & 0x1f != 0 || !canonical(segment.base) {
+                return bad;
+            }
         }
+        Self::present(&segment)?;
         Ok(segment)
     }
 

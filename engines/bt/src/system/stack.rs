@@ -195,8 +195,13 @@ impl Core {
                 .map_err(on_stack)?;
             Ok::<u64, Fault>(down)
         };
-        let frame = push(self, self.gpr(5))?;
-        let frame = self.gpr(4).wrapping_add(frame);
+        let pushed = push(self, self.gpr(5))?;
+        // What ESP would be: of a 16-bit stack it is SP that moves.
+        let (esp, width) = (self.gpr(4), self.stack_width());
+        let frame = match width {
+            2 => esp & !0xffff | esp.wrapping_add(pushed) & 0xffff,
+            _ => esp.wrapping_add(pushed),
+        };
         let mut outer = self.gpr(5);
         for _ in 1..level {
             outer = outer.wrapping_sub(step);

@@ -10,7 +10,7 @@ use iced_x86::{Code, Instruction, Mnemonic};
 use crate::{
     core::Core,
     cpu::{Bits, canonical},
-    fault::{self, Fault},
+    fault::Fault,
 };
 
 impl Core {
@@ -63,11 +63,7 @@ impl Core {
                 ..Default::default()
             }
         } else {
-            let segment = self.system_descriptor(selector)?;
-            if segment.attributes & 0x1f != 2 {
-                return Err(Fault::selector(fault::GP, selector));
-            }
-            segment
+            self.system_descriptor(selector, &[2])?
         };
         Ok(())
     }
@@ -78,12 +74,9 @@ impl Core {
         if selector & !3 == 0 {
             return Err(Fault::gp());
         }
-        let mut segment = self.system_descriptor(selector)?;
         // Available, of 32 or 64 bits, or of 16 outside IA-32e mode.
-        let narrow = segment.attributes & 0x1f == 1 && !self.cpu.long();
-        if segment.attributes & 0x1f != 9 && !narrow {
-            return Err(Fault::selector(fault::GP, selector));
-        }
+        let types: &[u16] = if self.cpu.long() { &[9] } else { &[1, 9] };
+        let mut segment = self.system_descriptor(selector, types)?;
         segment.attributes |= 2;
         let at = self
             .cpu

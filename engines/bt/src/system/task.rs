@@ -19,7 +19,8 @@ pub(super) enum Way {
     /// iret with NT set.
     Return,
     /// An interrupt or exception through a task gate.
-    Gate,
+    /// With these flags added to the old task's.
+    Gate(u64),
 }
 
 /// Places in a TSS.
@@ -33,6 +34,18 @@ struct Layout {
     segments: u64,
     segment_count: usize,
     ldt: u64,
+}
+
+/// A task's state, as its TSS has it.
+struct Image {
+    ip: u64,
+    flags: u64,
+    registers: [u64; 8],
+    selectors: [u16; 6],
+    ldt: u16,
+    trap: bool,
+    /// Of 32-bit TSSs.
+    cr3: Option<u64>,
 }
 
 const WIDE: Layout = Layout {
@@ -77,6 +90,29 @@ impl Layout {
         }
     }
 
+    /// All that a switch loads.
+    fn image(&self, core: &Core, tss: &Segment) -> Result<Image, Fault> {
+        let step = u64::from(self.slot);
+        let mut registers = [0; 8];
+        for (slot, value) in (0u64..).zip(&mut registers) {
+            *value = self.read(core, tss, self.registers + slot * step)?;
+        }
+        let mut selectors = [0; 6];
+        for (slot, value) in (0u64..).zip(&mut selectors[..self.segment_count]) {
+            *value = self.read(core, tss, self.segments + slot * step)? as u16;
+        }
+        let wide = self.slot == 4;
+        Ok(Image {
+            ip: self.read(core, tss, self.ip)?,
+            flags: self.read(core, tss, self.flags)?,
+            registers,
+            selectors,
+            ldt: self.read(core, tss, self.ldt)? as u16,
+            trap: wide && self.read(core, tss, TRAP)? & 1 != 0,
+            cr3: wide.then(|| self.read(core, tss, CR3)).transpose()?,
+        })
+    }
+
     fn write(&self, core: &mut Core, tss: &Segment, at: u64, value: u64) -> Result<(), Fault> {
         let address = tss.base.wrapping_add(at) & 0xffff_ffff;
         core.write(address, &value.to_le_bytes()[..self.slot as usize], false)
@@ -92,8 +128,15 @@ impl Core {
     }
 
     /// An interrupt through a task gate; the error code goes to the new task's stack.
-    pub(super) fn deliver_task(&mut self, selector: u16, error: Option<u32>) -> Result<(), Fault> {
-        self.switch_task(selector, Way::Gate, self.rip)?;
+    /// What an exception adds to the image of the flags (SDM 3B 17.3.1.1) is in the old task's TSS (SDM 3C
+    /// 27.3.3, of RFLAGS.RF).
+    pub(super) fn deliver_task(
+        &mut self,
+        selector: u16,
+        error: Option<u32>,
+        added: u64,
+    ) -> Result<(), Fault> {
+        self.switch_task(selector, Way::Gate(added), self.rip)?;
         if let Some(error) = error {
             let size = Layout::of(&self.cpu.tr).slot;
             self.push(error.into(), size)?;
@@ -127,30 +170,14 @@ impl Core {
         if new.limit < layout.limit {
             return Err(Fault::selector(fault::TS, selector));
         }
-        let ip_image = layout.read(self, &new, layout.ip)?;
-        let mut flags = layout.read(self, &new, layout.flags)?;
-        let mut registers = [0; 8];
-        for (slot, value) in (0u64..).zip(&mut registers) {
-            *value = layout.read(self, &new, layout.registers + slot * u64::from(layout.slot))?;
-        }
-        let mut selectors = [0; 6];
-        let step = u64::from(layout.slot);
-        for (slot, value) in (0u64..).zip(&mut selectors[..layout.segment_count]) {
-            *value = layout.read(self, &new, layout.segments + slot * step)? as u16;
-        }
-        let ldt = layout.read(self, &new, layout.ldt)? as u16;
-        let trap = match layout.slot {
-            4 => layout.read(self, &new, TRAP)? & 1 != 0,
-            _ => false,
-        };
-        let cr3 = match layout.slot {
-            4 => Some(layout.read(self, &new, CR3)?),
-            _ => None,
-        };
-
+        // So that what can't be read faults here.
+        layout.image(self, &new)?;
         let link = self.cpu.tr.selector;
         self.save_task(way, ip)?;
-        if matches!(way, Way::Call | Way::Gate) {
+        // A task may follow itself.
+        let image = layout.image(self, &new)?;
+        let mut flags = image.flags;
+        if matches!(way, Way::Call | Way::Gate(_)) {
             self.write(new.base & 0xffff_ffff, &link.to_le_bytes(), false)?;
             flags |= FLAG_NT;
         }
@@ -159,21 +186,25 @@ impl Core {
         }
         new.attributes |= BUSY;
         self.cpu.tr = new;
-        self.task_entered(trap);
+        self.task_entered();
         self.cpu.cr0 |= CR0_TS;
-        if let Some(cr3) = cr3
+        if let Some(cr3) = image.cr3
             && self.cpu.cr0 & CR0_PG != 0
         {
             self.cpu.cr3 = cr3;
         }
         self.flush();
 
-        self.rip = ip_image;
+        self.rip = image.ip;
         self.set_rflags(flags);
-        for (number, value) in registers.into_iter().enumerate() {
+        for (number, value) in image.registers.into_iter().enumerate() {
             self.set_gpr_sized(number, value, layout.slot);
         }
-        self.load_task_segments(&selectors, ldt, flags & FLAG_VM != 0)
+        self.load_task_segments(&image.selectors, image.ldt, flags & FLAG_VM != 0)?;
+        if image.trap {
+            self.task_traps();
+        }
+        Ok(())
     }
 
     /// Saves the running task's state in its TSS.
@@ -182,8 +213,10 @@ impl Core {
         let layout = Layout::of(&old);
         let step = u64::from(layout.slot);
         let mut flags = self.rflags();
-        if way == Way::Return {
-            flags &= !FLAG_NT;
+        match way {
+            Way::Return => flags &= !FLAG_NT,
+            Way::Gate(added) => flags |= added,
+            Way::Jump | Way::Call => {}
         }
         layout.write(self, &old, layout.ip, ip)?;
         layout.write(self, &old, layout.flags, flags)?;

@@ -73,6 +73,9 @@ impl Core {
         if self.cpu.cr4 & CR4_OSXSAVE == 0 {
             return Err(Fault::ud());
         }
+        if self.cpu.cpl() != 0 {
+            return Err(Fault::gp());
+        }
         let value = self.gpr(0) & 0xffff_ffff | self.gpr(2) << 32;
         let known = u64::from(engine_core::cpuid::pinned(0xd, 0)[0]);
         let alone = value & (XCR0_SSE | XCR0_AVX) == XCR0_AVX;

@@ -146,7 +146,6 @@ const SNIPPETS: &[(&str, Snippet)] = &[
     ("privileged: lgdt", |asm| asm.lgdt(ptr(PLACE))),
     ("privileged: invlpg", |asm| asm.invlpg(ptr(PLACE))),
     ("privileged: swapgs", |asm| asm.swapgs()),
-    ("privileged: sysret", |asm| asm.sysretq()),
     ("privileged: xsetbv", |asm| asm.xsetbv()),
     ("privileged: wbinvd", |asm| asm.wbinvd()),
     ("privileged: clts", |asm| asm.clts()),

@@ -20,6 +20,7 @@
 //! | `ports` | devices that are at hand while translated code runs |
 //! | `paging` | accessed and dirty bits, permissions, invalidation |
 //! | `reload` | loads of CR3, after which what was in use is looked up again |
+//! | `precedence` | which of several exceptions comes, and null selectors
 //! | `privilege` | rings, system registers, segments |
 //! | `transitions` | privilege changes and system registers that never leave translated code |
 //! | `code` | self-modifying and remapped code, instructions across pages |
@@ -65,6 +66,7 @@ mod nmi;
 mod operands;
 mod paging;
 mod ports;
+mod precedence;
 mod privilege;
 mod protected;
 mod real;

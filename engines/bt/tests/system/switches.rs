@@ -211,3 +211,50 @@ fn a_nested_task_returns_and_goes_on_behind_its_iret() {
     assert_eq!(state.cr0 & 8, 8);
     assert_eq!(state.segments[CpuState::SS].selector, DATA);
 }
+
+/// SDM 3B 18.3.1.1, and 3C 27.3.3: the image with RF set is in the TSS where a task gate was used.
+#[test]
+fn a_fault_that_switches_tasks_sets_rf_in_what_it_interrupts() {
+    const RF: u32 = 1 << 16;
+    for (code, vector, set) in [
+        (&[0x0fu8, 0x0b][..], 6, RF),
+        (&[0xcc], 3, 0),
+        (&[0xf1], 1, 0),
+    ] {
+        let mut rig = rig(vector);
+        rig.bytes(code);
+        assert_eq!(rig.run(), End::Vector(vector), "{code:x?}");
+        assert_eq!(rig.read_32(TSS + EFLAGS) & RF, set, "{code:x?}");
+    }
+}
+
+/// SDM 3A 8.3: the old task is saved before the new one is loaded.
+#[test]
+fn a_task_that_returns_to_itself_goes_on() {
+    let mut rig = rig(6);
+    put(&mut rig, TSS, TSS_SELECTOR.into());
+    put(&mut rig, TSS + CS, CS_32.into());
+    rig.state.gpr[3] = 0x1234;
+    rig.state.rflags |= u64::from(NT);
+    rig.bytes(&[IRET, 0x43, 0xf4]);
+    assert_eq!(rig.run(), End::Halt);
+    let state = rig.after();
+    assert_eq!((state.rip, state.gpr[3]), (CODE + 3, 0x1235));
+    assert_eq!(state.rflags & u64::from(NT), 0);
+}
+
+/// SDM 3B 18.3.1.5: the trap is the first thing in a new task, which a fault on the way keeps from
+/// beginning.
+#[test]
+fn a_task_that_faults_while_it_is_loaded_does_not_trap() {
+    // By a call, and by an exception.
+    for code in [CALL, &[0x0f, 0x0b]] {
+        let mut rig = rig(10);
+        put(&mut rig, TSS_2 + 0x64, 1 | 0x68 << 16);
+        put(&mut rig, TSS_2 + DS, TSS_SELECTOR.into());
+        rig.word(IDT + 8 * 6, gate(0x85, SPARE, 0));
+        rig.bytes(code);
+        assert_eq!(rig.run(), End::Vector(10), "{code:x?}");
+        assert_eq!(rig.error() & !1, u32::from(TSS_SELECTOR), "{code:x?}");
+    }
+}
