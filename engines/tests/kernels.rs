@@ -204,6 +204,11 @@ fn kernels_that_make_no_sense_are_usage_errors() {
         kernel(call(), &image, &["--initrd", "/nonexistent"])
             .run()
             .check(2, "initrd /nonexistent");
+        let mut linux = vec![0; 4096];
+        linux[0x202..0x206].copy_from_slice(b"HdrS");
+        kernel(call(), &linux, &[])
+            .run()
+            .check(2, "give the vmlinux that is in it");
         let mut bad = multiboot(|asm| end(asm, 0));
         let content = &mut bad.segments[0].1;
         let at = content.len() - 12;

@@ -30,6 +30,12 @@ pub enum LoadError {
     /// No XEN_ELFNOTE_PHYS32_ENTRY: nobody knows where to enter it.
     #[error("the image has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY)")]
     NoPvhNote,
+    /// Linux as boot loaders for real mode want it, which isn't a flat binary.
+    #[error(
+        "this is a bzImage, which unpacks itself: give the vmlinux that is in it (extract-vmlinux, in the scripts \
+         of the kernel's sources), which has a PVH entry"
+    )]
+    BzImage,
     /// A Multiboot header demands what isn't known here.
     #[error("the Multiboot header demands unknown features: flags {0:#x}")]
     MultibootFlags(u32),
@@ -104,6 +110,10 @@ pub fn load_kernel(ram: &GuestRam, image: &[u8], boot: &Boot<'_>) -> Result<CpuS
     }
     if let Some(header) = multiboot::find(image).filter(|_| !flat) {
         return multiboot::load(ram, image, &header, boot);
+    }
+    // Magic number of the setup header (Linux, Documentation/arch/x86/boot.rst).
+    if !flat && image.get(0x202..0x206) == Some(b"HdrS") {
+        return Err(LoadError::BzImage);
     }
     let (entry, end) = if elf && !flat {
         let image = image::Image::parse(image)?;
