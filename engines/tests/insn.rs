@@ -230,8 +230,8 @@ fn what_leaves_to_a_kernel_stops_as_the_help_says() {
         ("cdff", gp("0x7fa"), false),
         ("0f05", ud.clone(), false),
         ("0f34", gp("0x0"), false),
-        // sysret, sysexit, iretq to nothing, in, out, ins, outs, cli, sti, clts
-        ("480f07", gp("0x0"), false),
+        ("480f07", ud.clone(), false),
+        // sysexit, in, out, ins, outs, cli, sti, clts
         ("480f35", gp("0x0"), false),
         ("ec", gp("0x0"), false),
         ("e480", gp("0x0"), false),

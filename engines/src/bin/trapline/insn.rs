@@ -53,7 +53,7 @@ There is no kernel to leave to. The instructions that would, stop as on a proces
 offers nothing but breakpoints, whatever prefixes they have:
   int3, int 3, int1   the traps 0x3, 0x3 and 0x1; int 4 is the trap 0x4
   int n               any other n: #GP with the missing gate's error code, n * 8 + 2
-  syscall, sysenter   #UD, with EFER.SCE clear; #GP(0), with IA32_SYSENTER_CS 0
+  syscall, sysret     #UD, with EFER.SCE clear; sysenter #GP(0), with IA32_SYSENTER_CS 0
   in, out, cli, sti   #GP(0), with IOPL 0; so is all that ring 3 may not do, but for hlt
   sgdt, sidt, smsw    what Linux answers in place of the #GP that CR4.UMIP raises: limit 0 and bases
                       0xfffffffffffe0000 and 0xffffffffffff0000, 0x80050033; so do sldt and str: 0, 0x40
