@@ -7,7 +7,7 @@ use iced_x86::{Code, CpuidFeature, Instruction, OpKind};
 use crate::flags::Flags;
 use crate::layout::{
     COMPARED_FLAGS, DATA_BYTES, DATA_PAGES, End, FX_AVX, GPR, NOTE_RIP, NOTE_VECTOR, Note,
-    OUTCOME_ENDED, PAGE, avx, data_page,
+    OUTCOME_ENDED, PAGE, avx, data_page, in_code,
 };
 use crate::sequence::Placed;
 
@@ -143,15 +143,9 @@ pub(crate) fn differences(
             flags.undefined[at] | if fault { flags.dead[at] } else { 0 }
         }
         None if native.rip == end => flags.undefined_at_end,
-        // In the middle of an instruction, where a changed return address led: nobody knows what
-        // comes from there on.
-        None if placed
-            .code
-            .iter()
-            .any(|instr| (instr.ip()..instr.next_ip()).contains(&native.rip)) =>
-        {
-            COMPARED_FLAGS
-        }
+        // In the middle of an instruction or in another sequence, where a changed return address led: nobody
+        // knows what comes from there on.
+        None if in_code(native.rip) => COMPARED_FLAGS,
         None => 0,
     };
     let mask = COMPARED_FLAGS & !unknown;

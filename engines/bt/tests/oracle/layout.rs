@@ -14,6 +14,12 @@ pub(crate) const SLOTS: usize = 256;
 pub(crate) const SLOT_STRIDE: u64 = 8 * PAGE;
 pub(crate) const SLOT_BYTES: usize = 4 * PAGE as usize;
 
+/// True where there is code of some sequence of a batch.
+pub(crate) fn in_code(address: u64) -> bool {
+    let at = address.wrapping_sub(CODE);
+    at < SLOTS as u64 * SLOT_STRIDE && at % SLOT_STRIDE < SLOT_BYTES as u64
+}
+
 /// Data, as eight pages of which [`DATA_PAGES`] are mapped, besides those at [`EDGE`] and [`FAR`].
 pub(crate) const DATA: u64 = match option_env!("TRAPLINE_ORACLE_DATA") {
     Some(digits) => hexadecimal(digits.as_bytes()),
