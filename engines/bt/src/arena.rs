@@ -182,6 +182,26 @@ impl Arena {
         self.populated.store(upto, Ordering::Relaxed);
     }
 
+    /// Copies code from the executable address `at`.
+    ///
+    /// # Panics
+    /// If `at` and `bytes` don't lie inside the code cache.
+    pub(crate) fn read_code(&self, at: u64, bytes: &mut [u8]) {
+        let offset = (at - self.code()) as usize;
+        assert!(
+            offset + bytes.len() <= self.code_bytes,
+            "code outside the cache"
+        );
+        // SAFETY: the range was checked to lie in the writable alias, which lives as long as self.
+        unsafe {
+            ptr::copy_nonoverlapping(
+                (self.writable + offset) as *const u8,
+                bytes.as_mut_ptr(),
+                bytes.len(),
+            );
+        }
+    }
+
     /// Copies code to the executable address `at`, through the writable alias.
     ///
     /// # Panics

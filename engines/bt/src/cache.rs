@@ -8,29 +8,43 @@
 //! What leads from one to another is in `links`.
 
 mod block;
+mod bounces;
 mod index;
+mod kept;
 mod links;
 mod list;
+mod modes;
 
 use std::{
     collections::{HashMap, HashSet},
     hash::{BuildHasherDefault, Hasher},
+    io,
+    num::NonZeroU32,
 };
 
 use iced_x86::{Encoder, Instruction};
 
+use block::Numbers;
 pub(crate) use block::{Block, Key};
+use bounces::Bounces;
+pub(crate) use bounces::{BODY, Slot};
 use index::Index;
+use kept::{Base, Kept, KeptMark, Wide};
 use list::List;
+use modes::Modes;
 
 use crate::{
     arena::Arena,
     checks::Outside,
-    decode::{self, Code, Decoded, Forms, Mode, Short, leaf::Reader},
+    cpu::Bits,
+    decode::{
+        self, Code, Decoded, Forms, Mode, Short,
+        leaf::{Leaf, Reader},
+    },
     lower::{self, Layout, Lowered, Place},
     mmu::Mmu,
     pages::Set,
-    site::{Homes, Kind, Mark, Port, Site},
+    site::{Homes, Mark, Port, Site},
     tlb::Span,
 };
 
@@ -115,9 +129,13 @@ pub(crate) struct Cache {
     next: u64,
     end: u64,
     blocks: List<Block>,
-    sites: List<Site>,
-    system: Vec<Instruction>,
-    marks: List<Mark>,
+    sites: List<Kept>,
+    system: List<Instruction>,
+    marks: List<KeptMark>,
+    leaves: List<Leaf>,
+    wide: Wide,
+    modes: Modes,
+    bounces: Bounces,
     index: Index,
     by_page: Map<u64, Vec<u32>>,
     /// The page entered last, by its number, if it hasn't been left.
@@ -146,19 +164,28 @@ const BLOCK_ROOM: u64 = 48 * 1024;
 
 impl Cache {
     /// A cache that places code from `start` on.
-    pub(crate) fn new(arena: &Arena, layout: Layout, start: u64) -> Cache {
-        let start = start.next_multiple_of(64);
-        // A block has some 200 bytes, and one site in 60; a part of the sites has marks.
+    ///
+    /// # Errors
+    /// The host has no room for it.
+    pub(crate) fn new(arena: &Arena, layout: Layout, start: u64) -> io::Result<Cache> {
+        let bounces = Bounces::new(start.next_multiple_of(64), arena.code_bytes());
+        let start = bounces.end();
         let bytes = arena.code_bytes();
-        Cache {
+        // All of them together are bounded by that, but for what is known of one block.
+        let room = bytes + BLOCK_ROOM as usize;
+        Ok(Cache {
             layout,
             start,
             next: start,
             end: arena.code() + arena.code_bytes() as u64,
-            blocks: List::new(bytes / 128),
-            sites: List::new(bytes / 40),
-            system: Vec::new(),
-            marks: List::new(bytes / 80),
+            blocks: List::new(room)?,
+            sites: List::new(room)?,
+            system: List::new(room)?,
+            marks: List::new(room)?,
+            leaves: List::new(room)?,
+            wide: Wide::default(),
+            modes: Modes::default(),
+            bounces,
             index: Index::new(bytes / 2048),
             by_page: Map::default(),
             recent: None,
@@ -172,32 +199,46 @@ impl Cache {
             forms: Forms::new(),
             emptied: 0,
             keep_guesses: false,
-        }
+        })
     }
 
     /// Smallest size that holds the stubs and one block.
     pub(crate) const MINIMUM: usize = 64 * 1024;
 
     pub(crate) fn site(&self, index: usize) -> Site {
-        self.sites[index]
+        let kept = &self.sites[index];
+        kept.site(self.base(kept.block), &self.wide)
     }
 
-    /// Homes and port of a site that is an `in` or `out`, without a copy of the rest.
+    /// Homes and port of a site that is an `in` or `out`, without a look at anything else.
     #[inline]
     pub(crate) fn port(&self, index: usize) -> Option<(Homes, Port)> {
-        let site = self.sites.get(index)?;
-        match &site.kind {
-            Kind::Port(port) => Some((site.homes, *port)),
-            Kind::Memory(_)
-            | Kind::Outside { .. }
-            | Kind::Window
-            | Kind::Group(_)
-            | Kind::Direct { .. }
-            | Kind::Indirect { .. }
-            | Kind::Guess(_)
-            | Kind::System { .. }
-            | Kind::Fault(_) => None,
+        self.sites.get(index)?.port()
+    }
+
+    /// What the places and instruction pointers of a block's sites are relative to.
+    fn base(&self, block: u32) -> Base {
+        Base::of(self.block(block), self.mode(block))
+    }
+
+    /// The mode that a block was made for.
+    pub(crate) fn mode(&self, block: u32) -> &Mode {
+        self.modes.mode(self.block(block).mode)
+    }
+
+    /// What a block is known by.
+    fn key(&self, block: u32) -> Key {
+        Key {
+            virt: self.block(block).virt,
+            phys: self.block(block).phys,
+            mode: *self.mode(block),
         }
+    }
+
+    /// Code that a block goes through besides its own.
+    pub(crate) fn leaf(&self, block: u32) -> Option<&Leaf> {
+        let number = self.block(block).leaf?;
+        Some(&self.leaves[number.get() as usize - 1])
     }
 
     pub(crate) fn block(&self, index: u32) -> &Block {
@@ -208,18 +249,21 @@ impl Cache {
         self.system[index as usize]
     }
 
-    /// Living blocks, oldest first.
-    pub(crate) fn blocks(&self) -> impl Iterator<Item = &Block> {
-        self.blocks.iter().filter(|block| block.alive)
+    /// Living blocks by their numbers, oldest first.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (u32, &Block)> {
+        let all = (0..).zip(&*self.blocks);
+        all.filter(|(_, block)| block.alive)
     }
 
     /// The block for `key`.
     pub(crate) fn find(&self, key: &Key) -> Option<u32> {
-        self.index.find(key, &self.blocks)
+        let mode = self.modes.find(&key.mode)?;
+        self.index.find(key, mode, &self.blocks)
     }
 
     /// The mark that covers the host address `rip`, and its block's number.
     pub(crate) fn mark(&self, rip: u64) -> Option<(Mark, u32)> {
+        let rip = self.in_line(rip).unwrap_or(rip);
         let index = self
             .blocks
             .partition_point(|block| block.code() <= rip)
@@ -231,14 +275,25 @@ impl Cache {
         }
         let marks = &self.marks[block.marks()];
         let at = marks
-            .partition_point(|mark| mark.offset <= offset)
+            .partition_point(|mark| u32::from(mark.offset) <= offset)
             .checked_sub(1)?;
-        Some((marks[at], index as u32))
+        let index = index as u32;
+        Some((marks[at].mark(self.base(index), &self.wide), index))
     }
 
     /// True if the next translation would empty the cache.
     pub(crate) fn full(&self) -> bool {
-        self.end - self.next < BLOCK_ROOM
+        self.end.saturating_sub(self.next + self.known()) < BLOCK_ROOM
+    }
+
+    /// Bytes of what is known of the code.
+    fn known(&self) -> u64 {
+        let lists = self.blocks.bytes()
+            + self.sites.bytes()
+            + self.system.bytes()
+            + self.marks.bytes()
+            + self.leaves.bytes();
+        (lists + self.wide.bytes()) as u64
     }
 
     /// Throws everything away.
@@ -251,6 +306,10 @@ impl Cache {
         self.sites.clear();
         self.system.clear();
         self.marks.clear();
+        self.leaves.clear();
+        self.wide.clear();
+        self.modes.clear();
+        self.bounces.clear();
         self.index.clear();
         self.by_page.clear();
         self.recent = None;
@@ -335,20 +394,47 @@ impl Cache {
         }
         arena.populate(self.next + length);
         arena.write_code(self.next, lowered.code.code());
+        let leaves = &mut self.leaves;
+        let leaf_number = self.decoded.leaf.and_then(|leaf| {
+            leaves.push(leaf);
+            NonZeroU32::new(leaves.len() as u32)
+        });
+        let numbers = Numbers {
+            mode: self.modes.number(&key.mode),
+            leaf: leaf_number,
+            first_mark: self.marks.len(),
+        };
         // Straight to its place: a copy would wait for all that was written before it.
         self.blocks.push(Block::new(
-            key,
+            &key,
+            numbers,
             second,
             self.next,
-            self.marks.len(),
             lowered,
             &self.decoded,
         ));
+        let base = Base {
+            code: self.next,
+            ip: source.ip,
+            long: mode.bits == Bits::Bits64,
+        };
+        debug_assert_eq!(
+            base,
+            Base::of(&self.blocks[number as usize], &key.mode),
+            "a block is where it is known"
+        );
+        for site in &lowered.sites {
+            self.sites.push(Kept::new(site, base, &mut self.wide));
+        }
+        for mark in &lowered.marks {
+            self.marks.push(KeptMark::new(mark, base, &mut self.wide));
+        }
+        lowered
+            .system
+            .drain(..)
+            .for_each(|instr| self.system.push(instr));
         let replaced = self.index.enter(number, &mut self.blocks);
         self.next = (self.next + length).next_multiple_of(16);
-        self.sites.append(&mut lowered.sites);
-        self.system.append(&mut lowered.system);
-        self.marks.append(&mut lowered.marks);
         if let Some(old) = replaced {
             self.unlink_incoming(old, arena);
         }
@@ -369,7 +455,7 @@ impl Cache {
         if found.strikes != STRIKES {
             return;
         }
-        self.apart.insert(found.key);
+        self.apart.insert(self.key(block));
         self.discard(block, arena, mmu);
     }
 
@@ -378,16 +464,16 @@ impl Cache {
     pub(crate) fn miss(&mut self, block: u32, missed: Outside, arena: &Arena, mmu: &Mmu) {
         /// A stray pointer now and then is no reason to slow its instruction down for good.
         const MISSES: u8 = 8;
-        let found = &self.blocks[block as usize];
         let (misses, of) = self.missed.entry(block).or_default();
         *misses = misses.saturating_add(1);
         of.sum |= missed.sum;
         of.tlb |= missed.tlb;
         of.head |= missed.head;
-        if *misses != MISSES || !found.alive {
+        if *misses != MISSES || !self.blocks[block as usize].alive {
             return;
         }
-        self.outside.entry(found.key).or_default().fail(*of);
+        let of = *of;
+        self.outside.entry(self.key(block)).or_default().fail(of);
         self.discard(block, arena, mmu);
     }
 
@@ -413,7 +499,7 @@ impl Cache {
                 if !block.alive {
                     return false;
                 }
-                let start = block.key.phys;
+                let start = block.phys;
                 let first = (4096 - (start & 0xfff)).min(block.watched.into());
                 let overlaps = |from: u64, length: u64| {
                     length != 0 && from < phys + len && phys < from + length
@@ -422,8 +508,7 @@ impl Cache {
                     || block
                         .second()
                         .is_some_and(|second| overlaps(second, u64::from(block.watched) - first))
-                    || (block.leaf.as_ref())
-                        .is_some_and(|leaf| overlaps(leaf.phys, leaf.len.into()));
+                    || (self.leaf(number)).is_some_and(|leaf| overlaps(leaf.phys, leaf.len.into()));
                 if hit {
                     self.discard(number, arena, mmu);
                     killed += 1;

@@ -55,7 +55,7 @@ impl Homes {
 /// Why a site leaves translated code.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Kind {
-    /// An access missed the software TLB; phase 1 is a bounced access that has to be written back.
+    /// An access missed the software TLB; phase 1 is a bounced write, whose body is done.
     Memory(Slow),
     /// A register is too large for the window: `steps` instructions are executed one by one.
     /// `missed` says who relied on it.
@@ -94,8 +94,8 @@ pub(crate) const GUESSES: usize = 2;
 /// A return address that is compared with a constant, and the branch behind that.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Guess {
-    /// The address guessed, None if none is.
-    pub target: Option<u64>,
+    /// It is made.
+    pub made: bool,
     /// Address of the constant.
     pub compared: u64,
     /// Address of the branch's rel32, which is 0 if it isn't linked.
@@ -151,13 +151,16 @@ pub(crate) struct Slow {
     pub write: bool,
     /// The body reads the operand (and may write it as well).
     pub read: bool,
-    /// Host register that holds the operand's host address in the body.
+    /// Host register that holds the operand's host address in the body. Where a lookup has missed, the address
+    /// less the key of the entry that was looked at...
     pub register: u8,
+    /// ... whose place in the TLB this one holds.
+    pub table: u8,
     /// Computes the address again and looks it up.
     pub retry: Place,
-    /// The body, out of line.
-    pub bounce: Place,
-    /// Just after the body, in line.
+    /// The body, which doesn't depend on where it is.
+    pub body: Place,
+    /// Just after it.
     pub resume: Place,
     /// Where things are after the body.
     pub after: Homes,
@@ -197,6 +200,9 @@ pub(crate) struct Shared {
     pub write: bool,
     /// Computes the address again and looks it up.
     pub retry: u64,
+    /// As of a [`Slow`].
+    pub register: u8,
+    pub table: u8,
     /// Instructions to execute one by one if the lookup can't succeed.
     pub steps: u16,
 }

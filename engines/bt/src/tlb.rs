@@ -286,6 +286,13 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         (key >> SHIFT) as usize & (ENTRIES - 1)
     }
 
+    /// The key of the entry that is so many bytes from the first.
+    pub(crate) fn key_at(&self, offset: u64) -> u64 {
+        let index = (offset as usize / size_of::<Entry>()) & (ENTRIES - 1);
+        // SAFETY: index < ENTRIES and the table owns its memory.
+        unsafe { (*self.entries.add(index)).key }
+    }
+
     fn clear(&self, index: usize) {
         // SAFETY: index < ENTRIES and the table owns its memory.
         unsafe {

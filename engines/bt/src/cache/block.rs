@@ -4,12 +4,14 @@
 //! block has as much as 64 KiB of code.
 
 use std::hash::{Hash, Hasher};
+use std::num::NonZeroU32;
 use std::ops::Range;
 
+use super::kept::NONE;
 use crate::{
     checks::Levels,
     cpu::Bits,
-    decode::{Decoded, Mode, leaf::Leaf},
+    decode::{Decoded, Mode},
     lower::Lowered,
     mmu::Mmu,
 };
@@ -34,10 +36,15 @@ impl Hash for Key {
 }
 
 /// One translated block.
+#[derive(Clone, Copy)]
 pub(crate) struct Block {
-    pub key: Key,
+    pub virt: u64,
+    pub phys: u64,
     /// Physical address of the second page, if an instruction crosses into it.
     second: u64,
+    pub needs: Levels,
+    /// Number of its mode.
+    pub(super) mode: u32,
     /// Host address of its first byte.
     code: u32,
     /// Where its marks are in the cache's list.
@@ -53,35 +60,53 @@ pub(crate) struct Block {
     pub alive: bool,
     /// Shared lookups that could not succeed.
     pub strikes: u8,
-    pub needs: Levels,
-    /// Code that it goes through besides its own.
-    pub leaf: Option<Box<Leaf>>,
-    /// Sites whose branch is linked to this block.
-    pub incoming: Vec<u32>,
-    /// The next block in its chain of the index.
-    pub(super) next: Option<u32>,
+    /// Instruction pointers have 64 bits.
+    long: bool,
+    /// Of one instruction, to be looked for anew each time.
+    pub(super) single: bool,
+    /// Jump cache that leads to it.
+    jumps: u8,
+    /// Code that it goes through besides its own, in the cache's list.
+    pub(super) leaf: Option<NonZeroU32>,
+    /// The first of the sites whose branch is linked to this block, or [`NONE`].
+    pub(super) incoming: u32,
+    /// The next block in its chain of the index, or [`NONE`].
+    pub(super) next: u32,
+}
+
+const _: () = assert!(size_of::<Block>() == 80);
+
+/// Where in the cache's lists what is known of a block is.
+#[derive(Clone, Copy)]
+pub(super) struct Numbers {
+    pub mode: u32,
+    pub leaf: Option<NonZeroU32>,
+    pub first_mark: usize,
 }
 
 /// No physical address.
 const NOWHERE: u64 = u64::MAX;
 
 impl Block {
-    /// What `lowered` has made of `decoded`, placed at `code`; its marks are in the cache's list from `first_mark`
-    /// on.
+    /// What `lowered` has made of `decoded`, placed at `code`; its mode and its leaf have these numbers, and its
+    /// marks are in the cache's list from `first_mark` on.
     #[inline(always)]
     pub(super) fn new(
-        key: Key,
+        key: &Key,
+        numbers: Numbers,
         second: Option<u64>,
         code: u64,
-        first_mark: usize,
         lowered: &Lowered,
         decoded: &Decoded,
     ) -> Block {
         Block {
-            key,
+            virt: key.virt,
+            phys: key.phys,
             second: second.unwrap_or(NOWHERE),
+            needs: lowered.needs,
+            mode: numbers.mode,
             code: code as u32,
-            first_mark: first_mark as u32,
+            first_mark: numbers.first_mark as u32,
             marks: lowered.marks.len() as u16,
             code_len: lowered.code.code().len() as u16,
             entry: lowered.entry as u16,
@@ -91,10 +116,12 @@ impl Block {
             watched: decoded.watched as u16,
             alive: true,
             strikes: 0,
-            needs: lowered.needs,
-            leaf: decoded.leaf.map(Box::new),
-            incoming: Vec::new(),
-            next: None,
+            long: key.mode.bits == Bits::Bits64,
+            single: key.mode.single,
+            jumps: key.mode.jumps() as u8,
+            leaf: numbers.leaf,
+            incoming: NONE,
+            next: NONE,
         }
     }
 
@@ -139,12 +166,12 @@ impl Block {
     /// It may be linked to and stand in a jump cache. The page after the last of narrower code may be
     /// the first.
     pub(crate) fn links(&self) -> bool {
-        self.second == NOWHERE || self.key.mode.bits == Bits::Bits64
+        self.second == NOWHERE || self.long
     }
 
     /// No indirect branch may lead to it any more.
     pub(super) fn leave_jumps(&self, mmu: &Mmu) {
-        let jumps = &mmu.jumps[self.key.mode.jumps()];
-        jumps.remove(self.key.virt, self.checked_entry());
+        let jumps = &mmu.jumps[usize::from(self.jumps)];
+        jumps.remove(self.virt, self.checked_entry());
     }
 }

@@ -10,14 +10,14 @@
 
 use std::hash::BuildHasher;
 
-use super::{Block, Key, Mix};
+use super::{Block, Key, Mix, kept::NONE};
 
 /// Bytes of code that share a chain if nothing else differs, as a power of two.
 const NEAR: u32 = 2;
 
 /// Numbers of living blocks.
 pub(super) struct Index {
-    /// One more than the first block's number, or 0. There are a power of two of them.
+    /// The first block's number, or [`NONE`]. There are a power of two of them.
     heads: Vec<u32>,
     /// Blocks in chains, or more.
     entered: usize,
@@ -27,36 +27,32 @@ impl Index {
     /// With room for so many.
     pub(super) fn new(blocks: usize) -> Index {
         Index {
-            heads: vec![0; blocks.next_power_of_two()],
+            heads: vec![NONE; blocks.next_power_of_two()],
             entered: 0,
         }
     }
 
     pub(super) fn clear(&mut self) {
-        self.heads.fill(0);
+        self.heads.fill(NONE);
         self.entered = 0;
     }
 
-    /// Where the chain of `key` begins.
-    fn chain(&self, key: &Key) -> usize {
-        let page = Key {
-            virt: key.virt & !0xfff,
-            phys: key.phys & !0xfff,
-            ..*key
-        };
+    /// Where the chain of a block for these addresses and this mode begins.
+    fn chain(&self, virt: u64, phys: u64, mode: u32) -> usize {
+        let page = (virt & !0xfff, phys & !0xfff, mode);
         let hash = std::hash::BuildHasherDefault::<Mix>::default().hash_one(page);
         // The low bits of a product say little.
-        let near = (key.phys & 0xfff) >> NEAR;
+        let near = (phys & 0xfff) >> NEAR;
         ((hash >> 32) as usize ^ near as usize) & (self.heads.len() - 1)
     }
 
-    /// The block for `key`.
-    pub(super) fn find(&self, key: &Key, blocks: &[Block]) -> Option<u32> {
-        let mut at = self.heads[self.chain(key)].checked_sub(1);
-        while let Some(number) = at {
-            let block = &blocks[number as usize];
-            if block.key == *key {
-                return Some(number);
+    /// The block for `key`, whose mode has the number `mode`.
+    pub(super) fn find(&self, key: &Key, mode: u32, blocks: &[Block]) -> Option<u32> {
+        let mut at = self.heads[self.chain(key.virt, key.phys, mode)];
+        while at != NONE {
+            let block = &blocks[at as usize];
+            if block.virt == key.virt && block.phys == key.phys && block.mode == mode {
+                return Some(at);
             }
             at = block.next;
         }
@@ -72,18 +68,24 @@ impl Index {
         self.put(number, blocks)
     }
 
+    fn chain_of(&self, block: &Block) -> usize {
+        self.chain(block.virt, block.phys, block.mode)
+    }
+
     fn put(&mut self, number: u32, blocks: &mut [Block]) -> Option<u32> {
-        let chain = self.chain(&blocks[number as usize].key);
-        let first = std::mem::replace(&mut self.heads[chain], number + 1).checked_sub(1);
+        let block = blocks[number as usize];
+        let chain = self.chain_of(&block);
+        let first = std::mem::replace(&mut self.heads[chain], number);
         blocks[number as usize].next = first;
         let (mut before, mut at) = (number, first);
-        while let Some(old) = at {
-            let next = blocks[old as usize].next;
-            if blocks[old as usize].key == blocks[number as usize].key {
+        while at != NONE {
+            let old = &blocks[at as usize];
+            let next = old.next;
+            if old.virt == block.virt && old.phys == block.phys && old.mode == block.mode {
                 blocks[before as usize].next = next;
-                return Some(old);
+                return Some(at);
             }
-            (before, at) = (old, next);
+            (before, at) = (at, next);
         }
         None
     }
@@ -91,7 +93,7 @@ impl Index {
     /// Makes room for twice as many; all living blocks before `number` are entered again.
     #[cold]
     fn grow(&mut self, number: u32, blocks: &mut [Block]) {
-        self.heads = vec![0; 2 * self.heads.len()];
+        self.heads = vec![NONE; 2 * self.heads.len()];
         self.entered = 0;
         for old in 0..number {
             if blocks[old as usize].alive {
@@ -103,22 +105,20 @@ impl Index {
 
     /// Takes a block out, if it is in.
     pub(super) fn remove(&mut self, number: u32, blocks: &mut [Block]) {
-        let chain = self.chain(&blocks[number as usize].key);
+        let chain = self.chain_of(&blocks[number as usize]);
         let next = blocks[number as usize].next;
-        let Some(head) = self.heads[chain].checked_sub(1) else {
-            return;
-        };
-        if head == number {
-            self.heads[chain] = next.map_or(0, |next| next + 1);
+        let mut at = self.heads[chain];
+        if at == number {
+            self.heads[chain] = next;
             return;
         }
-        let mut at = head as usize;
-        while let Some(after) = blocks[at].next {
+        while at != NONE {
+            let after = blocks[at as usize].next;
             if after == number {
-                blocks[at].next = next;
+                blocks[at as usize].next = next;
                 return;
             }
-            at = after as usize;
+            at = after;
         }
     }
 }

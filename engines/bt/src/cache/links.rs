@@ -13,7 +13,10 @@
 //! Invariant: a branch leads to its stub, or a guess to what comes next, or either to a living block of the
 //! branch's own mode whose address maps to what it was made from.
 
-use super::{Cache, Dropped};
+use super::{
+    Cache, Dropped,
+    kept::{Link, NONE, Neighbour, UNLINKED},
+};
 use crate::{
     arena::Arena,
     checks::Levels,
@@ -27,7 +30,7 @@ impl Cache {
             block: source,
             kind,
             ..
-        } = self.sites[site];
+        } = self.site(site);
         let (patch, lazy, known, lost) = if let Kind::Direct {
             patch, lazy, known, ..
         } = kind
@@ -40,19 +43,19 @@ impl Cache {
         };
         let from = &self.blocks[source as usize];
         let to = &self.blocks[target as usize];
-        let single = from.key.mode.single || to.key.mode.single;
-        let (page, crosses) = (to.key.virt >> 12, to.second().is_some());
-        let leaf = to.leaf.as_ref().map(|leaf| leaf.virt >> 12);
         // Who has lost the flags can't go where they are read.
         if lost && to.lazy_entry() != to.entry() {
             return false;
         }
-        if !from.alive || !to.alive || single || !to.links() || from.key.mode != to.key.mode {
+        let single = from.single || to.single;
+        if !from.alive || !to.alive || single || !to.links() || from.mode != to.mode {
             return false;
         }
-        let same_page = from.second().is_none()
-            && from.key.virt >> 12 == to.key.virt >> 12
-            && from.key.phys >> 12 == to.key.phys >> 12;
+        let page = to.virt >> 12;
+        let crosses = to.second().is_some();
+        let leaf = self.leaf(target).map(|leaf| leaf.virt >> 12);
+        let same_page =
+            from.second().is_none() && from.virt >> 12 == page && from.phys >> 12 == to.phys >> 12;
         let entry = if lazy && to.lazy_entry() != to.entry() {
             to.lazy_entry()
         } else if known.cover(to.needs) {
@@ -61,7 +64,7 @@ impl Cache {
             to.entry()
         };
         point(patch, entry, arena);
-        self.blocks[target as usize].incoming.push(site as u32);
+        self.enter_link(site as u32, target);
         let other = leaf.filter(|&leaf| leaf != page);
         for (page, depends) in [
             (page, !same_page),
@@ -75,49 +78,88 @@ impl Cache {
         true
     }
 
+    /// Puts `site` before the others that lead to block `target`.
+    fn enter_link(&mut self, site: u32, target: u32) {
+        self.leave_link(site);
+        let first = std::mem::replace(&mut self.blocks[target as usize].incoming, site);
+        if let Some(link) = self.link_of(first) {
+            link.previous = Neighbour::site(site);
+        }
+        if let Some(link) = self.link_of(site) {
+            *link = Link {
+                previous: Neighbour::block(target),
+                next: first,
+            };
+        }
+    }
+
+    /// Takes `site` from those that lead where it does.
+    fn leave_link(&mut self, site: u32) {
+        let Some(link) = self.link_of(site) else {
+            return;
+        };
+        let Link { previous, next } = std::mem::replace(link, UNLINKED);
+        if let Some(block) = previous.as_block() {
+            self.blocks[block as usize].incoming = next;
+        } else if let Some(link) = previous.as_site().and_then(|site| self.link_of(site)) {
+            link.next = next;
+        }
+        if let Some(link) = self.link_of(next) {
+            link.previous = previous;
+        }
+    }
+
+    fn link_of(&mut self, site: u32) -> Option<&mut Link> {
+        self.sites.get_mut(site as usize)?.link()
+    }
+
     /// The gate of `site` was reached on the way to block `number`, as guest instruction pointer
     /// `target`: makes the next guess, if the block is one to be linked to, and opens the gate after
     /// the last.
     pub(crate) fn guess(&mut self, site: usize, target: u64, number: u32, arena: &Arena) {
         let Kind::Indirect {
             gate: Some(gate), ..
-        } = self.sites[site].kind
+        } = self.site(site).kind
         else {
             return;
         };
-        let guesses = gate.first as usize..gate.first as usize + GUESSES;
-        let empty = |site: &Site| matches!(site.kind, Kind::Guess(Guess { target: None, .. }));
-        let Some(index) = guesses.clone().find(|&index| empty(&self.sites[index])) else {
+        let mut open = gate.first as usize..gate.first as usize + GUESSES;
+        let Some(index) = open.find(|&index| self.sites[index].made() == Some(&mut false)) else {
             return;
         };
-        if let Kind::Guess(guess) = &mut self.sites[index].kind {
-            guess.target = Some(target);
-            let guess = *guess;
-            if let Ok(constant) = i32::try_from(target as i64) {
-                arena.write_code(guess.compared, &constant.to_le_bytes());
-                self.link(index, number, arena);
-            }
+        if let Some(made) = self.sites[index].made() {
+            *made = true;
         }
-        if !guesses.into_iter().any(|index| empty(&self.sites[index])) {
+        if let (Kind::Guess(guess), Ok(constant)) =
+            (self.site(index).kind, i32::try_from(target as i64))
+        {
+            arena.write_code(guess.compared, &constant.to_le_bytes());
+            self.link(index, number, arena);
+        }
+        // They are made in order, but not unmade.
+        if !open.any(|index| self.sites[index].made() == Some(&mut false)) {
             arena.write_code(gate.at, &NOP);
         }
     }
 
     fn unlink(&mut self, site: u32, arena: &Arena) {
-        let kind = &mut self.sites[site as usize].kind;
-        if let Kind::Direct { patch, stub, .. } = *kind {
+        self.leave_link(site);
+        let kind = self.site(site as usize).kind;
+        if let Kind::Direct { patch, stub, .. } = kind {
             point(patch, stub, arena);
         } else if let Kind::Guess(guess) = kind
             && !self.keep_guesses
         {
-            guess.target = None;
+            if let Some(made) = self.sites[site as usize].made() {
+                *made = false;
+            }
             // To what comes next.
             point(guess.patch, guess.patch + 4, arena);
             let gate = guess.gate as usize;
             if let Kind::Indirect {
                 gate: Some(Gate { at, stub, .. }),
                 ..
-            } = self.sites[gate].kind
+            } = self.site(gate).kind
             {
                 arena.write_code(at, &[0xe9]);
                 point(at + 1, stub, arena);
@@ -134,8 +176,12 @@ impl Cache {
     }
 
     pub(super) fn unlink_incoming(&mut self, block: u32, arena: &Arena) {
-        for site in std::mem::take(&mut self.blocks[block as usize].incoming) {
-            self.unlink(site, arena);
+        loop {
+            let first = self.blocks[block as usize].incoming;
+            if first == NONE {
+                return;
+            }
+            self.unlink(first, arena);
         }
     }
 
@@ -151,9 +197,8 @@ impl Cache {
             Dropped::Span(_) | Dropped::User(_) | Dropped::Bank(_) | Dropped::All => {
                 across.retain(|&page, sites| {
                     sites.retain(|&site| {
-                        let mode = self.blocks[self.sites[site as usize].block as usize]
-                            .key
-                            .mode;
+                        let block = self.sites[site as usize].block;
+                        let mode = self.mode(block);
                         let bank = usize::from(mode.bank);
                         let stays = match dropped {
                             Dropped::Span(span) => !span.contains(page << 12),

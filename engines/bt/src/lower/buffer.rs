@@ -3,8 +3,6 @@
 //!
 //! Invariant: what doesn't fit is counted and otherwise lost; [`Buffer::fits`] says so.
 
-use std::ops::Range;
-
 use dynasmrt::{AssemblyOffset, DynasmApi};
 
 /// A power of two, so that every index can be made to fit.
@@ -47,7 +45,7 @@ impl Buffer {
     }
 
     #[inline]
-    fn array<const N: usize>(&mut self, bytes: [u8; N]) {
+    pub(super) fn array<const N: usize>(&mut self, bytes: [u8; N]) {
         if let Some(place) = self.bytes.get_mut(self.length..self.length + N) {
             place.copy_from_slice(&bytes);
         }
@@ -58,15 +56,6 @@ impl Buffer {
         let end = self.length + bytes.len();
         if let Some(place) = self.bytes.get_mut(self.length..end) {
             place.copy_from_slice(bytes);
-        }
-        self.length = end;
-    }
-
-    /// Has bytes that are there follow once more.
-    pub(super) fn repeat(&mut self, range: Range<usize>) {
-        let end = self.length + range.len();
-        if end <= ROOM {
-            self.bytes.copy_within(range, self.length);
         }
         self.length = end;
     }

@@ -4,6 +4,9 @@ use std::mem::offset_of;
 
 use crate::{arena::Arena, context::Context, stubs::Stubs, tlb::BANKS, transitions::Transitions};
 
+/// Bytes of the code that leaves for the runtime.
+pub(crate) const LEAVING: usize = 12 + 5;
+
 /// Addresses that lowered code refers to, as displacements.
 #[derive(Clone, Copy)]
 pub(crate) struct Layout {
@@ -65,5 +68,17 @@ impl Layout {
 
     pub(super) fn site(&self) -> i32 {
         self.slot(offset_of!(Context, site))
+    }
+
+    /// `mov qword [site], number` and `jmp exit`, for the host address `at`.
+    pub(crate) fn leaving(&self, number: i32, at: u64) -> [u8; LEAVING] {
+        let mut code = [0; LEAVING];
+        code[..4].copy_from_slice(&[0x48, 0xc7, 0x04, 0x25]);
+        code[4..8].copy_from_slice(&self.site().to_le_bytes());
+        code[8..12].copy_from_slice(&number.to_le_bytes());
+        code[12] = 0xe9;
+        let rel = self.exit.wrapping_sub(at + LEAVING as u64) as i32;
+        code[13..].copy_from_slice(&rel.to_le_bytes());
+        code
     }
 }

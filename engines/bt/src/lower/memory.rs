@@ -12,9 +12,11 @@
 //!         body  [a]
 //! ```
 //!
-//! The slow path hands the address to the runtime, which fills the TLB and says `retry`; or, for
+//! The slow path leaves for the runtime, which puts the address together again from `a` and the entry that `t`
+//! leads to, fills the TLB and says `retry`; or, for
 //! device memory, accesses across pages and writes to translated code, puts a buffer's address
-//! into `a` and says `bounce`: a second copy of the body, after which the buffer is written back.
+//! into `a` and says `body`. For a write it copies the body elsewhere and has that copy run, which
+//! comes back for the buffer to be written where it belongs.
 
 mod address;
 mod slow;
@@ -47,12 +49,10 @@ pub(super) struct Open {
     stack: bool,
     limited: Option<u8>,
     alignment: u8,
-    disp: i32,
     retry: usize,
     miss: usize,
     body: usize,
     homes: Homes,
-    first_mark: usize,
     locked: bool,
     relied: bool,
     pinned: bool,
@@ -73,8 +73,6 @@ struct Lookup {
 /// An access whose slow path is still to be emitted.
 pub(super) struct Pending {
     open: Open,
-    /// Of the body, behind its last one.
-    last_mark: usize,
     /// Where the body ends.
     resume: usize,
     after: Homes,
@@ -122,7 +120,11 @@ impl Lower<'_> {
         let open = self.open(insn, address, size, write, avoid)?;
         self.flags_for(insn);
         self.need(insn.reads);
-        self.mark(Ip::At(insn.instr.ip()));
+        // A host address that a lookup has yielded is one that can be accessed.
+        let strict = insn.memory.is_some_and(|memory| memory.alignment > 1);
+        if insn.faults || strict {
+            self.mark(Ip::At(insn.instr.ip()));
+        }
         body(self, &open)?;
         self.done(insn);
         self.close(open, Some(insn.instr.next_ip()), 0);
@@ -150,7 +152,6 @@ impl Lower<'_> {
         }
         self.flags_for(insn);
         self.need(insn.reads);
-        self.mark(Ip::At(insn.instr.ip()));
         let mut body = with_operand(&insn.instr);
         body.set_memory_base(gpr64(open.register));
         body.set_op1_register(match size {
@@ -229,12 +230,10 @@ impl Lower<'_> {
             stack: lookup.stack,
             limited: lookup.limited,
             alignment: insn.memory.map_or(1, |memory| memory.alignment),
-            disp: self.tlb(write),
             retry: lookup.retry,
             miss: lookup.miss,
             body: self.position(),
             homes: lookup.homes,
-            first_mark: self.marks.len(),
             locked: is_locked(&insn.instr),
             relied: insn.class == Class::CallInline,
             pinned: self.pins_write(),
@@ -260,25 +259,15 @@ impl Lower<'_> {
                 size: group.bytes as u16,
                 write: group.write,
                 retry: self.address(lookup.retry),
+                register: lookup.register,
+                table: lookup.table,
                 steps: (group.last - group.head + 1) as u16,
             });
             let here = std::mem::replace(&mut self.homes, lookup.homes);
             let site = self.add_site(insn.instr.ip(), kind);
             self.homes = here;
-            let disp = self.tlb(group.write);
-            let Lookup {
-                register,
-                table,
-                miss,
-                ..
-            } = lookup;
-            self.cold.push(Cold::Group {
-                site,
-                miss,
-                register,
-                table,
-                disp,
-            });
+            let patch = lookup.miss;
+            self.cold.push(Cold::Exit { site, patch });
         }
         let register = self.plan.groups[member.group].register;
         self.busy = avoid | 1 << register;
@@ -294,12 +283,10 @@ impl Lower<'_> {
             stack: false,
             limited: None,
             alignment: 1,
-            disp: 0,
             retry: 0,
             miss: 0,
             body: self.position(),
             homes: self.homes,
-            first_mark: self.marks.len(),
             locked: false,
             relied: false,
             pinned: false,
@@ -369,7 +356,6 @@ impl Lower<'_> {
             return;
         }
         self.cold.push(Cold::Memory(Pending {
-            last_mark: self.marks.len(),
             resume: self.position(),
             after: self.homes,
             next_ip,

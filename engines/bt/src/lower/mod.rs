@@ -46,7 +46,7 @@ mod strings;
 mod window;
 
 pub(crate) use count::Path;
-pub(crate) use layout::Layout;
+pub(crate) use layout::{LEAVING, Layout};
 pub(crate) use privileged::inline;
 
 use dynasmrt::{DynasmApi, dynasm};
@@ -150,13 +150,6 @@ pub(crate) struct Lower<'a> {
 enum Cold {
     Memory(memory::Pending),
     String(strings::More),
-    Group {
-        site: usize,
-        miss: usize,
-        register: u8,
-        table: u8,
-        disp: i32,
-    },
     Direct {
         site: usize,
         patch: usize,
@@ -302,7 +295,7 @@ pub(crate) fn lower<'a>(
             lower.direct(last.instr.ip(), last.instr.next_ip());
         }
     }
-    lower.cold();
+    lower.cold()?;
     let live = decoded
         .insns
         .first()
@@ -445,8 +438,8 @@ impl Lower<'_> {
 
     fn exit_through(&mut self, site: usize, phase: u64) {
         let number = number(self.first_site + site, phase);
-        dynasm!(self.asm ; .arch x64 ; mov QWORD [self.layout.site()], number);
-        self.jump_to(0xe9, self.layout.exit);
+        let at = self.address(self.position());
+        self.asm.array(self.layout.leaving(number, at));
     }
 
     /// `opcode rel32` to an absolute address.
@@ -462,21 +455,12 @@ impl Lower<'_> {
         self.asm.patch(patch, rel.to_le_bytes());
     }
 
-    fn cold(&mut self) {
+    fn cold(&mut self) -> Result<(), String> {
         let mut colds = std::mem::take(self.cold);
         for cold in colds.drain(..) {
             match cold {
-                Cold::Memory(pending) => self.cold_memory(pending),
+                Cold::Memory(pending) => self.cold_memory(pending)?,
                 Cold::String(more) => self.cold_string(more),
-                Cold::Group {
-                    site,
-                    miss,
-                    register,
-                    table,
-                    disp,
-                } => {
-                    self.cold_group(site, miss, [register, table], disp);
-                }
                 Cold::Raise {
                     patch,
                     homes,
@@ -499,6 +483,7 @@ impl Lower<'_> {
             }
         }
         *self.cold = colds;
+        Ok(())
     }
 
     fn transitions(&self) -> Transitions {

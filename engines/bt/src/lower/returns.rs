@@ -179,7 +179,7 @@ impl Lower<'_> {
         let patch = self.address(self.position());
         self.asm.push_i32(0);
         let kind = Kind::Guess(Guess {
-            target: None,
+            made: false,
             compared,
             patch,
             lazy: self.homes.lazy,

@@ -13,7 +13,6 @@ use super::{
 use crate::{
     cpu::Bits,
     decode::{Class, Insn, gpr_bit},
-    site::Ip,
 };
 
 /// What is pushed.
@@ -51,7 +50,6 @@ impl Lower<'_> {
         self.need(needed);
         let open = self.open(insn, Address::Stack(-size), size as u32, true, avoid)?;
         self.need(needed);
-        self.mark(Ip::At(insn.instr.ip()));
         let (at, off) = (open.register, open.offset);
         match (source, size) {
             (Source::Register(value), 8) => {
@@ -122,7 +120,6 @@ impl Lower<'_> {
             self.need(insn.reads & !avoid);
             let address = Address::Operand(&insn.instr, by);
             let open = self.open(insn, address, size as u32, true, avoid)?;
-            self.mark(Ip::At(insn.instr.ip()));
             let at = open.register;
             match size {
                 8 => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rq(value)),
@@ -147,7 +144,6 @@ impl Lower<'_> {
         self.need(insn.reads);
         let open = self.open(insn, Address::Stack(0), size as u32, false, gpr_bit(target))?;
         self.need(insn.reads);
-        self.mark(Ip::At(insn.instr.ip()));
         let (at, off) = (open.register, open.offset);
         match size {
             8 => dynasm!(self.asm ; .arch x64 ; mov Rq(number), [Rq(at) + off]),
@@ -187,7 +183,7 @@ impl Lower<'_> {
         let open = self.open(insn, address, size as u32, false, avoid)?;
         // The address has served: the value takes its place.
         let value = open.register;
-        self.load_body(insn, value, &open, size);
+        self.load_body(value, &open, size);
         self.close(open, None, 0);
         debug_assert!(
             self.pinned >> value & 1 == 0,
@@ -196,9 +192,8 @@ impl Lower<'_> {
         Ok(value)
     }
 
-    fn load_body(&mut self, insn: &Insn, value: u8, open: &Open, size: i32) {
+    fn load_body(&mut self, value: u8, open: &Open, size: i32) {
         let (at, off) = (open.register, open.offset);
-        self.mark(Ip::At(insn.instr.ip()));
         match size {
             8 => dynasm!(self.asm ; .arch x64 ; mov Rq(value), [Rq(at) + off]),
             4 => dynasm!(self.asm ; .arch x64 ; mov Rd(value), [Rq(at) + off]),
@@ -218,7 +213,7 @@ impl Lower<'_> {
         let value = self.take(avoid, insn);
         let address = Address::Operand(&insn.instr, 0);
         let open = self.open(insn, address, size as u32, false, avoid | 1 << value)?;
-        self.load_body(insn, value, &open, size);
+        self.load_body(value, &open, size);
         if let Some(slot) = slot {
             dynasm!(self.asm ; .arch x64 ; mov [slot], Rq(value));
         }

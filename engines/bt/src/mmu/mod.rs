@@ -487,6 +487,11 @@ impl Mmu {
             .is_some()
     }
 
+    /// The key of the TLB entry that lies so many bytes from the first.
+    pub(crate) fn key_at(&self, offset: u64, write: bool, user: bool) -> u64 {
+        self.tlbs[tlb_index(user, write)].key_at(offset)
+    }
+
     /// Host address of a page that this privilege has written before, if the TLB still knows.
     pub(crate) fn written(&self, address: u64, user: bool) -> Option<*mut u8> {
         let host = self.tlbs[tlb_index(user, true)].get(address & !0xfff)?;

@@ -14,6 +14,7 @@ use engine_core::{After, ExitReason, GuestPhys, Kick};
 
 use super::{BtVcpu, Pending, Resume, Stop};
 use crate::{
+    cache::Slot,
     context::HostFault,
     cpu::{Bits, CR4_OSXMMEXCPT, canonical},
     fault::{self, Fault},
@@ -34,6 +35,8 @@ pub(super) struct Direct {
 /// An access that goes through the bounce buffer, in the middle of its device part.
 #[derive(Clone, Copy)]
 pub(super) struct Transfer {
+    /// Which site that is.
+    pub(super) index: usize,
     pub(super) site: Site,
     pub(super) slow: Slow,
     pub(super) write: bool,
@@ -76,8 +79,8 @@ impl BtVcpu {
     }
 
     /// An access missed the software TLB.
-    pub(super) fn slow(&mut self, site: Site, slow: Slow) -> Result<(), Stop> {
-        let ea = self.core.context().ea;
+    pub(super) fn slow(&mut self, index: usize, site: Site, slow: Slow) -> Result<(), Stop> {
+        let ea = self.missed(slow.register, slow.table, slow.write);
         if let Some(segment) = slow.segment {
             let index = usize::from(segment);
             let offset = ea.wrapping_sub(self.core.cpu.segments[index].base);
@@ -132,16 +135,42 @@ impl BtVcpu {
         self.counts.add(ExitReason::Bounce);
         if let Some(host) = self.directly(ea, &slow, page, second) {
             self.core.context().gpr[usize::from(slow.register)] = host as u64;
-            self.resume = Resume::Host(slow.bounce.address());
+            self.resume = Resume::Host(self.body(index, &slow));
             return Ok(());
         }
         self.transfer(Transfer {
+            index,
             site,
             slow,
             write: false,
             done: 0,
             step: 0,
         })
+    }
+
+    /// The address that a lookup has missed with, remembered in the context: translated code has taken the key
+    /// of an entry from it.
+    fn missed(&mut self, register: u8, table: u8, write: bool) -> u64 {
+        let user = self.core.user();
+        let [rest, offset] =
+            [register, table].map(|number| self.core.context().gpr[usize::from(number)]);
+        let ea = rest.wrapping_add(self.core.mmu.key_at(offset, write, user));
+        self.core.context().ea = ea;
+        ea
+    }
+
+    /// Where the body of an access runs that the runtime has found an address for.
+    fn body(&mut self, index: usize, slow: &Slow) -> u64 {
+        if !slow.write {
+            return slow.body.address();
+        }
+        match self.cache.bounced(index) {
+            Slot::Made(at) => return at,
+            // The x87 instruction pointer may lead to the body that goes.
+            Slot::Taken => self.settle_x87(),
+            Slot::Free => {}
+        }
+        self.cache.bounce(index, slow, &self.arena)
     }
 
     /// Host address for an access to RAM, and what to know when it is done.
@@ -216,7 +245,7 @@ impl BtVcpu {
 
     /// A lookup for several accesses missed: fills the TLB, or has them executed one by one.
     pub(super) fn shared(&mut self, site: Site, shared: Shared) {
-        let ea = self.core.context().ea;
+        let ea = self.missed(shared.register, shared.table, shared.write);
         let access = if shared.write {
             Access::Write
         } else {
@@ -241,7 +270,11 @@ impl BtVcpu {
     /// asked or it is done.
     pub(super) fn transfer(&mut self, mut transfer: Transfer) -> Result<(), Stop> {
         let Transfer {
-            site, slow, write, ..
+            index,
+            site,
+            slow,
+            write,
+            ..
         } = transfer;
         let ea = self.core.context().ea;
         let size = usize::from(slow.size);
@@ -316,7 +349,7 @@ impl BtVcpu {
             let context = self.core.context();
             let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
             context.gpr[usize::from(slow.register)] = bounce;
-            self.resume = Resume::Host(slow.bounce.address());
+            self.resume = Resume::Host(self.body(index, &slow));
         } else {
             // What a device was told is not what it says.
             let elsewhere = slow.relied && transfer.step != 0;

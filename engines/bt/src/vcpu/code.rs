@@ -47,7 +47,7 @@ impl BtVcpu {
             let checked = block.checked_entry();
             let jumps = &self.core.mmu.jumps[index];
             jumps.fill(virt, entry, checked);
-            if let Some(leaf) = &block.leaf {
+            if let Some(leaf) = self.cache.leaf(number) {
                 jumps.lean_on(leaf.virt);
             }
         }
@@ -75,7 +75,7 @@ impl BtVcpu {
         };
         if let Some(number) = self.cache.find(&key) {
             let block = self.cache.block(number);
-            let leaf = block.leaf.as_deref().copied();
+            let leaf = self.cache.leaf(number).copied();
             let leans = leaf.is_none_or(|leaf| self.leans(leaf, mode));
             match block.second() {
                 None if leans => return Ok(number),
@@ -154,7 +154,7 @@ impl BtVcpu {
             };
             match self.cache.translate(&source, &self.arena) {
                 Ok(number) if self.still_there(number, bytes) => {
-                    if let Some(leaf) = self.cache.block(number).leaf.as_deref() {
+                    if let Some(leaf) = self.cache.leaf(number) {
                         self.leans(*leaf, key.mode);
                     }
                     return Ok(Some(number));

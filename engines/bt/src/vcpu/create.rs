@@ -148,7 +148,10 @@ impl BtVcpu {
         at = place_code(callout::emit(arena.context_disp(), &stubs, callout));
         let counting = options.count_paths;
         let layout = Layout::new(&arena, &stubs, transitions, miss, callout, counting);
-        let cache = Cache::new(&arena, layout, at);
+        let cache = Cache::new(&arena, layout, at).map_err(|source| Error::Host {
+            operation: "map what is known of translated code",
+            source,
+        })?;
         // SAFETY: the arena is dropped last and serves this core alone.
         let mut core = unsafe { Core::new(ram, &arena, Arc::clone(vm), place) };
         for (bank, miss) in miss.into_iter().enumerate() {

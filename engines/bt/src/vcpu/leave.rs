@@ -43,12 +43,13 @@ impl BtVcpu {
         let index = (number >> 1) as usize;
         let site = self.cache.site(index);
         match site.kind {
-            Kind::Memory(slow) if number & 1 == 0 => self.slow(site, slow),
+            Kind::Memory(slow) if number & 1 == 0 => self.slow(index, site, slow),
             Kind::Memory(slow) if self.direct.is_some() => {
                 self.written(slow);
                 Ok(())
             }
             Kind::Memory(slow) => self.transfer(Transfer {
+                index,
                 site,
                 slow,
                 write: true,
@@ -85,9 +86,9 @@ impl BtVcpu {
             Kind::System { index } => {
                 self.settle(site.homes, site.ip);
                 let instr = self.cache.system(index);
-                let key = self.cache.block(site.block).key;
-                if !key.mode.vectors && uses_vectors(&instr) {
-                    self.bring_vectors(key.mode);
+                let mode = *self.cache.mode(site.block);
+                if !mode.vectors && uses_vectors(&instr) {
+                    self.bring_vectors(mode);
                     return Ok(());
                 }
                 self.system(&instr)

@@ -125,8 +125,8 @@ impl BtVcpu {
             return true;
         }
         let block = self.cache.block(number);
-        let (phys, second, len) = (block.key.phys, block.second(), u64::from(block.watched));
-        let leaf = block.leaf.as_deref().copied();
+        let (phys, second, len) = (block.phys, block.second(), u64::from(block.watched));
+        let leaf = self.cache.leaf(number).copied();
         let first = len.min(4096 - (phys & 0xfff));
         let pages = &self.core.mmu.vm.pages;
         let mut news = pages.watch(phys, first);

@@ -1,42 +1,19 @@
-//! What follows a block's straight line for accesses whose lookup misses: the way to the runtime, and the body
-//! once more for a bounced access.
+//! What follows a block's straight line for accesses whose lookup misses: the way to the runtime.
 //!
-//! Invariant: nothing in a body depends on where it is.
-
-use dynasmrt::{DynasmApi, dynasm};
-use std::mem::offset_of;
+//! Invariant: nothing in a body depends on where it is, and that of a write fits into a
+//! [slot](crate::cache::Bounces).
 
 use super::Pending;
 use crate::{
-    context::Context,
+    cache::BODY,
     lower::Lower,
-    site::{Kind, Mark, Place, Slow},
+    site::{Kind, Place, Slow},
 };
 
 impl Lower<'_> {
-    /// Hands the address of a lookup that missed to the runtime.
-    pub(in crate::lower) fn cold_group(
-        &mut self,
-        site: usize,
-        miss: usize,
-        registers: [u8; 2],
-        disp: i32,
-    ) {
-        self.bind(miss, self.position());
-        let [register, table] = registers;
-        let ea = self.layout.slot(offset_of!(Context, ea));
-        dynasm!(self.asm
-            ; .arch x64
-            ; add Rq(register), [Rq(table) + disp]
-            ; mov [ea], Rq(register)
-        );
-        self.exit_through(site, 0);
-    }
-
-    pub(in crate::lower) fn cold_memory(&mut self, pending: Pending) {
+    pub(in crate::lower) fn cold_memory(&mut self, pending: Pending) -> Result<(), String> {
         let Pending {
             open,
-            last_mark,
             resume,
             after,
             next_ip,
@@ -44,19 +21,13 @@ impl Lower<'_> {
         } = pending;
         self.homes = open.homes;
         self.bind(open.miss, self.position());
-        let (register, table) = (open.register, open.table);
-        let ea = self.layout.slot(offset_of!(Context, ea));
-        dynasm!(self.asm
-            ; .arch x64
-            ; add Rq(register), [Rq(table) + open.disp]
-            ; mov [ea], Rq(register)
-        );
-        let bounce_later = Slow {
+        let slow = Slow {
             size: open.size as u16,
             write: open.write,
-            register,
+            register: open.register,
+            table: open.table,
             retry: Place::new(self.address(open.retry)),
-            bounce: Place::default(),
+            body: Place::new(self.address(open.body)),
             resume: Place::new(self.address(resume)),
             after,
             read: open.read,
@@ -69,28 +40,11 @@ impl Lower<'_> {
             relied: open.relied,
             pinned: open.pinned,
         };
-        let site = self.add_site(open.ip, Kind::Memory(bounce_later));
+        let site = self.add_site(open.ip, Kind::Memory(slow));
         self.exit_through(site, 0);
-        let bounce = self.position();
-        let slow = Slow {
-            bounce: Place::new(self.address(bounce)),
-            ..bounce_later
-        };
-        self.sites[site].kind = Kind::Memory(slow);
-        for at in open.first_mark..last_mark {
-            let mark = self.marks[at];
-            self.marks.push(Mark {
-                offset: mark.offset - open.body as u32 + bounce as u32,
-                ..mark
-            });
+        if open.write && resume - open.body > BODY {
+            return Err(format!("a body of {} bytes", resume - open.body));
         }
-        // Nothing in a body depends on where it is.
-        self.asm.repeat(open.body..resume);
-        if open.write {
-            self.exit_through(site, 1);
-        } else {
-            let target = self.address(resume);
-            self.jump_to(0xe9, target);
-        }
+        Ok(())
     }
 }
