@@ -15,7 +15,7 @@
 //! at any instruction in between, since they move through RAX; and every access in between, the heads of
 //! other groups among them, finds registers for a lookup of its own.
 
-use iced_x86::{Code, Mnemonic, OpKind, Register};
+use iced_x86::{Code, OpKind, Register};
 
 use crate::{
     cpu::Bits,
@@ -26,7 +26,7 @@ use crate::{
 /// Bytes that one lookup may cover.
 const REACH: i64 = 256;
 /// Groups alive at once: each keeps a register.
-const ALIVE: u8 = 2;
+const ALIVE: usize = 2;
 /// Registers that an access borrows besides those that groups keep, and one for what else it holds.
 const BORROWED: u32 = 3;
 
@@ -53,18 +53,26 @@ pub(crate) struct Group {
 /// An instruction's place in its group.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Member {
-    pub group: usize,
+    group: u8,
     /// Bytes from the group's lowest to the operand.
     pub offset: i32,
 }
+
+impl Member {
+    pub(crate) fn group(self) -> usize {
+        self.group.into()
+    }
+}
+
+/// Instructions of a block, one bit each.
+type Set = u64;
 
 /// Which instructions of a block share lookups. A buffer that serves one block after the other.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     pub groups: Vec<Group>,
     members: Vec<Option<Member>>,
-    accesses: Vec<Option<Access>>,
-    alive: Vec<u8>,
+    accesses: Vec<Access>,
     found: Vec<usize>,
 }
 
@@ -81,22 +89,23 @@ impl Plan {
     }
 }
 
-/// An access relative to registers in one of their versions.
+/// What accesses of a group have in common: registers in one of their versions, and what is done, put together
+/// so that it is compared at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Key {
-    base: Register,
-    index: Register,
-    scale: u32,
-    versions: (u32, u32),
-    write: bool,
-}
+struct Key(u64);
 
 #[derive(Clone, Copy, Debug)]
 struct Access {
     key: Key,
+    /// Which instruction this is.
+    index: u8,
+    size: u8,
+    scale: u8,
+    write: bool,
+    base: Register,
+    other: Register,
     /// Displacement as if RSP stood where the block found it.
     at: i64,
-    size: i64,
     /// How far RSP is from there.
     moved: i64,
 }
@@ -107,57 +116,70 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, plan: &mut Plan) {
     if mode.bits != Bits::Bits64 || mode.single || mode.limited != 0 {
         return;
     }
+    if !worthwhile(insns) || insns.len() > Set::BITS as usize {
+        return;
+    }
     let Plan {
         groups,
         members,
         accesses: list,
-        alive,
         found,
     } = plan;
     list.clear();
-    if !worthwhile(insns) {
-        return;
-    }
     accesses(insns, list);
-    let accesses = &list[..];
-    members.resize(insns.len(), None);
-    alive.clear();
-    alive.resize(insns.len(), 0);
-    for head in 0..insns.len() {
-        let (Some(first), None) = (accesses[head], members[head]) else {
+    let crowded = crowded(insns);
+    let mut taken: Set = 0;
+    // Instructions that one group is alive at, or more, and so on.
+    let mut alive: [Set; ALIVE] = [0; ALIVE];
+    for (number, first) in list.iter().enumerate() {
+        let head = usize::from(first.index);
+        if (taken | alive[ALIVE - 1]) >> head & 1 == 1 {
             continue;
-        };
-        let (mut low, mut high) = (first.at, first.at + first.size);
+        }
+        let behind = Set::MAX.checked_shl(head as u32 + 1).unwrap_or(0);
+        let end = ((crowded | alive[ALIVE - 1]) & behind).trailing_zeros();
+        let (mut low, mut high) = (first.at, first.at + i64::from(first.size));
         found.clear();
-        found.push(head);
-        for (index, access) in accesses.iter().enumerate().skip(head + 1) {
-            if alive[index] >= ALIVE || crowded(&insns[index]) {
+        found.push(number);
+        for (number, access) in list.iter().enumerate().skip(number + 1) {
+            if u32::from(access.index) >= end {
                 break;
             }
-            let Some(access) = access else { continue };
-            let (from, to) = (low.min(access.at), high.max(access.at + access.size));
-            if access.key == first.key && members[index].is_none() && to - from <= REACH {
+            if access.key != first.key || taken >> access.index & 1 == 1 {
+                continue;
+            }
+            let to = access.at + i64::from(access.size);
+            let (from, to) = (low.min(access.at), high.max(to));
+            if to - from <= REACH {
                 (low, high) = (from, to);
-                found.push(index);
+                found.push(number);
             }
         }
-        let last = found[found.len() - 1];
+        let &[_, .., last] = found.as_slice() else {
+            continue;
+        };
+        let last = usize::from(list[last].index);
         let used = insns[head..=last].iter().fold(RSP, |used, insn| {
             used | insn.used() | if insn.live_in != 0 { RAX } else { 0 }
         });
         // The head's own lookup takes two that nobody uses, and another group may keep one.
-        if found.len() < 2 || alive[head] >= ALIVE || used.count_ones() + BORROWED > 16 {
+        if used.count_ones() + BORROWED > 16 {
             continue;
         }
-        let group = groups.len();
-        for &index in found.iter() {
-            if let Some(access) = accesses[index] {
-                let offset = (access.at - low) as i32;
-                members[index] = Some(Member { group, offset });
-            }
+        members.resize(insns.len(), None);
+        let group = groups.len() as u8;
+        for &number in found.iter() {
+            let access = &list[number];
+            let offset = (access.at - low) as i32;
+            members[usize::from(access.index)] = Some(Member { group, offset });
+            taken |= 1 << access.index;
         }
-        alive[head..=last].iter_mut().for_each(|count| *count += 1);
-        let moved = if first.key.base == Register::RSP {
+        let range = behind >> 1 & !(Set::MAX << 1 << last) | 1 << head;
+        for count in (1..ALIVE).rev() {
+            alive[count] |= alive[count - 1] & range;
+        }
+        alive[0] |= range;
+        let moved = if first.base == Register::RSP {
             first.moved
         } else {
             0
@@ -165,24 +187,28 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, plan: &mut Plan) {
         groups.push(Group {
             head,
             last,
-            base: first.key.base,
-            index: first.key.index,
-            scale: first.key.scale,
+            base: first.base,
+            index: first.other,
+            scale: first.scale.into(),
             low: low - moved,
             bytes: (high - low) as u32,
-            write: first.key.write,
+            write: first.write,
             used,
             register: 0,
         });
     }
 }
 
-/// True if an access could not borrow what it needs from what it and [`ALIVE`] groups leave.
-fn crowded(insn: &Insn) -> bool {
-    // Beside AH, BH, CH and DH nothing can be named that wants a REX prefix.
-    let high = if insn.high_byte { 0xff00 } else { 0 };
-    let taken = insn.used() | RSP | RAX | high;
-    insn.memory.is_some() && taken.count_ones() + u32::from(ALIVE) + BORROWED > 16
+/// Accesses that could not borrow what they need from what they and [`ALIVE`] groups leave.
+fn crowded(insns: &[Insn]) -> Set {
+    let one = |insn: &Insn| {
+        // Beside AH, BH, CH and DH nothing can be named that wants a REX prefix.
+        let high = if insn.high_byte { 0xff00 } else { 0 };
+        let taken = insn.used() | RSP | RAX | high;
+        insn.memory.is_some() && taken.count_ones() + ALIVE as u32 + BORROWED > 16
+    };
+    let set = insns.iter().rev();
+    set.fold(0, |set, insn| set << 1 | Set::from(one(insn)))
 }
 
 /// Two accesses of one kind, by their classes: most blocks have no more than one.
@@ -215,59 +241,76 @@ fn worthwhile(insns: &[Insn]) -> bool {
     reads >= 2 || writes >= 2
 }
 
-fn accesses(insns: &[Insn], list: &mut Vec<Option<Access>>) {
-    let mut versions = [0u32; 16];
+fn accesses(insns: &[Insn], list: &mut Vec<Access>) {
+    // The instruction that changed a register last, or one more than its number.
+    let mut versions = [0u8; 16];
     let mut moved = 0i64;
-    list.extend(insns.iter().map(|insn| {
-        let version = |register: Register| match register {
-            Register::None => 0,
-            register => versions[register.number()],
-        };
-        let access = operand(insn, moved).map(|(base, index, scale, at, size, write)| Access {
-            key: Key {
-                base,
+    for (index, insn) in (0u8..).zip(insns) {
+        if let Some((base, other, scale, at, size, write)) = operand(insn, moved) {
+            let part = |register: Register| match register {
+                Register::None => 0xffff,
+                register => {
+                    let number = register.number();
+                    (number as u64) << 8 | u64::from(versions[number])
+                }
+            };
+            let key =
+                part(base) << 48 | part(other) << 32 | u64::from(scale) << 8 | u64::from(write);
+            list.push(Access {
+                key: Key(key),
                 index,
+                size,
                 scale,
-                versions: (version(base), version(index)),
                 write,
-            },
-            at,
-            size,
-            moved,
-        });
-        if insn.instr.mnemonic() == Mnemonic::Invlpg {
-            // What was looked up before counts no more.
-            versions.iter_mut().for_each(|version| *version += 1);
+                base,
+                other,
+                at,
+                moved,
+            });
         }
-        let step = rsp_step(insn);
-        moved = step.map_or(0, |step| moved + step);
         let mut changed = insn.modifies;
-        if step.is_some() {
-            changed &= !(1 << Register::RSP.number());
+        if insn.instr.code() == Code::Invlpg_m {
+            // What was looked up before counts no more.
+            changed = u16::MAX;
+        }
+        if insn.modifies >> Register::RSP.number() & 1 == 1 {
+            match rsp_step(insn) {
+                Some(step) => {
+                    moved += step;
+                    changed &= !RSP;
+                }
+                None => moved = 0,
+            }
         }
         while changed != 0 {
-            versions[changed.trailing_zeros() as usize] += 1;
+            versions[changed.trailing_zeros() as usize] = index + 1;
             changed &= changed - 1;
         }
-        access
-    }));
+    }
 }
 
-type Operand = (Register, Register, u32, i64, i64, bool);
+type Operand = (Register, Register, u8, i64, u8, bool);
 
 fn operand(insn: &Insn, moved: i64) -> Option<Operand> {
     let instr = &insn.instr;
     let stack = |at: i64, size: i64, write: bool| {
-        Some((Register::RSP, Register::None, 1, moved + at, size, write))
+        Some((
+            Register::RSP,
+            Register::None,
+            1,
+            moved + at,
+            size as u8,
+            write,
+        ))
     };
-    let plain = (0..instr.op_count()).all(|operand| instr.op_kind(operand) != OpKind::Memory);
-    let step = i64::from(instr.stack_pointer_increment());
+    let plain = || (0..instr.op_count()).all(|operand| instr.op_kind(operand) != OpKind::Memory);
+    let step = || i64::from(instr.stack_pointer_increment());
     match insn.class {
-        Class::Push | Class::Call | Class::CallIndirect | Class::CallInline if plain => {
-            stack(step, -step, true)
+        Class::Push | Class::Call | Class::CallIndirect | Class::CallInline if plain() => {
+            stack(step(), -step(), true)
         }
-        Class::Pop if plain && gpr_bit(instr.op0_register()) != 1 << Register::RSP.number() => {
-            stack(0, step, false)
+        Class::Pop if plain() && gpr_bit(instr.op0_register()) != 1 << Register::RSP.number() => {
+            stack(0, step(), false)
         }
         Class::Return => stack(0, 8, false),
         Class::Memory => {
@@ -284,8 +327,8 @@ fn operand(insn: &Insn, moved: i64) -> Option<Operand> {
             if at.abs() > 1 << 30 {
                 return None;
             }
-            let scale = instr.memory_index_scale();
-            Some((base, index, scale, at, memory.size.into(), memory.write))
+            let scale = instr.memory_index_scale() as u8;
+            Some((base, index, scale, at, memory.size as u8, memory.write))
         }
         Class::Push
         | Class::Pop
@@ -311,12 +354,9 @@ fn operand(insn: &Insn, moved: i64) -> Option<Operand> {
     }
 }
 
-/// How far RSP moves, if that is known; Some(0) for instructions that leave it alone.
+/// How far an instruction that changes RSP moves it, if that is known.
 fn rsp_step(insn: &Insn) -> Option<i64> {
     let instr = &insn.instr;
-    if insn.modifies >> Register::RSP.number() & 1 == 0 {
-        return Some(0);
-    }
     match insn.class {
         Class::Push | Class::Pop
             if gpr_bit(instr.op0_register()) != 1 << Register::RSP.number()

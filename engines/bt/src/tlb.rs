@@ -113,6 +113,7 @@ struct Entry {
 pub(crate) struct Table<const SHIFT: u32, const ENTRIES: usize> {
     entries: *mut Entry,
     filled: Filled,
+    populated: Cell<bool>,
 }
 
 /// Marks of a table: each stands for as many entries as it takes.
@@ -191,6 +192,11 @@ impl JumpCache {
         }
     }
 
+    /// Sees to memory before it is needed.
+    pub(crate) fn populate(&self) {
+        self.entries.populate();
+    }
+
     /// Keeps a table of checked entries as well.
     pub(crate) fn set_targets(&mut self, targets: Targets) {
         self.targets = Some(targets);
@@ -260,7 +266,8 @@ impl JumpCache {
 }
 
 impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
-    /// Takes over `ENTRIES * 16` writable bytes at `address`, which outlive the table.
+    /// Takes over `ENTRIES * 16` writable bytes of zeroes at `address`, which outlive the table. They need no
+    /// memory until the first is [filled](Table::fill).
     ///
     /// # Safety
     /// The memory belongs to this table alone, translated code aside, and stays mapped.
@@ -268,11 +275,25 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         let table = Table {
             entries: address as *mut Entry,
             filled: Filled::new(),
+            populated: Cell::new(false),
         };
-        for index in 0..ENTRIES {
-            table.clear(index);
-        }
+        table.clear(0);
         table
+    }
+
+    /// Has the host provide pages at once: one by one they would cost a fault each.
+    #[cold]
+    pub(crate) fn populate(&self) {
+        self.populated.set(true);
+        let page = |address: usize| address & !0xfff;
+        let start = self.entries as usize;
+        let end = page(start + ENTRIES * size_of::<Entry>() + 0xfff);
+        // SAFETY: pages of memory that the table owns are brought in; nothing in them changes. A host that
+        // can't do it has them fault.
+        unsafe {
+            let advice = libc::MADV_POPULATE_WRITE;
+            libc::madvise(page(start) as *mut _, end - page(start), advice);
+        }
     }
 
     const GROUP: usize = ENTRIES / MARKS;
@@ -293,18 +314,18 @@ impl<const SHIFT: u32, const ENTRIES: usize> Table<SHIFT, ENTRIES> {
         unsafe { (*self.entries.add(index)).key }
     }
 
+    /// Empties an entry: its key is one that belongs elsewhere, which 0 is for all but the first.
     fn clear(&self, index: usize) {
+        let key = if index == 0 { 1 << SHIFT } else { 0 };
         // SAFETY: index < ENTRIES and the table owns its memory.
-        unsafe {
-            *self.entries.add(index) = Entry {
-                key: (index as u64 ^ 1) << SHIFT,
-                host: 0,
-            };
-        }
+        unsafe { *self.entries.add(index) = Entry { key, host: 0 } };
     }
 
     /// Enters `key -> host`. `key` has its low SHIFT bits clear.
     pub(crate) fn fill(&self, key: u64, host: u64) {
+        if !self.populated.get() {
+            self.populate();
+        }
         let index = Self::index(key);
         // SAFETY: index < ENTRIES.
         unsafe { *self.entries.add(index) = Entry { key, host } };

@@ -167,41 +167,29 @@ impl Forms {
         }
     }
 
-    /// `instr` with its class in `mode` and all else that lowering needs to know.
+    /// Gives the instruction in `insn` its class in `mode` and all else that lowering needs to know.
     #[inline]
-    pub(super) fn insn(&mut self, instr: Instruction, mode: Mode) -> Insn {
-        let number = self.number(&instr);
-        let class = match self.forms[number].ready.class(&mode) {
+    pub(super) fn complete(&mut self, insn: &mut Insn, mode: &Mode) {
+        let instr = &insn.instr;
+        let number = self.number(instr);
+        insn.class = match self.forms[number].ready.class(mode) {
             // What a branch is doesn't follow from its code alone.
             Some(Class::Jump | Class::Branch | Class::Loop | Class::Call)
-                if classify::leads_nowhere(&instr, mode) =>
+                if classify::leads_nowhere(instr, *mode) =>
             {
                 Class::System
             }
             Some(class) => class,
-            None => classify::classify(&instr, mode),
+            None => classify::classify(instr, *mode),
         };
-        self.analyse(&instr, class, number)
+        self.analyse(insn, number);
     }
 
-    /// Appends that, and answers the class.
-    #[inline]
-    pub(super) fn push(
-        &mut self,
-        instr: &Instruction,
-        mode: &Mode,
-        insns: &mut Vec<Insn>,
-    ) -> Class {
-        let insn = self.insn(*instr, *mode);
-        let class = insn.class;
-        insns.push(insn);
-        class
-    }
-
-    /// As [`Forms::push`], with a class that is known.
-    pub(super) fn push_as(&mut self, instr: &Instruction, class: Class, insns: &mut Vec<Insn>) {
-        let number = self.number(instr);
-        insns.push(self.analyse(instr, class, number));
+    /// As [`Forms::complete`], with a class that is known.
+    pub(super) fn complete_as(&mut self, insn: &mut Insn, class: Class) {
+        let number = self.number(&insn.instr);
+        insn.class = class;
+        self.analyse(insn, number);
     }
 
     /// Its flags.
@@ -211,7 +199,8 @@ impl Forms {
     }
 
     #[inline]
-    fn analyse(&mut self, instr: &Instruction, class: Class, number: usize) -> Insn {
+    fn analyse(&mut self, insn: &mut Insn, number: usize) {
+        let instr = &insn.instr;
         let form = &self.forms[number];
         let mut used = Used::default();
         let mut high_byte = false;
@@ -247,20 +236,13 @@ impl Forms {
                 }
             }
         }
-        Insn {
-            instr: *instr,
-            class,
-            reads: used.reads,
-            writes: used.writes,
-            modifies: used.modifies,
-            memory,
-            high_byte,
-            flags: form.flags(instr),
-            faults: form.faults,
-            live_in: 0,
-            live_out: 0,
-            live_taken: ALL_FLAGS,
-        }
+        insn.flags = form.flags(instr);
+        insn.faults = form.faults;
+        insn.reads = used.reads;
+        insn.writes = used.writes;
+        insn.modifies = used.modifies;
+        insn.memory = memory;
+        insn.high_byte = high_byte;
     }
 
     /// Where the form of `instr` is.
@@ -452,9 +434,9 @@ mod tests {
             let (used, memory) = ask(&mut factory, &instr);
             // In turn, and so each of them about each code.
             let mode = modes[met as usize % modes.len()];
-            let mut insns = Vec::new();
-            forms.push(&instr, &mode, &mut insns);
-            let insn = &insns[0];
+            let mut insn = Insn::place();
+            insn.instr = instr;
+            forms.complete(&mut insn, &mode);
             let found = Used {
                 reads: insn.reads,
                 writes: insn.writes,

@@ -82,25 +82,23 @@ pub(super) fn inline(
         if !decoder.can_decode() {
             break;
         }
-        let instr = decoder.decode();
-        if returns(&instr) {
-            let insn = forms.insn(instr, mode);
-            insns.push(Insn {
-                class: Class::ReturnInline,
-                ..insn
-            });
+        let mut insn = Insn::place();
+        decoder.decode_out(&mut insn.instr);
+        forms.complete(&mut insn, &mode);
+        if returns(&insn.instr) {
+            insn.class = Class::ReturnInline;
+            insns.push(insn);
             insns[last].class = Class::CallInline;
             return Some(Leaf {
                 len: decoder.position() as u32,
                 ..leaf
             });
         }
-        let insn = forms.insn(instr, mode);
         let registers = matches!(insn.class, Class::Plain | Class::Lea | Class::Nop);
         let stack = insn.modifies >> 4 & 1 == 1;
         // Somebody has to follow the return.
         let room = insns.len() - last < LONGEST + 1 && insns.len() + 2 < MAX_INSTRUCTIONS;
-        if instr.is_invalid() || !registers || stack || !room {
+        if insn.instr.is_invalid() || !registers || stack || !room {
             break;
         }
         insns.push(insn);

@@ -153,11 +153,12 @@ impl Decoded {
 fn live_at(decoder: &mut Decoder<'_>, forms: &mut Forms) -> u32 {
     let mut undecided = ALL_FLAGS;
     let mut live = 0;
+    let mut instr = Instruction::default();
     for _ in 0..8 {
         if !decoder.can_decode() {
             break;
         }
-        let instr = decoder.decode();
+        decoder.decode_out(&mut instr);
         if instr.is_invalid() {
             break;
         }

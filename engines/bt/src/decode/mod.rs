@@ -290,6 +290,25 @@ pub(crate) struct Insn {
 }
 
 impl Insn {
+    /// Nothing yet: an instruction is decoded into its place, for one that is moved when its parts have just been
+    /// written has the host's processor wait for all of them.
+    fn place() -> Insn {
+        Insn {
+            instr: Instruction::default(),
+            class: Class::Nop,
+            reads: 0,
+            writes: 0,
+            modifies: 0,
+            memory: None,
+            high_byte: false,
+            flags: Flags::default(),
+            faults: false,
+            live_in: 0,
+            live_out: 0,
+            live_taken: ALL_FLAGS,
+        }
+    }
+
     /// Registers that lowering may not borrow here.
     pub(crate) fn used(&self) -> u16 {
         self.reads | self.writes
@@ -361,30 +380,34 @@ pub(crate) fn decode(
     let mut len = 0;
     decoded.leaf = None;
     loop {
-        let instr = decoder.decode();
+        let at = insns.len();
+        insns.push(Insn::place());
+        let insn = &mut insns[at];
+        decoder.decode_out(&mut insn.instr);
+        let invalid = insn.instr.is_invalid();
         let rest = &bytes[len as usize..];
         let cut = decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
-        if instr.is_invalid() && (cut || rest.len() < LONGEST) {
+        if invalid && (cut || rest.len() < LONGEST) {
             let behind = ends_behind(rest, width);
             if more != 0 && (cut || behind) {
                 return Err(Short::More);
             }
-            if !insns.is_empty() && (cut || behind) {
+            if at != 0 && (cut || behind) {
+                insns.pop();
                 break;
             }
             if behind {
                 return Err(Short::Crosses);
             }
         }
-        len += instr.len() as u32;
-        let class = if instr.is_invalid() && too_long(rest, width) {
+        len += insn.instr.len() as u32;
+        if invalid && too_long(rest, width) {
             // More than 15 bytes of prefixes and opcode (SDM 2A 2.3.11).
-            let class = Class::Fault(Raised::Protection);
-            forms.push_as(&instr, class, insns);
-            class
+            forms.complete_as(insn, Class::Fault(Raised::Protection));
         } else {
-            forms.push(&instr, &mode, insns)
-        };
+            forms.complete(insn, &mode);
+        }
+        let class = insn.class;
         if class == Class::Call
             && (decoder.can_decode() || more != 0)
             && let Some(leaf) = leaf::inline(insns, mode, decoded.leaf, code.leaves, forms)

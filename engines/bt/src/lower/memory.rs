@@ -13,13 +13,13 @@
 //! ```
 //!
 //! The slow path leaves for the runtime, which puts the address together again from `a` and the entry that `t`
-//! leads to, fills the TLB and says `retry`; or, for
-//! device memory, accesses across pages and writes to translated code, puts a buffer's address
-//! into `a` and says `body`. For a write it copies the body elsewhere and has that copy run, which
-//! comes back for the buffer to be written where it belongs.
+//! leads to, fills the TLB and says `retry`; or, for device memory, accesses across pages and writes to
+//! translated code, puts a buffer's address into `a` and says `body`. For a write it copies the body elsewhere
+//! and has that copy run, which comes back for the buffer to be written where it belongs.
+//!
+//! Invariant: nothing in a body depends on where it is.
 
 mod address;
-mod slow;
 
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
@@ -28,34 +28,22 @@ pub(super) use address::{Address, address_bits, plain_address};
 
 use super::{Cold, Lower, Path, gpr64, memory_operand, needs_flags, plain::lasting};
 use crate::{
+    cache::BODY,
     decode::{Class, Insn},
     groups::Member,
-    site::{Homes, Ip, Kind, Shared},
+    site::{Homes, Ip, Kind, Place, Shared, Slow},
     tlb::TLB_ENTRIES,
 };
 
 /// An access whose body is being emitted.
+#[derive(Clone, Copy)]
 pub(super) struct Open {
     /// Holds the operand's host address in the body, but for `offset`.
     pub register: u8,
     pub offset: i32,
-    /// The lookup is a group's: there is no slow path of its own.
-    grouped: bool,
     table: u8,
-    ip: u64,
-    size: u32,
-    write: bool,
-    read: bool,
-    stack: bool,
-    limited: Option<u8>,
-    alignment: u8,
-    retry: usize,
-    miss: usize,
-    body: usize,
-    homes: Homes,
-    locked: bool,
-    relied: bool,
-    pinned: bool,
+    /// None if the lookup is a group's: there is no slow path of its own.
+    site: Option<usize>,
 }
 
 /// A lookup just emitted.
@@ -68,16 +56,6 @@ struct Lookup {
     homes: Homes,
     retry: usize,
     miss: usize,
-}
-
-/// An access whose slow path is still to be emitted.
-pub(super) struct Pending {
-    open: Open,
-    /// Where the body ends.
-    resume: usize,
-    after: Homes,
-    next_ip: Option<u64>,
-    rsp: i32,
 }
 
 impl Lower<'_> {
@@ -127,8 +105,7 @@ impl Lower<'_> {
         }
         body(self, &open)?;
         self.done(insn);
-        self.close(open, Some(insn.instr.next_ip()), 0);
-        Ok(())
+        self.close(&open, Some(insn.instr.next_ip()), 0)
     }
 
     /// bt and its kin with a bit offset in a register, which reaches beyond the operand.
@@ -161,8 +138,7 @@ impl Lower<'_> {
         });
         self.encode(&body)?;
         self.done(insn);
-        self.close(open, Some(insn.instr.next_ip()), 0);
-        Ok(())
+        self.close(&open, Some(insn.instr.next_ip()), 0)
     }
 
     /// maskmovq and maskmovdqu, whose address is RDI and nothing else: it holds the host's address
@@ -190,8 +166,7 @@ impl Lower<'_> {
         body.set_op0_kind(OpKind::MemorySegRDI);
         body.set_segment_prefix(Register::None);
         self.encode(&body)?;
-        self.close(open, Some(insn.instr.next_ip()), 0);
-        Ok(())
+        self.close(&open, Some(insn.instr.next_ip()), 0)
     }
 
     /// Emits address and lookup. The body follows, then `close`.
@@ -209,13 +184,8 @@ impl Lower<'_> {
         }
         self.count(Path::Lookup);
         let lookup = self.look_up(insn, address, size, write, avoid)?;
-        Ok(Open {
-            register: lookup.register,
-            offset: 0,
-            grouped: false,
-            table: lookup.table,
-            ip: insn.instr.ip(),
-            size,
+        let slow = Slow {
+            size: size as u16,
             write,
             // What pushes and pops store to is not what they read.
             read: !write
@@ -227,17 +197,39 @@ impl Lower<'_> {
                         | Class::CallIndirect
                         | Class::CallInline
                 ) && insn.memory.is_some_and(|memory| memory.read),
+            register: lookup.register,
+            table: lookup.table,
+            retry: Place::new(self.address(lookup.retry)),
+            body: Place::new(self.address(self.position())),
+            // The end of the body is known when it is there.
+            resume: Place::default(),
+            after: Homes::default(),
+            next_ip: None,
+            rsp: 0,
             stack: lookup.stack,
-            limited: lookup.limited,
+            segment: lookup.limited,
             alignment: insn.memory.map_or(1, |memory| memory.alignment),
-            retry: lookup.retry,
-            miss: lookup.miss,
-            body: self.position(),
-            homes: lookup.homes,
             locked: is_locked(&insn.instr),
             relied: insn.class == Class::CallInline,
             pinned: self.pins_write(),
+        };
+        let site = self.add_lookup(insn, &lookup, Kind::Memory(slow));
+        Ok(Open {
+            register: lookup.register,
+            table: lookup.table,
+            offset: 0,
+            site: Some(site),
         })
+    }
+
+    /// Has `lookup` leave when it misses, with everything as it was when it began.
+    fn add_lookup(&mut self, insn: &Insn, lookup: &Lookup, kind: Kind) -> usize {
+        let here = std::mem::replace(&mut self.homes, lookup.homes);
+        let site = self.add_site(insn.instr.ip(), kind);
+        self.homes = here;
+        let patch = lookup.miss;
+        self.cold.push(Cold::Exit { site, patch });
+        site
     }
 
     /// A group of writes isn't over.
@@ -247,14 +239,14 @@ impl Lower<'_> {
     }
 
     fn open_member(&mut self, insn: &Insn, member: Member, avoid: u16) -> Result<Open, String> {
-        let group = self.plan.groups[member.group];
+        let group = self.plan.groups[member.group()];
         if group.head == self.at {
             let address = Address::Group(&group);
             let lookup =
                 self.look_up(insn, address, group.bytes, group.write, avoid | group.used)?;
             self.pinned |= 1 << lookup.register;
-            self.plan.groups[member.group].register = lookup.register;
-            self.looked_up = self.looked_up.max(member.group + 1);
+            self.plan.groups[member.group()].register = lookup.register;
+            self.looked_up = self.looked_up.max(member.group() + 1);
             let kind = Kind::Group(Shared {
                 size: group.bytes as u16,
                 write: group.write,
@@ -263,33 +255,15 @@ impl Lower<'_> {
                 table: lookup.table,
                 steps: (group.last - group.head + 1) as u16,
             });
-            let here = std::mem::replace(&mut self.homes, lookup.homes);
-            let site = self.add_site(insn.instr.ip(), kind);
-            self.homes = here;
-            let patch = lookup.miss;
-            self.cold.push(Cold::Exit { site, patch });
+            self.add_lookup(insn, &lookup, kind);
         }
-        let register = self.plan.groups[member.group].register;
+        let register = self.plan.groups[member.group()].register;
         self.busy = avoid | 1 << register;
         Ok(Open {
             register,
             offset: member.offset,
-            grouped: true,
             table: register,
-            ip: insn.instr.ip(),
-            size: group.bytes,
-            write: group.write,
-            read: !group.write,
-            stack: false,
-            limited: None,
-            alignment: 1,
-            retry: 0,
-            miss: 0,
-            body: self.position(),
-            homes: self.homes,
-            locked: false,
-            relied: false,
-            pinned: false,
+            site: None,
         })
     }
 
@@ -343,25 +317,35 @@ impl Lower<'_> {
 
     /// Ends the body. `next_ip` is where the guest goes on if nothing of the instruction is left
     /// but to move RSP by `rsp`.
-    pub(super) fn close(&mut self, open: Open, next_ip: Option<u64>, rsp: i32) {
+    pub(super) fn close(
+        &mut self,
+        open: &Open,
+        next_ip: Option<u64>,
+        rsp: i32,
+    ) -> Result<(), String> {
         self.busy = 0;
-        if open.grouped {
+        let Some(site) = open.site else {
             let done = self
                 .plan
                 .member(self.at)
-                .is_some_and(|member| self.plan.groups[member.group].last == self.at);
+                .is_some_and(|member| self.plan.groups[member.group()].last == self.at);
             if done {
                 self.pinned &= !(1 << open.register);
             }
-            return;
+            return Ok(());
+        };
+        let resume = Place::new(self.address(self.position()));
+        if let Kind::Memory(slow) = &mut self.sites[site].kind {
+            slow.resume = resume;
+            slow.after = self.homes;
+            slow.next_ip = next_ip;
+            slow.rsp = rsp;
+            let length = resume.address() - slow.body.address();
+            if slow.write && length > BODY as u64 {
+                return Err(format!("a body of {length} bytes"));
+            }
         }
-        self.cold.push(Cold::Memory(Pending {
-            resume: self.position(),
-            after: self.homes,
-            next_ip,
-            rsp,
-            open,
-        }));
+        Ok(())
     }
 }
 

@@ -148,7 +148,6 @@ pub(crate) struct Lower<'a> {
 
 /// Code to be placed after the block's straight line.
 enum Cold {
-    Memory(memory::Pending),
     String(strings::More),
     Direct {
         site: usize,
@@ -295,7 +294,7 @@ pub(crate) fn lower<'a>(
             lower.direct(last.instr.ip(), last.instr.next_ip());
         }
     }
-    lower.cold()?;
+    lower.cold();
     let live = decoded
         .insns
         .first()
@@ -455,11 +454,10 @@ impl Lower<'_> {
         self.asm.patch(patch, rel.to_le_bytes());
     }
 
-    fn cold(&mut self) -> Result<(), String> {
+    fn cold(&mut self) {
         let mut colds = std::mem::take(self.cold);
         for cold in colds.drain(..) {
             match cold {
-                Cold::Memory(pending) => self.cold_memory(pending)?,
                 Cold::String(more) => self.cold_string(more),
                 Cold::Raise {
                     patch,
@@ -483,7 +481,6 @@ impl Lower<'_> {
             }
         }
         *self.cold = colds;
-        Ok(())
     }
 
     fn transitions(&self) -> Transitions {

@@ -102,8 +102,7 @@ impl Lower<'_> {
             | Class::System
             | Class::Fault(_) => None,
         };
-        self.close(open, next_ip, -size);
-        Ok(())
+        self.close(&open, next_ip, -size)
     }
 
     pub(super) fn pop(&mut self, insn: &Insn) -> Result<(), String> {
@@ -126,7 +125,7 @@ impl Lower<'_> {
                 4 => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rd(value)),
                 _ => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rw(value)),
             }
-            self.close(open, Some(insn.instr.next_ip()), size);
+            self.close(&open, Some(insn.instr.next_ip()), size)?;
             self.move_rsp(size);
             return Ok(());
         }
@@ -151,7 +150,7 @@ impl Lower<'_> {
             _ => dynasm!(self.asm ; .arch x64 ; mov Rw(number), [Rq(at) + off]),
         }
         self.homes.spilled &= !(1 << number);
-        self.close(open, None, 0);
+        self.close(&open, None, 0)?;
         self.move_rsp(size);
         Ok(())
     }
@@ -184,7 +183,7 @@ impl Lower<'_> {
         // The address has served: the value takes its place.
         let value = open.register;
         self.load_body(value, &open, size);
-        self.close(open, None, 0);
+        self.close(&open, None, 0)?;
         debug_assert!(
             self.pinned >> value & 1 == 0,
             "a group outlives this instruction"
@@ -217,7 +216,7 @@ impl Lower<'_> {
         if let Some(slot) = slot {
             dynasm!(self.asm ; .arch x64 ; mov [slot], Rq(value));
         }
-        self.close(open, None, 0);
+        self.close(&open, None, 0)?;
         Ok(value)
     }
 

@@ -189,8 +189,8 @@ impl Core {
             kind & 0xffff_ffff
         };
         let at = self.operand(instr, 16, false)?;
-        let pcid = self.load(at, 8)?;
-        let address = self.load(at.wrapping_add(8), 8)?;
+        let pcid = self.load_part(instr, at, 8)?;
+        let address = self.load_part(instr, at.wrapping_add(8), 8)?;
         let enabled = self.cpu.cr4 & CR4_PCIDE != 0;
         let one = kind <= 1;
         if kind > 3

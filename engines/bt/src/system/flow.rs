@@ -124,11 +124,9 @@ impl Core {
             _ => {
                 let size = instr.memory_size().size() as u32 - 2;
                 let address = self.operand(instr, size + 2, false)?;
-                let offset = self.load(address, size)?;
-                (
-                    self.load(address.wrapping_add(size.into()), 2)? as u16,
-                    offset,
-                )
+                let offset = self.load_part(instr, address, size)?;
+                let selector = address.wrapping_add(size.into());
+                (self.load_part(instr, selector, 2)? as u16, offset)
             }
         })
     }

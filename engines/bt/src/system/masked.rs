@@ -6,7 +6,11 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use crate::{core::Core, cpu::Bits, fault::Fault};
+use crate::{
+    core::Core,
+    cpu::{Bits, canonical},
+    fault::Fault,
+};
 
 /// A YMM register as elements.
 #[derive(Clone, Copy)]
@@ -153,6 +157,15 @@ impl Core {
             None => 0,
         };
         let place = |element: usize| at.wrapping_add((element * size) as u64);
+        // An address that isn't canonical comes before any page fault.
+        let nowhere = |&element: &usize| {
+            let first = place(element);
+            let last = first.wrapping_add(size as u64 - 1);
+            self.cpu.long() && !(canonical(first) && canonical(last))
+        };
+        if chosen.clone().any(|element| nowhere(&element)) {
+            return Err(self.on_operand(instr, Fault::gp()));
+        }
         if stores {
             let values = self.lanes(instr.op2_register());
             // All or nothing: a fault in any element comes before the first store.

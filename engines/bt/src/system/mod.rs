@@ -275,8 +275,9 @@ impl Core {
             Lss | Lfs | Lgs | Lds | Les => {
                 let size = instr.op0_register().size();
                 let address = self.operand(instr, size as u32 + 2, false)?;
-                let offset = self.load(address, size as u32)?;
-                let selector = self.load(address.wrapping_add(size as u64), 2)? as u16;
+                let offset = self.load_part(instr, address, size as u32)?;
+                let selector = address.wrapping_add(size as u64);
+                let selector = self.load_part(instr, selector, 2)? as u16;
                 let index = match mnemonic {
                     Lss => Seg::SS,
                     Lfs => Seg::FS,

@@ -185,6 +185,17 @@ impl Core {
             .map_err(|fault| self.on_operand(instr, fault))
     }
 
+    /// Reads a part of the memory operand.
+    pub(super) fn load_part(
+        &self,
+        instr: &Instruction,
+        address: u64,
+        size: u32,
+    ) -> Result<u64, Fault> {
+        self.load(address, size)
+            .map_err(|fault| self.on_operand(instr, fault))
+    }
+
     /// What a fault becomes in the segment of the memory operand.
     pub(super) fn on_operand(&self, instr: &Instruction, fault: Fault) -> Fault {
         let long = self.cpu.bits() == Bits::Bits64;

@@ -19,8 +19,8 @@ impl Core {
         let wide = self.cpu.bits() == Bits::Bits64;
         let bytes = if wide { 8 } else { 4 };
         let address = self.operand(instr, 2 + bytes, false)?;
-        let limit = self.load(address, 2)? as u16;
-        let mut base = self.load(address.wrapping_add(2), bytes)?;
+        let limit = self.load_part(instr, address, 2)? as u16;
+        let mut base = self.load_part(instr, address.wrapping_add(2), bytes)?;
         if matches!(instr.code(), Code::Lgdt_m1632_16 | Code::Lidt_m1632_16) {
             base &= 0xff_ffff;
         }
@@ -50,8 +50,8 @@ impl Core {
         image[..2].copy_from_slice(&table.limit.to_le_bytes());
         image[2..].copy_from_slice(&table.base.to_le_bytes());
         let user = self.user();
-        self.write(address, &image[..bytes as usize], user)?;
-        Ok(())
+        self.write(address, &image[..bytes as usize], user)
+            .map_err(|fault| self.on_operand(instr, fault))
     }
 
     /// lldt.

@@ -159,6 +159,8 @@ impl BtVcpu {
             let targets = unsafe { Targets::new(arena.targets(bank), miss) };
             core.mmu.jumps[jump_index(bank, true)].set_targets(targets);
         }
+        // Guests begin there, and may never come elsewhere.
+        core.mmu.jumps[jump_index(0, false)].populate();
         core.context().callee = ports::answer as *const () as u64;
         core.context().mxcsr = 0x1f80;
         core.context().window_limit = crate::window::SIZE;

@@ -285,6 +285,36 @@ const SNIPPETS: &[(&str, Snippet)] = &[
         asm.mov(rax, 0x1234_0000_0000_0000u64)?;
         asm.call(rax)
     }),
+    ("a far call through a stack that isn't there", |asm| {
+        asm.mov(rbp, 0x1234_0000_0000_0000u64)?;
+        // call far [rbp]
+        asm.db(b"\x48\xff\x5d\x00")
+    }),
+    ("a far jump through such a stack", |asm| {
+        asm.mov(rsp, 0x1234_0000_0000_0000u64)?;
+        // jmp far [rsp]
+        asm.db(b"\x48\xff\x2c\x24")
+    }),
+    ("a far pointer there", |asm| {
+        asm.mov(rbp, 0x1234_0000_0000_0000u64)?;
+        // lfs eax, [rbp]
+        asm.db(b"\x0f\xb4\x45\x00")
+    }),
+    ("a stack pointer there", |asm| {
+        asm.mov(rbp, 0x1234_0000_0000_0000u64)?;
+        // lss rax, [rbp]
+        asm.db(b"\x48\x0f\xb2\x45\x00")
+    }),
+    ("a masked load across the end of all addresses", |asm| {
+        asm.mov(rbp, 0x7fff_ffff_fff8u64)?;
+        asm.vpcmpeqb(xmm0, xmm0, xmm0)?;
+        asm.vmaskmovps(xmm1, xmm0, xmmword_ptr(rbp))
+    }),
+    ("a masked store there", |asm| {
+        asm.mov(rax, 0x7fff_ffff_fff8u64)?;
+        asm.vpcmpeqb(xmm0, xmm0, xmm0)?;
+        asm.vmaskmovps(xmmword_ptr(rax), xmm0, xmm1)
+    }),
     ("a jump to an unmapped page", |asm| {
         asm.mov(eax, 0x40_0000)?;
         asm.jmp(rax)
