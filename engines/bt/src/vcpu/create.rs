@@ -27,7 +27,7 @@ use crate::{
 /// How the translator is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Room for each vCPU's translated code, in bytes; many vCPUs get less ([`Options::MOST_CODE`]).
+    /// Room for each vCPU's translated code and what is known of it, in bytes; many vCPUs get less ([`Options::MOST_CODE`]).
     /// Full, it is emptied and filled anew.
     pub code_cache: usize,
     /// Translated code counts its branches and accesses, which costs it time

@@ -66,3 +66,32 @@ fn no_address_of_the_hosts_is_shown_for_an_operand_in_a_device() {
     assert_eq!(instruction, DIVISION);
     assert!([0, DEVICE + 0x40].contains(&data), "{data:#x}");
 }
+
+#[test]
+fn the_instruction_pointer_outlives_where_an_operand_across_pages_was_stored_from() {
+    /// More stores than there are places for bodies that write across pages.
+    const STORES: usize = 200;
+    // In pages that lie apart, so that the store goes through a buffer, and in neighbours.
+    for apart in [true, false] {
+        let mut rig = Rig::long();
+        let edge = FREE + 0x1000;
+        if apart {
+            let table = rig.small_pages();
+            rig.word(table + (edge >> 12) * 8, (FREE + 0x8000) | 3);
+        }
+        rig.state.gpr[3] = edge;
+        rig.state.gpr[7] = SAVED;
+        let end = rig.try_code(|asm| {
+            asm.fninit()?;
+            asm.fld1()?;
+            asm.fst(dword_ptr(rbx - 2))?;
+            for _ in 0..STORES {
+                asm.mov(dword_ptr(rbx - 2), eax)?;
+            }
+            asm.fxsave64(ptr(rdi))
+        });
+        assert_eq!(end, End::Halt);
+        // Behind fninit and fld1.
+        assert_eq!(rig.read(SAVED + 8), CODE + 4, "apart: {apart}");
+    }
+}

@@ -115,7 +115,7 @@ pub(crate) struct Run {
     /// How drivers' notifications reach virtio devices
     #[arg(long, value_name = "HOW", value_enum, default_value_t = Doorbell::Exit)]
     pub(crate) doorbell: Doorbell,
-    /// Room for translated code, as 64K or 16M; default 64M (full, hybrid-bt)
+    /// Room for translated code and what is known of it, as 64K or 16M; default 64M (full, hybrid-bt)
     #[arg(long, value_name = "SIZE", value_parser = code_cache)]
     pub(crate) code_cache: Option<usize>,
     /// Count the branches and accesses that translated code does by itself too; slower (full, hybrid-bt)
