@@ -7,7 +7,7 @@
 //! Codes about which more matters than that, and instructions whose values change the answer, are asked about
 //! each time.
 //!
-//! Invariant: [`Forms::push`] says of every instruction what [`ask`] says of it.
+//! Invariant: [`Forms::complete`] says of every instruction what [`ask`] says of it.
 
 use iced_x86::{
     CodeSize, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
