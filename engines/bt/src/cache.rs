@@ -286,14 +286,17 @@ impl Cache {
         self.end.saturating_sub(self.next + self.known()) < BLOCK_ROOM
     }
 
-    /// Bytes of what is known of the code.
+    /// Bytes of what is known of the code, more or less.
     fn known(&self) -> u64 {
+        /// A page's entry, and its list with a block or two.
+        const PAGE: usize = 96;
         let lists = self.blocks.bytes()
             + self.sites.bytes()
             + self.system.bytes()
             + self.marks.bytes()
             + self.leaves.bytes();
-        (lists + self.wide.bytes()) as u64
+        let maps = self.modes.bytes() + PAGE * self.by_page.len();
+        (lists + self.wide.bytes() + maps) as u64
     }
 
     /// Throws everything away.

@@ -174,7 +174,7 @@ pub(crate) fn plan(insns: &[Insn], mode: Mode, plan: &mut Plan) {
             members[usize::from(access.index)] = Some(Member { group, offset });
             taken |= 1 << access.index;
         }
-        let range = behind >> 1 & !(Set::MAX << 1 << last) | 1 << head;
+        let range = Set::MAX << head & !(Set::MAX << 1 << last);
         for count in (1..ALIVE).rev() {
             alive[count] |= alive[count - 1] & range;
         }

@@ -182,6 +182,8 @@ pub struct BtVcpu {
     alone: bool,
     /// What the others have been told.
     told: Told,
+    /// The x87 instruction pointer, if it is the guest's already and looks like one of translated code.
+    settled_ip: Option<u64>,
     /// The access under way whose body runs on the memory itself.
     direct: Option<Direct>,
     // Last: everything above points into it.

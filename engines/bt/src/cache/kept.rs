@@ -62,13 +62,12 @@ pub(super) struct Wide {
 
 impl Wide {
     pub(super) fn clear(&mut self) {
-        self.far.clear();
-        self.levels.clear();
-        self.outside.clear();
+        *self = Wide::default();
     }
 
     pub(super) fn bytes(&self) -> usize {
-        8 * self.far.len() + 8 * self.levels.len() + size_of::<Outside>() * self.outside.len()
+        8 * (self.far.capacity() + self.levels.capacity())
+            + size_of::<Outside>() * self.outside.capacity()
     }
 
     /// `ip` relative to `base`, and whether that is a number in the list instead.

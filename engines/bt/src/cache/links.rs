@@ -72,7 +72,7 @@ impl Cache {
             (other.unwrap_or_default(), other.is_some()),
         ] {
             if depends {
-                self.across.entry(page).or_default().push(site as u32);
+                remember(self.across.entry(page).or_default(), site as u32);
             }
         }
         true
@@ -219,6 +219,19 @@ impl Cache {
     }
 }
 
+/// Adds a site to those of a page. A site that depends on two pages stays with one of them when the other is
+/// dropped, and comes again when it is linked anew: what is there twice goes before there is more room.
+fn remember(sites: &mut Vec<u32>, site: u32) {
+    if sites.len() == sites.capacity() {
+        sites.sort_unstable();
+        sites.dedup();
+        if sites.len() > sites.capacity() / 2 {
+            sites.reserve(sites.len().max(4));
+        }
+    }
+    sites.push(site);
+}
+
 /// Does nothing, in five bytes.
 const NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
 
@@ -226,4 +239,22 @@ const NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
 fn point(patch: u64, target: u64, arena: &Arena) {
     let rel = target.wrapping_sub(patch + 4) as i32;
     arena.write_code(patch, &rel.to_le_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sites_that_are_linked_again_and_again_need_no_more_room() {
+        let mut sites = Vec::new();
+        for round in 0..100_000 {
+            remember(&mut sites, round % 7);
+        }
+        assert!(sites.capacity() <= 32, "{}", sites.capacity());
+        assert!((0..7).all(|site| sites.contains(&site)));
+        // Others get theirs.
+        (0..1000).for_each(|site| remember(&mut sites, site));
+        assert!((0..1000).all(|site| sites.contains(&site)));
+    }
 }

@@ -22,6 +22,11 @@ impl Modes {
         self.numbers.clear();
     }
 
+    /// What they take, list and table.
+    pub(super) fn bytes(&self) -> usize {
+        4 * size_of::<Mode>() * self.list.len()
+    }
+
     pub(super) fn mode(&self, number: u32) -> &Mode {
         &self.list[number as usize]
     }

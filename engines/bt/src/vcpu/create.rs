@@ -197,6 +197,7 @@ impl BtVcpu {
             entries: 0,
             alone: vm.alone(),
             told: Told::default(),
+            settled_ip: None,
             direct: None,
             arena,
         })

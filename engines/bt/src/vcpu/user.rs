@@ -191,7 +191,7 @@ impl BtVcpu {
             |area: &[u8], at: usize| u64::from_le_bytes(std::array::from_fn(|b| area[at + b]));
         let ip = word(area, FIP);
         let code = self.arena.code()..self.arena.code() + self.arena.code_bytes() as u64;
-        if !code.contains(&ip) {
+        if !code.contains(&ip) || self.settled_ip == Some(ip) {
             return;
         }
         let (operand, unmasked) = (word(area, FDP), area[FSW] & ERROR_SUMMARY != 0);
@@ -200,6 +200,8 @@ impl BtVcpu {
             Some(crate::site::Ip::Target) | None => 0,
         };
         let kept = x87::kept_for_exceptions();
+        // A guest may have code where the host has its.
+        self.settled_ip = code.contains(&guest).then_some(guest);
         let data = self.operand_of(operand, unmasked || kept);
         // SAFETY: translated code can be read, and behind its end nobody looks: an x87 instruction is there.
         let translated = x87::opcode(|at| Some(unsafe { *((ip + at) as *const u8) }), true);
