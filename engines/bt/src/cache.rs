@@ -29,7 +29,7 @@ pub(crate) use block::{Block, Key};
 use bounces::Bounces;
 pub(crate) use bounces::{BODY, Slot};
 use index::Index;
-use kept::{Base, Kept, KeptMark, Wide};
+use kept::{Base, Kept, KeptMark, KeptPort, Wide};
 use list::List;
 use modes::Modes;
 
@@ -214,6 +214,12 @@ impl Cache {
     #[inline]
     pub(crate) fn port(&self, index: usize) -> Option<(Homes, Port)> {
         self.sites.get(index)?.port()
+    }
+
+    /// The port alone.
+    #[inline]
+    pub(crate) fn kept_port(&self, index: usize) -> Option<&KeptPort> {
+        self.sites.get(index)?.kept_port()
     }
 
     /// What the places and instruction pointers of a block's sites are relative to.

@@ -11,6 +11,7 @@ mod site;
 
 pub(super) use link::{Link, NONE, Neighbour, UNLINKED};
 pub(super) use site::Kept;
+pub(crate) use site::KeptPort;
 
 use super::{Block, Mode};
 use crate::{

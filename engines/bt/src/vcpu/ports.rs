@@ -4,7 +4,7 @@
 //! just after it was written in parts, it would wait for the store buffer each time. Where the machine is
 //! at hand, translated code calls [`answer`] and need not leave. String forms are in file `answer`.
 
-use engine_core::{After, Exit, ExitReason};
+use engine_core::{After, DeviceBus, Exit, ExitReason};
 
 use super::{BtVcpu, Pending, Stop};
 use crate::{core::Core, fault::Fault, site::Port};
@@ -98,7 +98,7 @@ impl BtVcpu {
     #[inline]
     fn answer_port(&mut self) -> bool {
         let number = self.core.context().site;
-        let Some((_, port)) = self.cache.port((number >> 1) as usize) else {
+        let Some(port) = self.cache.kept_port((number >> 1) as usize) else {
             return false;
         };
         let Some(mut bus) = self.bus else {
@@ -111,24 +111,46 @@ impl BtVcpu {
         self.counts.add(ExitReason::Helper);
         // As at the end of every run.
         self.core.shortcuts.priority_matters = 0;
-        let (at, size) = (port.number(&self.core), usize::from(port.size));
+        let (at, size) = (port.number(self.core.gpr(2) as u16), usize::from(port.size));
+        let resume = port.resume();
         let after = if port.write {
             let value = (self.core.gpr(0) as u32).to_le_bytes();
             bus.port_out(at, &value[..size])
         } else {
-            let mut value = [0; 4];
-            let after = bus.port_in(at, &mut value[..size]);
-            self.core.take_in(value, port.size);
+            let (value, after) = match size {
+                1 => {
+                    let ([byte], after) = read(bus, at);
+                    (byte.into(), after)
+                }
+                2 => {
+                    let (word, after) = read(bus, at);
+                    (u16::from_le_bytes(word).into(), after)
+                }
+                _ => {
+                    let (double, after) = read(bus, at);
+                    (u32::from_le_bytes(double).into(), after)
+                }
+            };
+            self.core.set_gpr_sized(0, value, size as u32);
             after
         };
         let context = self.core.context();
         match after {
-            After::Enter => context.resume = port.resume,
+            After::Enter => context.resume = resume,
             // The access is over.
             After::Return => context.site |= 1,
         }
         after == After::Enter
     }
+}
+
+/// Reads a port of so many bytes, and nothing around them: a wider look at what the device has just written would
+/// wait for the store buffer.
+#[inline]
+fn read<const SIZE: usize>(bus: &mut dyn DeviceBus, port: u16) -> ([u8; SIZE], After) {
+    let mut bytes = [0; SIZE];
+    let after = bus.port_in(port, &mut bytes);
+    (bytes, after)
 }
 
 impl Port {

@@ -65,20 +65,62 @@ enum What {
     System {
         index: u32,
     },
-    /// On its own: who answers it has no time to look at the block.
-    Port {
-        number: u8,
-        any: bool,
-        size: u8,
-        write: bool,
-        next: [u32; 2],
-        resume: u32,
-    },
+    Port(KeptPort),
     Window,
     Fault {
         vector: u8,
         error: Option<u32>,
     },
+}
+
+/// [`Port`], as it is kept: on its own, for who answers it has no time to look at the block.
+#[derive(Clone, Copy)]
+pub(crate) struct KeptPort {
+    /// Nothing if it is DX's.
+    number: u8,
+    by_register: bool,
+    pub size: u8,
+    pub write: bool,
+    next: [u32; 2],
+    resume: u32,
+}
+
+impl KeptPort {
+    fn new(port: &Port) -> KeptPort {
+        KeptPort {
+            number: port.number.unwrap_or_default(),
+            by_register: port.number.is_none(),
+            size: port.size,
+            write: port.write,
+            next: [port.next as u32, (port.next >> 32) as u32],
+            resume: port.resume as u32,
+        }
+    }
+
+    fn port(&self) -> Port {
+        Port {
+            number: (!self.by_register).then_some(self.number),
+            size: self.size,
+            write: self.write,
+            next: u64::from(self.next[0]) | u64::from(self.next[1]) << 32,
+            resume: self.resume(),
+        }
+    }
+
+    /// The port, if DX holds `register`.
+    #[inline]
+    pub(crate) fn number(&self, register: u16) -> u16 {
+        if self.by_register {
+            register
+        } else {
+            self.number.into()
+        }
+    }
+
+    #[inline]
+    pub(crate) fn resume(&self) -> u64 {
+        self.resume.into()
+    }
 }
 
 const _: () = assert!(size_of::<Kept>() == 32);
@@ -154,14 +196,7 @@ impl Kept {
                 }
             }
             Kind::System { index } => What::System { index },
-            Kind::Port(port) => What::Port {
-                number: port.number.unwrap_or_default(),
-                any: port.number.is_none(),
-                size: port.size,
-                write: port.write,
-                next: [port.next as u32, (port.next >> 32) as u32],
-                resume: port.resume as u32,
-            },
+            Kind::Port(port) => What::Port(KeptPort::new(&port)),
             Kind::Window => What::Window,
             Kind::Fault(fault) => {
                 debug_assert_eq!(fault.address, None, "code doesn't know of a page fault");
@@ -242,7 +277,7 @@ impl Kept {
                 gate,
             }),
             What::System { index } => Kind::System { index },
-            What::Port { .. } => Kind::Port(self.port().expect("a port").1),
+            What::Port(port) => Kind::Port(port.port()),
             What::Window => Kind::Window,
             What::Fault { vector, error } => Kind::Fault(Fault {
                 vector,
@@ -261,25 +296,19 @@ impl Kept {
     /// Homes and port of an `in` or `out`.
     #[inline]
     pub(in crate::cache) fn port(&self) -> Option<(Homes, Port)> {
-        let What::Port {
-            number,
-            any,
-            size,
-            write,
-            next,
-            resume,
-        } = self.what
-        else {
-            return None;
-        };
-        let port = Port {
-            number: (!any).then_some(number),
-            size,
-            write,
-            next: u64::from(next[0]) | u64::from(next[1]) << 32,
-            resume: resume.into(),
-        };
-        Some((homes(self.spilled, self.bits), port))
+        let port = self.kept_port()?;
+        Some((homes(self.spilled, self.bits), port.port()))
+    }
+
+    /// The port of an `in` or `out`, where it is: taken apart and put together it would wait for the store
+    /// buffer.
+    #[inline]
+    pub(in crate::cache) fn kept_port(&self) -> Option<&KeptPort> {
+        if let What::Port(port) = &self.what {
+            Some(port)
+        } else {
+            None
+        }
     }
 
     /// Where the body of an access begins, relative to its block.
