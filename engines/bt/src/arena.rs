@@ -187,19 +187,9 @@ impl Arena {
     /// # Panics
     /// If `at` and `bytes` don't lie inside the code cache.
     pub(crate) fn read_code(&self, at: u64, bytes: &mut [u8]) {
-        let offset = (at - self.code()) as usize;
-        assert!(
-            offset + bytes.len() <= self.code_bytes,
-            "code outside the cache"
-        );
-        // SAFETY: the range was checked to lie in the writable alias, which lives as long as self.
-        unsafe {
-            ptr::copy_nonoverlapping(
-                (self.writable + offset) as *const u8,
-                bytes.as_mut_ptr(),
-                bytes.len(),
-            );
-        }
+        let from = self.alias(at, bytes.len());
+        // SAFETY: so many bytes lie in the writable alias, and nobody writes to them now.
+        unsafe { ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
     }
 
     /// Copies code to the executable address `at`, through the writable alias.
@@ -207,19 +197,16 @@ impl Arena {
     /// # Panics
     /// If `at` and `bytes` don't lie inside the code cache.
     pub(crate) fn write_code(&self, at: u64, bytes: &[u8]) {
+        let to = self.alias(at, bytes.len());
+        // SAFETY: so many bytes lie in the writable alias, which lives as long as self.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+    }
+
+    /// Where `length` bytes at the executable address `at` are written.
+    fn alias(&self, at: u64, length: usize) -> *mut u8 {
         let offset = (at - self.code()) as usize;
-        assert!(
-            offset + bytes.len() <= self.code_bytes,
-            "code outside the cache"
-        );
-        // SAFETY: the range was checked to lie in the writable alias, which lives as long as self.
-        unsafe {
-            ptr::copy_nonoverlapping(
-                bytes.as_ptr(),
-                (self.writable + offset) as *mut u8,
-                bytes.len(),
-            );
-        }
+        assert!(offset + length <= self.code_bytes, "code outside the cache");
+        (self.writable + offset) as *mut u8
     }
 }
 

@@ -5,7 +5,10 @@
 //! it may be running, until the whole cache is emptied. That happens only when something is about
 //! to be translated, so never while translated code waits to be resumed.
 //!
-//! What leads from one to another is in `links`.
+//! What leads from one to another is in `links`; what is known of blocks, sites and marks lies in lists (`list`,
+//! `block`, `kept`), found by `index` and `modes`; `bounces` has the bodies of writes that are to come back.
+//!
+//! Invariant: code and what is known of it take no more than the size of the cache, but for one block's.
 
 mod block;
 mod bounces;

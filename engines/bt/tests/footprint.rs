@@ -5,60 +5,40 @@
 use std::{fs, sync::Arc};
 
 use bt::{BtVcpu, Options};
-use engine_core::{CpuState, DescriptorTable, ExitReason, GuestRam, Segment, Vcpu};
-use vm_memory::{Bytes, GuestAddress};
+use engine_core::testing::Guest;
+use engine_core::{Exit, ExitReason, Vcpu};
+use iced_x86::code_asm::*;
 
 const SIZE: usize = 4 << 20;
 /// What the host is asked for at once, by the code and by each list of what is known of it.
 const ROUNDING: usize = 8 * (64 << 10);
-const TABLES: u64 = 1 << 20;
+/// What else a VMM may come to need by running code.
+const REST: usize = 2 << 20;
 const CODE: u64 = 4 << 20;
 /// Code that takes several times the cache's size: a load and a store that share nothing, arithmetic, a branch.
 const LINE: &[u8] = b"\x48\x8b\x47\x10\x48\x89\x56\x20\x48\x01\xc8\x75\x00";
 const LINES: usize = 100_000;
+const HLT: u8 = 0xf4;
 
-fn memory() -> Arc<GuestRam> {
-    let ram = engine_core::memory::create(16).expect("guest memory");
-    let put = |at: u64, value: u64| ram.write_obj(value, GuestAddress(at)).expect("in memory");
-    put(TABLES, TABLES + 0x1000 + 3);
-    put(TABLES + 0x1000, TABLES + 0x2000 + 3);
-    for page in 0..8 {
-        put(TABLES + 0x2000 + 8 * page, (page << 21) + 0x83);
-    }
-    ram.write_slice(&LINE.repeat(LINES), GuestAddress(CODE))
-        .expect("in memory");
-    ram
+/// Enters the lines, which end with a hlt.
+fn guest() -> Guest {
+    let mut guest = Guest::long(|asm| {
+        asm.mov(edi, 0x30_0000)?;
+        asm.mov(esi, 0x30_1000)?;
+        asm.mov(eax, CODE as u32)?;
+        asm.jmp(rax)
+    });
+    let mut code = LINE.repeat(LINES);
+    code.push(HLT);
+    let bytes = code.len() as u64;
+    guest.segments.push((CODE, code, bytes));
+    guest
 }
 
-fn entry() -> CpuState {
-    let segment = |selector, attributes| Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        attributes,
-    };
-    let mut state = CpuState {
-        rip: CODE,
-        rflags: 2,
-        segments: [segment(0x10, 0xc093); 6],
-        ldtr: segment(0, 0x82),
-        tr: segment(0x18, 0x8b),
-        gdtr: DescriptorTable::default(),
-        idtr: DescriptorTable::default(),
-        cr0: 0x8001_0033,
-        cr3: TABLES,
-        cr4: 0x620,
-        efer: 0x500,
-        ..CpuState::default()
-    };
-    state.segments[CpuState::CS] = segment(0x08, 0xa09b);
-    state
-}
-
-/// Resident bytes of code, where it is written, and of what is known of it.
-fn resident() -> [usize; 2] {
+/// Resident bytes of code, where it is written, of what is known of it, and of all else but guest memory.
+fn resident() -> [usize; 3] {
     let maps = fs::read_to_string("/proc/self/smaps").expect("procfs");
-    let mut sums = [0; 2];
+    let mut sums = [0; 3];
     let mut which = None;
     for line in maps.lines() {
         if let Some(size) = line.strip_prefix("Rss:") {
@@ -71,8 +51,10 @@ fn resident() -> [usize; 2] {
         } else if line.contains("trapline-code") {
             // Its pages are mapped once more where they are executed.
             which = line.contains("rw-s").then_some(0);
-        } else if line.split(' ').next().is_some_and(|at| at.contains('-')) {
+        } else if line.contains("trapline-guest-ram") {
             which = None;
+        } else if line.split(' ').next().is_some_and(|at| at.contains('-')) {
+            which = Some(2);
         }
     }
     sums
@@ -84,15 +66,21 @@ fn a_code_cache_is_bounded_with_what_is_known_of_its_code() {
         code_cache: SIZE,
         ..Options::default()
     };
-    let mut vcpu = BtVcpu::new(memory(), options).expect("a vCPU");
-    vcpu.set_state(&entry()).expect("a state");
-    let blocks = vcpu
-        .translate_ahead(CODE + (LINE.len() * LINES) as u64)
-        .expect("code");
+    let ram = engine_core::memory::create(16).expect("guest memory");
+    let entry = engine_core::loader::load(&ram, &guest().elf(), "").expect("it loads");
+    let mut vcpu = BtVcpu::new(Arc::clone(&ram), options).expect("a vCPU");
+    vcpu.set_state(&entry).expect("a state");
+    let [.., before] = resident();
+    let exit = vcpu.run().expect("it runs");
+    assert!(matches!(exit, Exit::Hlt), "{exit:?}");
     let flushes = vcpu.counts().get(ExitReason::CacheFlush);
-    let [code, known] = resident();
-    println!("{blocks} blocks, {code} bytes of code, {known} of what is known");
+    let links = vcpu.counts().get(ExitReason::Chain);
+    let [code, known, rest] = resident();
+    let rest = rest.saturating_sub(before);
+    println!("{flushes} flushes, {links} links; bytes: code {code}, known {known}, else {rest}");
     assert!(flushes > 1, "all of it had room");
+    assert!(links > LINES as u64 / 2);
     assert!(code > SIZE / 4 && known > SIZE / 8);
     assert!(code + known <= SIZE + ROUNDING, "{code} + {known} bytes");
+    assert!(rest <= REST, "{rest} bytes more");
 }

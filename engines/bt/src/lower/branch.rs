@@ -270,7 +270,7 @@ impl Lower<'_> {
             lazy,
         };
         let site = self.add_site(ip, kind);
-        self.cold.push(Cold::Direct { site, patch });
+        self.cold.push(Cold::Exit { site, patch });
     }
 
     fn wrap(&self, target: u64) -> u64 {

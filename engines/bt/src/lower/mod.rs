@@ -149,10 +149,7 @@ pub(crate) struct Lower<'a> {
 /// Code to be placed after the block's straight line.
 enum Cold {
     String(strings::More),
-    Direct {
-        site: usize,
-        patch: usize,
-    },
+    /// The way out of `site`, which the rel32 at `patch` leads to.
     Exit {
         site: usize,
         patch: usize,
@@ -465,7 +462,7 @@ impl Lower<'_> {
                     ip,
                     fault,
                 } => self.cold_raise(patch, homes, ip, fault),
-                Cold::Direct { site, patch } | Cold::Exit { site, patch } => {
+                Cold::Exit { site, patch } => {
                     self.bind(patch, self.position());
                     let here = self.address(self.position());
                     if let Kind::Direct { stub, .. }

@@ -41,6 +41,7 @@ impl Neighbour {
     }
 }
 
+/// Of a branch that is not linked.
 pub(in crate::cache) const UNLINKED: Link = Link {
     previous: Neighbour::NOBODY,
     next: NONE,
