@@ -59,8 +59,13 @@ pub(crate) struct Comparison {
 
 impl Comparison {
     pub(crate) fn new() -> Comparison {
+        Comparison::lasting(Duration::from_secs(2))
+    }
+
+    /// As [`new`](Comparison::new), with so much time for each translated case.
+    pub(crate) fn lasting(limit: Duration) -> Comparison {
         Comparison {
-            bench: Bench::new(Duration::from_secs(2)).expect("a bench"),
+            bench: Bench::new(limit).expect("a bench"),
             process: Process::new(),
             cases: 0,
             failures: Vec::new(),
