@@ -3,8 +3,9 @@
 //! Leaving for the run loop and entering again costs more than most devices need to answer. So code
 //! that accesses a port stores its site, with everything else as at an exit, and jumps to this stub. It
 //! puts away the registers that the C calling convention lets a callee change, and calls
-//! `Context::callee` with `Context::owner`. The answer 0 leads to `Context::resume` with the registers
-//! as their slots say then; anything else leaves through the exit.
+//! `Context::callee` with `Context::owner`, the context and the site: to find these two by way of the owner
+//! would take two loads more before anything else can begin. The answer 0 leads to `Context::resume` with the
+//! registers as their slots say then; anything else leaves through the exit.
 //!
 //! What a call would have to look after beyond that leaves as it is, and whoever reads the site does
 //! what there is to do: DF is set, vector registers are in use, or nobody can be called.
@@ -38,6 +39,7 @@ pub(crate) fn emit(context: i32, stubs: &Stubs, base: u64) -> Vec<u8> {
     let owner = slot(offset_of!(Context, owner));
     let callee = slot(offset_of!(Context, callee));
     let resume = slot(offset_of!(Context, resume));
+    let site = slot(offset_of!(Context, site));
     let exit = stubs.exit_stored as usize;
     for register in CHANGED.into_iter().chain([RSP]) {
         dynasm!(ops ; .arch x64 ; mov [gpr(register)], Rq(register));
@@ -46,6 +48,8 @@ pub(crate) fn emit(context: i32, stubs: &Stubs, base: u64) -> Vec<u8> {
         ; .arch x64
         ; mov rsp, [host_rsp]
         ; mov rdi, [owner]
+        ; mov esi, context
+        ; mov rdx, [site]
         ; cmp DWORD [direction], 0
         ; jne >leave
         ; cmp DWORD [live], 0

@@ -78,6 +78,24 @@ pub(crate) struct Context {
     pub x87: Aligned<[u8; 512]>,
 }
 
+impl Context {
+    /// Writes the low `size` bytes of a register; 4 bytes clear the rest, as instructions do.
+    #[inline]
+    pub(crate) fn set_gpr_sized(&mut self, number: usize, value: u64, size: u32) {
+        let slot = &mut self.gpr[number];
+        let whole = match size {
+            1 => *slot & !0xff | value & 0xff,
+            2 => *slot & !0xffff | value & 0xffff,
+            4 => value & 0xffff_ffff,
+            _ => value,
+        };
+        // Volatile, or the compiler stores but the bytes that change, and the load of all eight with which
+        // translated code goes on waits until they have left the store buffer.
+        // SAFETY: a reference.
+        unsafe { std::ptr::write_volatile(slot, whole) };
+    }
+}
+
 /// Largest single access (fxsave: 512 bytes) plus the offset that keeps its alignment.
 pub(crate) const BOUNCE_BYTES: usize = 512 + 64;
 

@@ -146,13 +146,7 @@ impl Core {
 
     /// Writes the low `size` bytes of a register; 4 bytes clear the rest, as instructions do.
     pub(crate) fn set_gpr_sized(&mut self, number: usize, value: u64, size: u32) {
-        let slot = &mut self.context().gpr[number];
-        *slot = match size {
-            1 => *slot & !0xff | value & 0xff,
-            2 => *slot & !0xffff | value & 0xffff,
-            4 => value & 0xffff_ffff,
-            _ => value,
-        };
+        self.context().set_gpr_sized(number, value, size);
     }
 
     pub(crate) fn rflags(&self) -> u64 {

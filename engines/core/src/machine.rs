@@ -411,27 +411,21 @@ impl Machine {
     /// Answers an `in` or `ins`; `data` holds items of `size` bytes.
     #[inline(always)]
     pub(crate) fn port_in(&mut self, port: u16, size: u8, data: &mut [u8]) -> Action {
-        self.tally.port(port, false);
-        match self.map.port(port) {
-            // The most frequent by far: no call through a table, and of a piece with the engine's exit.
-            Some((SERIAL, offset)) if data.len() == 1 => {
-                let action = self.serial.read(offset, data);
-                self.accessed(SERIAL, self.serial.deadline());
-                action
-            }
-            found => self.port_in_elsewhere(found, size, data),
+        if self.tally.port(port, false)
+            && let [byte] = data
+            && let Some(offset) = self.console_register(port)
+        {
+            return self.serial.read_register(offset, byte);
         }
+        self.port_in_elsewhere(port, size, data)
     }
 
+    /// Beside the most frequent case, and out of its way.
     #[inline(never)]
-    fn port_in_elsewhere(
-        &mut self,
-        found: Option<(Slot, u64)>,
-        size: u8,
-        data: &mut [u8],
-    ) -> Action {
+    fn port_in_elsewhere(&mut self, port: u16, size: u8, data: &mut [u8]) -> Action {
+        self.tally.note_port(port, false);
         upkeep::undriven(data);
-        let Some((slot, offset)) = found else {
+        let Some((slot, offset)) = self.map.port(port) else {
             return Action::None;
         };
         self.access(slot, |device| {
@@ -446,20 +440,19 @@ impl Machine {
     /// Takes an `out` or `outs`.
     #[inline(always)]
     pub(crate) fn port_out(&mut self, port: u16, size: u8, data: &[u8]) -> Action {
-        self.tally.port(port, true);
-        match self.map.port(port) {
-            Some((SERIAL, offset)) if data.len() == 1 => {
-                let action = self.serial.write(offset, data);
-                self.accessed(SERIAL, self.serial.deadline());
-                action
-            }
-            found => self.port_out_elsewhere(found, size, data),
+        if self.tally.port(port, true)
+            && let &[byte] = data
+            && let Some(offset) = self.console_register(port)
+        {
+            return self.serial.write_register(offset, byte);
         }
+        self.port_out_elsewhere(port, size, data)
     }
 
     #[inline(never)]
-    fn port_out_elsewhere(&mut self, found: Option<(Slot, u64)>, size: u8, data: &[u8]) -> Action {
-        let Some((slot, offset)) = found else {
+    fn port_out_elsewhere(&mut self, port: u16, size: u8, data: &[u8]) -> Action {
+        self.tally.note_port(port, true);
+        let Some((slot, offset)) = self.map.port(port) else {
             return Action::None;
         };
         self.access(slot, |device| {
@@ -468,6 +461,15 @@ impl Machine {
             }
             device.write_items(offset, size.into(), data)
         })
+    }
+
+    /// The UART's register at `port`, if it is one. Its accesses are the most frequent by far, and it has no
+    /// deadline, no descriptor and no writes that wait: nothing of [`access`](Machine::access) is left to do,
+    /// and no call goes through a table.
+    #[inline(always)]
+    fn console_register(&self, port: u16) -> Option<u64> {
+        let (slot, offset) = self.map.port(port)?;
+        (slot == SERIAL).then_some(offset)
     }
 
     /// Answers a read of an address that is not RAM.

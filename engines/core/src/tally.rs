@@ -3,8 +3,7 @@
 //! Two sources are kept apart because their units differ: exits to the VMM ("vmm"), and what the
 //! engine itself counts (its translator's callouts, the host kernel's statistics).
 //!
-//! Ports get a counter of their own on first use; counting an exit is one table look-up and two
-//! additions.
+//! Each port has a counter of its own for either direction: counting an exit is three additions.
 
 use std::sync::Arc;
 
@@ -45,21 +44,15 @@ struct Accesses {
     writes: u64,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct PortCounter {
-    port: u16,
-    write: bool,
-    count: u64,
-}
-
 /// Counters of the run loop.
 #[derive(Debug)]
 pub struct Tally {
     exits: ExitCounts,
     total: u64,
-    /// For each port and direction: index into `ports` plus one, 0 for none yet.
-    index: Box<[u32; 2 << 16]>,
-    ports: Vec<PortCounter>,
+    /// Accesses to each port, read and written. Memory comes in with the ports that are used.
+    ports: Box<[[u64; 2]; 1 << 16]>,
+    /// Those that were used, in that order: port, written.
+    used: Vec<(u16, bool)>,
     /// By device slot; the last one is for addresses without a device.
     memory: Vec<(&'static str, Accesses)>,
     /// What passes between guest and devices without an exit.
@@ -85,8 +78,8 @@ impl Tally {
         Tally {
             exits: ExitCounts::default(),
             total: 0,
-            index: vec![0; 2 << 16].try_into().expect("as many as that"),
-            ports: Vec::with_capacity(64),
+            ports: vec![[0; 2]; 1 << 16].try_into().expect("as many as that"),
+            used: Vec::with_capacity(64),
             memory: devices
                 .chain(["unassigned"])
                 .map(|name| (name, Accesses::default()))
@@ -134,18 +127,24 @@ impl Tally {
     }
 
     /// Counts the port of an exit that [`exit`](Tally::exit) has counted.
-    #[inline]
-    pub fn port(&mut self, port: u16, write: bool) {
-        let index = &mut self.index[usize::from(port) << 1 | usize::from(write)];
-        if *index == 0 {
-            self.ports.push(PortCounter {
-                port,
-                write,
-                count: 0,
-            });
-            *index = self.ports.len() as u32;
+    /// False the first time, when [`note_port`](Tally::note_port) is to be called.
+    #[inline(always)]
+    #[must_use]
+    pub fn port(&mut self, port: u16, write: bool) -> bool {
+        let count = &mut self.ports[usize::from(port)][usize::from(write)];
+        *count += 1;
+        *count != 1
+    }
+
+    /// Has the port's counter be among those that are told of, from its first access on.
+    pub fn note_port(&mut self, port: u16, write: bool) {
+        if self.uses(port, write) == 1 {
+            self.used.push((port, write));
         }
-        self.ports[*index as usize - 1].count += 1;
+    }
+
+    fn uses(&self, port: u16, write: bool) -> u64 {
+        self.ports[usize::from(port)][usize::from(write)]
     }
 
     /// Counts the device of a memory exit; `None` where there is no device.
@@ -162,9 +161,8 @@ impl Tally {
 
     /// Takes one write to `port` out of a snapshot.
     pub(crate) fn forget_port_write(&self, port: u16, snapshot: &mut Snapshot) {
-        let index = self.index[usize::from(port) << 1 | 1];
-        if index != 0 {
-            snapshot.ports[index as usize - 1] -= 1;
+        if let Some(index) = self.used.iter().position(|&used| used == (port, true)) {
+            snapshot.ports[index] -= 1;
             snapshot.exits.remove(ExitReason::PioOut);
         }
     }
@@ -204,7 +202,11 @@ impl Tally {
         host.extend(self.passed.iter().flat_map(|passed| passed.counts()));
         Snapshot {
             exits: self.exits.clone(),
-            ports: self.ports.iter().map(|counter| counter.count).collect(),
+            ports: self
+                .used
+                .iter()
+                .map(|&(port, write)| self.uses(port, write))
+                .collect(),
             memory: self.memory.iter().map(|entry| entry.1).collect(),
             callouts,
             host,
@@ -233,7 +235,7 @@ impl Tally {
         }
         for (index, &count) in to.ports.iter().enumerate() {
             let before = from.ports.get(index).copied().unwrap_or(0);
-            let PortCounter { port, write, .. } = self.ports[index];
+            let (port, write) = self.used[index];
             let reason = if write {
                 ExitReason::PioOut
             } else {

@@ -7,7 +7,7 @@
 use engine_core::{After, DeviceBus, Exit, ExitReason};
 
 use super::{BtVcpu, Pending, Stop};
-use crate::{core::Core, fault::Fault, site::Port};
+use crate::{context::Context, core::Core, fault::Fault, site::Port};
 
 /// The access to a port that ended a run; what is written is in `BtVcpu::data`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -96,9 +96,8 @@ impl BtVcpu {
 
     /// Has the access of [`answer`] answered. False if the run has to end, for that or another reason.
     #[inline]
-    fn answer_port(&mut self) -> bool {
-        let number = self.core.context().site;
-        let Some(port) = self.cache.kept_port((number >> 1) as usize) else {
+    fn answer_port(&mut self, context: &mut Context, site: u64) -> bool {
+        let Some(port) = self.cache.kept_port((site >> 1) as usize) else {
             return false;
         };
         let Some(mut bus) = self.bus else {
@@ -111,10 +110,11 @@ impl BtVcpu {
         self.counts.add(ExitReason::Helper);
         // As at the end of every run.
         self.core.shortcuts.priority_matters = 0;
-        let (at, size) = (port.number(self.core.gpr(2) as u16), usize::from(port.size));
-        let resume = port.resume();
+        let (at, size) = (port.number(context.gpr[2] as u16), usize::from(port.size));
+        // Nobody looks at it if the access has the run end.
+        context.resume = port.resume();
         let after = if port.write {
-            let value = (self.core.gpr(0) as u32).to_le_bytes();
+            let value = (context.gpr[0] as u32).to_le_bytes();
             bus.port_out(at, &value[..size])
         } else {
             let (value, after) = match size {
@@ -131,14 +131,12 @@ impl BtVcpu {
                     (u32::from_le_bytes(double).into(), after)
                 }
             };
-            self.core.set_gpr_sized(0, value, size as u32);
+            context.set_gpr_sized(0, value, size as u32);
             after
         };
-        let context = self.core.context();
-        match after {
-            After::Enter => context.resume = resume,
+        if after == After::Return {
             // The access is over.
-            After::Return => context.site |= 1,
+            context.site |= 1;
         }
         after == After::Enter
     }
@@ -179,9 +177,9 @@ impl Core {
 /// What [`crate::callout`] calls for an access to a port whose site is stored. 0 to go on.
 ///
 /// # Safety
-/// `vcpu` runs translated code, and nobody else uses it.
-pub(super) unsafe extern "C" fn answer(vcpu: *mut BtVcpu) -> u32 {
-    // SAFETY: the caller's promise.
-    let vcpu = unsafe { &mut *vcpu };
-    u32::from(!vcpu.answer_port())
+/// `vcpu` runs translated code with `context`, and nobody else uses them.
+pub(super) unsafe extern "C" fn answer(vcpu: *mut BtVcpu, context: *mut Context, site: u64) -> u32 {
+    // SAFETY: the caller's promise; the context lies in the arena, and not in the vCPU.
+    let (vcpu, context) = unsafe { (&mut *vcpu, &mut *context) };
+    u32::from(!vcpu.answer_port(context, site))
 }

@@ -97,8 +97,9 @@ impl Serial {
         }
     }
 
+    /// Reads one register.
     #[inline]
-    fn read_register(&mut self, at: u64, byte: &mut u8) -> Action {
+    pub(crate) fn read_register(&mut self, at: u64, byte: &mut u8) -> Action {
         if at == DATA || at == LINE_STATUS {
             self.refill();
         }
@@ -110,16 +111,27 @@ impl Serial {
         }
     }
 
+    /// Writes one register.
     #[inline]
-    fn write_register(&mut self, at: u64, byte: u8) -> Action {
-        let action = match self.uart.write(at as u8, byte) {
-            Err(Error::IOError(_)) => Action::ConsoleClosed,
-            // Neither can happen: the trigger is infallible and a write never fills the FIFO.
-            Ok(()) | Err(Error::Trigger(_) | Error::FullFifo) => Action::None,
-        };
+    pub(crate) fn write_register(&mut self, at: u64, byte: u8) -> Action {
         if at == INTERRUPT_ENABLE {
-            self.input_came();
+            return self.enable_interrupts(byte);
         }
+        self.put(at, byte)
+    }
+
+    #[inline(always)]
+    fn put(&mut self, at: u64, byte: u8) -> Action {
+        match self.uart.write(at as u8, byte) {
+            Ok(()) => Action::None,
+            Err(error) => failed(error),
+        }
+    }
+
+    #[inline(never)]
+    fn enable_interrupts(&mut self, byte: u8) -> Action {
+        let action = self.put(INTERRUPT_ENABLE, byte);
+        self.input_came();
         action
     }
 
@@ -174,6 +186,16 @@ impl Device for Serial {
             &[byte] => self.write_register(offset, byte),
             _ => self.write_registers(offset, data),
         }
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn failed(error: Error<std::convert::Infallible>) -> Action {
+    match error {
+        Error::IOError(_) => Action::ConsoleClosed,
+        // Neither can happen: the trigger is infallible and a write never fills the FIFO.
+        Error::Trigger(_) | Error::FullFifo => Action::None,
     }
 }
 

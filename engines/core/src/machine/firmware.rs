@@ -28,9 +28,8 @@ impl Machine {
     /// Leaves the board as firmware does. Controllers in the host's kernel stand as after power-up.
     pub(super) fn set_up_board(&mut self) {
         for (port, value) in WRITES {
-            let found = self.map.port(port);
             // None of these registers asks for anything.
-            let _ = self.port_out_elsewhere(found, 1, &[value]);
+            let _ = self.port_out_elsewhere(port, 1, &[value]);
         }
     }
 }

@@ -16,10 +16,8 @@ use crate::{After, DeviceBus, ExitReason, GuestPhys, Machine};
 pub(super) struct Inline<'a> {
     machine: &'a mut Machine,
     events: &'a Events,
-    /// As [`Run`](super::Run) has them.
+    /// As [`Run`](super::Run) has them, but none while the loop wants to see every exit.
     most_exits: u64,
-    /// The loop wants to see every exit.
-    look: bool,
     /// What the last access asks for.
     action: Action,
     /// An access was answered, so the guest does something else than to poll for input.
@@ -36,8 +34,7 @@ impl<'a> Inline<'a> {
         Inline {
             machine,
             events,
-            most_exits,
-            look,
+            most_exits: if look { 0 } else { most_exits },
             action: Action::None,
             answered: false,
         }
@@ -59,7 +56,6 @@ impl<'a> Inline<'a> {
         let goes_on = matches!(action, Action::None | Action::Hold);
         self.answered |= goes_on;
         let quiet = goes_on
-            && !self.look
             && !self.machine.attention
             && self.events.pending() == 0
             && self.machine.tally.total() < self.most_exits
