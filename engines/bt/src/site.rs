@@ -154,7 +154,8 @@ pub(crate) struct Slow {
     /// Host register that holds the operand's host address in the body. Where a lookup has missed, the address
     /// less the key of the entry that was looked at...
     pub register: u8,
-    /// ... whose place in the TLB this one holds.
+    /// ... whose place in the TLB this one holds. The same one for both where the address was known when the block
+    /// was made: the body has the page's host address there, and who has missed the address.
     pub table: u8,
     /// Computes the address again and looks it up.
     pub retry: Place,
@@ -183,6 +184,15 @@ pub(crate) struct Slow {
 }
 
 impl Slow {
+    /// What the register holds for a body whose operand, at `ea`, is at `host`.
+    pub(crate) fn lead(&self, ea: u64, host: u64) -> u64 {
+        if self.register == self.table {
+            host.wrapping_sub(ea & 0xfff)
+        } else {
+            host
+        }
+    }
+
     /// `fault`, as this access raises it.
     pub(crate) fn of_stack(&self, fault: Fault) -> Fault {
         if self.stack && fault.vector == fault::GP {

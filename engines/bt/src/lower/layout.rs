@@ -20,6 +20,8 @@ pub(crate) struct Layout {
     pub(super) miss: [u64; BANKS],
     pub(super) privileged: i32,
     pub(super) transitions: [Transitions; BANKS],
+    /// The host has rorx.
+    pub(super) rotates: bool,
     /// Code counts what it does.
     pub(super) counting: bool,
 }
@@ -44,6 +46,7 @@ impl Layout {
             exit: stubs.exit,
             callout,
             miss,
+            rotates: std::arch::is_x86_feature_detected!("bmi2"),
             counting,
             privileged: arena.privileged() as usize as i32,
             transitions,

@@ -2,9 +2,8 @@
 //!
 //! ```text
 //! retry:  lea   a, [guest operand]        ; plus the segment base, if there is one
-//!         mov   t, a
-//!         shr   t, 8                      ; entry index * 16
-//!         and   t, (entries - 1) * 16
+//!         rorx  t, a, 8                   ; or mov and shr
+//!         and   t, (entries - 1) * 16     ; entry index * 16
 //!         sub   a, [t + TLB]              ; offset in the page, if the page matches
 //!         cmp   a, 4096 - size            ; no match, or across the end: either is above
 //!         ja    slow
@@ -12,8 +11,18 @@
 //!         body  [a]
 //! ```
 //!
+//! Where the address is known when the block is made, so is the entry, and the page is compared with what
+//! an instruction can hold:
+//!
+//! ```text
+//! retry:  cmp   [entry], page
+//!         jne   slow
+//!         mov   a, [entry + 8]            ; host address of the page
+//!         body  [a + offset in the page]
+//! ```
+//!
 //! The slow path leaves for the runtime, which puts the address together again from `a` and the entry that `t`
-//! leads to, fills the TLB and says `retry`; or, for device memory, accesses across pages and writes to
+//! leads to (or finds it in `a`, where it was known), fills the TLB and says `retry`; or, for device memory, accesses across pages and writes to
 //! translated code, puts a buffer's address into `a` and says `body`. For a write it copies the body elsewhere
 //! and has that copy run, which comes back for the buffer to be written where it belongs.
 //!
@@ -50,6 +59,10 @@ pub(super) struct Open {
 struct Lookup {
     register: u8,
     table: u8,
+    /// Of the operand from where the register leads to.
+    offset: i32,
+    /// The address, if it is known.
+    known: Option<u64>,
     stack: bool,
     limited: Option<u8>,
     /// Where things were when it began.
@@ -78,7 +91,8 @@ impl Lower<'_> {
             body.set_memory_base(gpr64(open.register));
             if open.offset != 0 {
                 body.set_memory_displacement64(open.offset as i64 as u64);
-                body.set_memory_displ_size(1);
+                let short = i8::try_from(open.offset).is_ok();
+                body.set_memory_displ_size(if short { 1 } else { 8 });
             }
             lower.encode(&body)
         })
@@ -217,7 +231,7 @@ impl Lower<'_> {
         Ok(Open {
             register: lookup.register,
             table: lookup.table,
-            offset: 0,
+            offset: lookup.offset,
             site: Some(site),
         })
     }
@@ -228,7 +242,15 @@ impl Lower<'_> {
         let site = self.add_site(insn.instr.ip(), kind);
         self.homes = here;
         let patch = lookup.miss;
-        self.cold.push(Cold::Exit { site, patch });
+        self.cold.push(match lookup.known {
+            None => Cold::Exit { site, patch },
+            Some(address) => Cold::Known {
+                site,
+                patch,
+                register: lookup.register,
+                address,
+            },
+        });
         site
     }
 
@@ -281,6 +303,9 @@ impl Lower<'_> {
             self.need(insn.reads);
         }
         let register = self.take(avoid, insn);
+        if let Some(known) = self.known_address(address, size) {
+            return Ok(self.look_up_known(register, known, write, avoid));
+        }
         let table = self.take(avoid | 1 << register, insn);
         self.busy = avoid | 1 << register;
         let homes = self.homes;
@@ -288,10 +313,13 @@ impl Lower<'_> {
         let segment = self.address_into(address, register, table, size)?;
         let limited = (self.mode.limited >> segment & 1 == 1).then_some(segment);
         let disp = self.tlb(write);
+        if self.layout.rotates {
+            dynasm!(self.asm ; .arch x64 ; rorx Rq(table), Rq(register), 8);
+        } else {
+            dynasm!(self.asm ; .arch x64 ; mov Rq(table), Rq(register) ; shr Rq(table), 8);
+        }
         dynasm!(self.asm
             ; .arch x64
-            ; mov Rq(table), Rq(register)
-            ; shr Rq(table), 8
             ; and Rd(table), (TLB_ENTRIES as i32 - 1) << 4
             ; sub Rq(register), [Rq(table) + disp]
             ; cmp Rq(register), 4096 - size as i32
@@ -307,12 +335,39 @@ impl Lower<'_> {
         Ok(Lookup {
             register,
             table,
+            offset: 0,
+            known: None,
             stack: segment == 2,
             limited,
             homes,
             retry,
             miss,
         })
+    }
+
+    /// As [`look_up`](Lower::look_up), of an address that [`known_address`](Lower::known_address) has found.
+    fn look_up_known(&mut self, register: u8, address: u64, write: bool, avoid: u16) -> Lookup {
+        const NE: u8 = 5;
+        self.busy = avoid | 1 << register;
+        let retry = self.position();
+        let page = address & !0xfff;
+        let entry = self.tlb(write) + ((address >> 12) as i32 & (TLB_ENTRIES as i32 - 1)) * 16;
+        dynasm!(self.asm ; .arch x64 ; cmp QWORD [entry], page as i32);
+        self.asm.extend([0x0f, 0x80 | NE]);
+        let miss = self.position();
+        self.asm.push_i32(0);
+        dynasm!(self.asm ; .arch x64 ; mov Rq(register), [entry + 8]);
+        Lookup {
+            register,
+            table: register,
+            offset: (address & 0xfff) as i32,
+            known: Some(address),
+            stack: false,
+            limited: None,
+            homes: self.homes,
+            retry,
+            miss,
+        }
     }
 
     /// Ends the body. `next_ip` is where the guest goes on if nothing of the instruction is left

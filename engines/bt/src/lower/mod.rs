@@ -154,6 +154,13 @@ enum Cold {
         site: usize,
         patch: usize,
     },
+    /// As `Exit`, of an access whose address the runtime finds in a register.
+    Known {
+        site: usize,
+        patch: usize,
+        register: u8,
+        address: u64,
+    },
     Raise {
         patch: usize,
         homes: Homes,
@@ -473,6 +480,16 @@ impl Lower<'_> {
                     {
                         *stub = here;
                     }
+                    self.exit_through(site, 0);
+                }
+                Cold::Known {
+                    site,
+                    patch,
+                    register,
+                    address,
+                } => {
+                    self.bind(patch, self.position());
+                    self.load_constant(register, address);
                     self.exit_through(site, 0);
                 }
             }

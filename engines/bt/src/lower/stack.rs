@@ -119,11 +119,11 @@ impl Lower<'_> {
             self.need(insn.reads & !avoid);
             let address = Address::Operand(&insn.instr, by);
             let open = self.open(insn, address, size as u32, true, avoid)?;
-            let at = open.register;
+            let (at, off) = (open.register, open.offset);
             match size {
-                8 => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rq(value)),
-                4 => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rd(value)),
-                _ => dynasm!(self.asm ; .arch x64 ; mov [Rq(at)], Rw(value)),
+                8 => dynasm!(self.asm ; .arch x64 ; mov [Rq(at) + off], Rq(value)),
+                4 => dynasm!(self.asm ; .arch x64 ; mov [Rq(at) + off], Rd(value)),
+                _ => dynasm!(self.asm ; .arch x64 ; mov [Rq(at) + off], Rw(value)),
             }
             self.close(&open, Some(insn.instr.next_ip()), size)?;
             self.move_rsp(size);

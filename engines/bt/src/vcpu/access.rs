@@ -134,7 +134,7 @@ impl BtVcpu {
         self.settle_marked();
         self.counts.add(ExitReason::Bounce);
         if let Some(host) = self.directly(ea, &slow, page, second) {
-            self.core.context().gpr[usize::from(slow.register)] = host as u64;
+            self.core.context().gpr[usize::from(slow.register)] = slow.lead(ea, host as u64);
             self.resume = Resume::Host(self.body(index, &slow));
             return Ok(());
         }
@@ -154,7 +154,11 @@ impl BtVcpu {
         let user = self.core.user();
         let [rest, offset] =
             [register, table].map(|number| self.core.context().gpr[usize::from(number)]);
-        let ea = rest.wrapping_add(self.core.mmu.key_at(offset, write, user));
+        let ea = if register == table {
+            rest
+        } else {
+            rest.wrapping_add(self.core.mmu.key_at(offset, write, user))
+        };
         self.core.context().ea = ea;
         ea
     }
@@ -348,7 +352,7 @@ impl BtVcpu {
         if !write {
             let context = self.core.context();
             let bounce = context.bounce.0.as_ptr() as u64 + offset as u64;
-            context.gpr[usize::from(slow.register)] = bounce;
+            context.gpr[usize::from(slow.register)] = slow.lead(ea, bounce);
             self.resume = Resume::Host(self.body(index, &slow));
         } else {
             // What a device was told is not what it says.

@@ -1,6 +1,6 @@
-//! Every form of instruction with a memory operand, on RAM and on a device that behaves as memory: the
-//! same comes out, in registers, flags, extended state and memory. Operands lie within a page or across
-//! two, of which one or both are the device's.
+//! Every form of instruction with a memory operand, on RAM and on a device that behaves as memory, by an address
+//! in a register and by one that the instruction holds: the same comes out, in registers, flags, extended state
+//! and memory. Operands lie within a page or across two, of which one or both are the device's.
 //!
 //! Forms are found by decoding: every opcode of every map behind every prefix that may choose another
 //! form.
@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use bt::Extended;
 use engine_core::{CpuState, Vcpu};
-use iced_x86::{Code, Decoder, FlowControl, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use crate::rig::{DEVICE, End, FREE, Rig, TABLES};
 
@@ -21,6 +21,8 @@ const PAGE: usize = 0x1000;
 const DIRECTORY: u64 = 0x5_1000;
 const TABLE: u64 = 0x5_2000;
 const CR4_OSXSAVE: u64 = 1 << 18;
+/// Bytes of code before the form.
+const PROLOGUE: u64 = 16 * 9 + 6;
 
 /// All forms with a memory operand, most of them by [rbx], each once, with and without lock.
 fn forms() -> Vec<(Vec<u8>, Instruction)> {
@@ -132,6 +134,7 @@ fn run(rig: &mut Rig, form: &[u8], offset: u64, contents: &[u8], device: [bool; 
         code.extend((FREE as u32 + 32 * u32::from(register)).to_le_bytes());
     }
     code.extend([0xdb, 0xe3, 0xd9, 0xe8, 0xd9, 0xeb]);
+    assert_eq!(code.len() as u64, PROLOGUE);
     code.extend(form);
     code.push(0xf4);
     rig.bytes(&code);
@@ -193,6 +196,82 @@ fn device_memory_behaves_as_memory_for_every_form() {
         2 * forms.len()
     );
     assert!(executed > forms.len());
+    let shown = wrong.len().min(20);
+    assert!(
+        wrong.is_empty(),
+        "{}\n{}",
+        wrong.len(),
+        wrong[..shown].join("\n")
+    );
+}
+
+/// `form`, whose operand is [rbx + 0], with an operand that holds `target` itself, by itself or relative to RIP
+/// in code whose form begins at `ip`.
+fn holding(form: &[u8], target: u64, relative_to: Option<u64>) -> Option<Vec<u8>> {
+    let mut decoder = Decoder::new(64, form, 0);
+    let instr = decoder.decode();
+    let offsets = decoder.get_constant_offsets(&instr);
+    if instr.memory_base() != Register::RBX || !offsets.has_displacement() {
+        return None;
+    }
+    let (at, behind) = (
+        offsets.displacement_offset(),
+        &form[offsets.displacement_offset() + 1..],
+    );
+    let register = form[at - 1] & 0x38;
+    let mut bytes = form[..at - 1].to_vec();
+    match relative_to {
+        None => {
+            bytes.extend([register | 4, 0x25]);
+            bytes.extend((target as u32).to_le_bytes());
+        }
+        Some(ip) => {
+            let next = ip + (bytes.len() + 5 + behind.len()) as u64;
+            bytes.push(register | 5);
+            bytes.extend((target.wrapping_sub(next) as u32).to_le_bytes());
+        }
+    }
+    bytes.extend(behind);
+    (bytes.len() <= 15).then_some(bytes)
+}
+
+#[test]
+fn an_address_in_the_instruction_is_one_in_a_register() {
+    let mut rig = Rig::long();
+    rig.word(TABLES + 0x1008, DIRECTORY | 3);
+    rig.word(DIRECTORY, TABLE | 3);
+    rig.vcpu.set_xcr0(7);
+    rig.state.cr4 |= CR4_OSXSAVE;
+    let contents = contents();
+    rig.put(FREE, &contents[..512]);
+    let (mut executed, mut wrong) = (0, Vec::new());
+    for (form, instr) in &forms() {
+        for (offset, device) in [
+            (0, [false; 2]),
+            (0x40, [false; 2]),
+            (0xe00, [false; 2]),
+            (0x100, [true; 2]),
+            (0xffd, [false; 2]),
+            (0xffd, [false, true]),
+        ] {
+            let expected = run(&mut rig, form, offset, &contents, device);
+            for relative_to in [None, Some(rig.state.rip + PROLOGUE)] {
+                let Some(bytes) = holding(form, PLACE + offset, relative_to) else {
+                    continue;
+                };
+                let mut found = run(&mut rig, &bytes, offset, &contents, device);
+                executed += usize::from(found.end == End::Halt);
+                if found.end == End::Halt && expected.end == End::Halt {
+                    found.state.rip -= (bytes.len() - form.len()) as u64;
+                }
+                if found != expected {
+                    wrong.push(describe(instr, offset, device, &expected, &found));
+                }
+            }
+        }
+    }
+    println!("{executed} executed");
+    assert!(executed > 10_000, "{executed}");
     let shown = wrong.len().min(20);
     assert!(
         wrong.is_empty(),

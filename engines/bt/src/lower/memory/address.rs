@@ -39,6 +39,29 @@ impl<'a> Lower<'a> {
 }
 
 impl Lower<'_> {
+    /// The guest-virtual address of an operand of `size` bytes that no register is part of, if an instruction
+    /// can compare its page and all of it lies there.
+    pub(super) fn known_address(&self, address: Address<'_>, size: u32) -> Option<u64> {
+        let Address::Operand(instr, by) = address else {
+            return None;
+        };
+        let based = matches!(
+            data_segment(instr, self.mode.bits),
+            Register::FS | Register::GS
+        );
+        let based = based || self.mode.bits != Bits::Bits64 && !self.mode.flat;
+        let checked = self.mode.limited != 0;
+        if based || checked || !lacks_registers(instr) {
+            return None;
+        }
+        let offset = instr.memory_displacement64().wrapping_add(by as u64);
+        let narrow = address_bits(instr, self.mode.bits) <= 32;
+        let address = if narrow { offset & 0xffff_ffff } else { offset };
+        let page = address & !0xfff;
+        let whole = (address & 0xfff) + u64::from(size) <= 4096;
+        (whole && i64::from(page as i32) == page as i64).then_some(address)
+    }
+
     /// Emits the guest-virtual address into `register`, with `scratch` at its disposal. Returns the
     /// segment's number.
     pub(in crate::lower) fn address_into(
@@ -132,10 +155,7 @@ impl Lower<'_> {
     ) -> Result<(), String> {
         let bits = address_bits(instr, self.mode.bits);
         let narrow = bits <= 32;
-        let no_register = instr.memory_base() == Register::None
-            && instr.memory_index() == Register::None
-            || instr.is_ip_rel_memory_operand();
-        if no_register {
+        if lacks_registers(instr) {
             let offset = instr.memory_displacement64().wrapping_add(by as u64);
             self.load_constant(register, if narrow { offset & 0xffff_ffff } else { offset });
             return Ok(());
@@ -235,4 +255,11 @@ pub(in crate::lower) fn plain_address(
         (_, _) => 1,
     });
     lea
+}
+
+/// True if the operand's address is the displacement alone: in 64-bit code, the one of an RIP-relative operand
+/// has RIP in it.
+fn lacks_registers(instr: &Instruction) -> bool {
+    instr.memory_base() == Register::None && instr.memory_index() == Register::None
+        || instr.is_ip_rel_memory_operand()
 }
