@@ -120,6 +120,36 @@ fn a_multiboot_kernel_finds_its_command_line_and_its_modules() {
 }
 
 #[test]
+fn a_kernel_may_take_exceptions_before_it_has_descriptors_of_its_own() {
+    const TABLE: i32 = 0x20_0000;
+    let image = multiboot(|asm| {
+        let mut begin = asm.create_label();
+        // The handler is where this returns to.
+        asm.call(begin)?;
+        end(asm, 0)?;
+        asm.set_label(&mut begin)?;
+        asm.pop(eax)?;
+        // A gate for #UD, with the selector that CS has.
+        asm.mov(word_ptr(TABLE + 6 * 8), ax)?;
+        asm.shr(eax, 16)?;
+        asm.mov(word_ptr(TABLE + 6 * 8 + 6), ax)?;
+        asm.mov(word_ptr(TABLE + 6 * 8 + 2), cs)?;
+        asm.mov(word_ptr(TABLE + 6 * 8 + 4), 0x8e00u32)?;
+        asm.push(TABLE)?;
+        asm.push((7 * 8 - 1) << 16)?;
+        asm.lidt(fword_ptr(esp + 2))?;
+        asm.mov(ebx, ds)?;
+        asm.mov(es, ebx)?;
+        asm.ud2()?;
+        end(asm, 1)
+    })
+    .elf();
+    on_every_mode(|mode| {
+        kernel(Call::new(mode.name), &image, &[]).run().check(0, "");
+    });
+}
+
+#[test]
 fn exit_codes_of_every_width_become_statuses() {
     for (code, width, status) in [(0u32, 4, 1), (1, 1, 3), (0x7f, 2, 255), (0x1234, 4, 0x69)] {
         let image = Guest::protected(|asm| {

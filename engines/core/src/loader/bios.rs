@@ -10,12 +10,16 @@
 //! on at the far pointer in 40:67, after an end of interrupt to both 8259s with 5. A machine that was suspended to memory waits for
 //! the clock's alarm there and goes on at the waking vector (ACPI specification 16.3.2.3); any other is reset.
 //!
+//! Kernels find the descriptors that they are entered with, and the vectors of real mode: Multiboot 3.2 says
+//! that neither table need be there, and boot loaders leave theirs, so some take exceptions by their own IDT
+//! before they have a GDT (GRUB's debugger does).
+//!
 //! Invariant: nothing of this lies where [`super::tables`] or boot information does.
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::LoadError;
-use crate::GuestRam;
+use crate::{CpuState, DescriptorTable, GuestRam};
 
 /// KiB of conventional memory; the last of 640 is the extended data area.
 pub(super) const CONVENTIONAL_KIB: u16 = 639;
@@ -37,6 +41,13 @@ const TICK: u16 = 0xfea5;
 /// Handlers that end service and do nothing else.
 const MASTER: u16 = 0xff60;
 const SLAVE: u16 = 0xff68;
+
+/// Descriptors: none, flat code, flat data.
+const DESCRIPTORS: [u64; 3] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+/// Where they are, between two handlers.
+const GDT: u16 = 0xfee0;
+/// Below the boot information.
+const STACK: u64 = 0x6000;
 
 /// Where the PC/AT's BIOS begins its self test.
 const POST: u16 = 0xe05b;
@@ -80,6 +91,7 @@ pub(super) fn write(ram: &GuestRam) -> Result<(), LoadError> {
             handler(SLAVE),
             vec![0x50, 0xb0, 0x20, 0xe6, 0xa0, 0xe6, 0x20, 0x58, 0xcf],
         ),
+        (handler(GDT), DESCRIPTORS.map(u64::to_le_bytes).concat()),
         (handler(POST), after_reset()),
         (handler(RESET), last_paragraph()),
     ] {
@@ -87,6 +99,19 @@ pub(super) fn write(ram: &GuestRam) -> Result<(), LoadError> {
             .map_err(|_| LoadError::NoRoom)?;
     }
     Ok(())
+}
+
+/// Has a kernel find the tables, in `state` at its entry, and a stack.
+pub(super) fn hand_over(state: &mut CpuState) {
+    state.gdtr = DescriptorTable {
+        base: u64::from(SEGMENT) * 16 + u64::from(GDT),
+        limit: size_of_val(&DESCRIPTORS) as u16 - 1,
+    };
+    state.idtr = DescriptorTable {
+        base: 0,
+        limit: VECTORS as u16 * 4 - 1,
+    };
+    state.gpr[4] = STACK;
 }
 
 /// What runs at the reset vector: real-mode code.

@@ -99,8 +99,6 @@ pub const FLAT: u64 = 0x10_0000;
 /// # Errors
 /// [`LoadError`]: each says in one line what is wrong with the image.
 pub fn load_kernel(ram: &GuestRam, image: &[u8], boot: &Boot<'_>) -> Result<CpuState, LoadError> {
-    let elf = image.starts_with(b"\x7fELF");
-    let flat = boot.load_at.is_some();
     // Before the image, which may want the memory for itself.
     let mut rsdp = 0;
     if boot.cpus > 0 {
@@ -108,6 +106,22 @@ pub fn load_kernel(ram: &GuestRam, image: &[u8], boot: &Boot<'_>) -> Result<CpuS
         bios::write(ram)?;
         rsdp = tables::RSDP;
     }
+    let mut state = place_kernel(ram, image, boot, rsdp)?;
+    if boot.cpus > 0 {
+        bios::hand_over(&mut state);
+    }
+    Ok(state)
+}
+
+/// As [`load_kernel`], with ACPI's root pointer at `rsdp`.
+fn place_kernel(
+    ram: &GuestRam,
+    image: &[u8],
+    boot: &Boot<'_>,
+    rsdp: u64,
+) -> Result<CpuState, LoadError> {
+    let elf = image.starts_with(b"\x7fELF");
+    let flat = boot.load_at.is_some();
     if let Some(header) = multiboot::find(image).filter(|_| !flat) {
         return multiboot::load(ram, image, &header, boot);
     }
