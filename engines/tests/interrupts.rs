@@ -87,11 +87,13 @@ fn counter_2_times_what_the_pm_timer_times() {
         asm.or(al, 1)?;
         asm.out(0x61, al)?;
         out(asm, 0x43, 0xb0)?;
-        out(asm, 0x42, 0x9c)?;
-        out(asm, 0x42, 0x2e)?;
+        // Before the counter starts, or a host that is away in between would have it end too soon.
         asm.mov(dx, 0x608)?;
         asm.in_(eax, dx)?;
         asm.mov(ebx, eax)?;
+        out(asm, 0x42, 0x9c)?;
+        out(asm, 0x42, 0x2e)?;
+        asm.mov(dx, 0x608)?;
         let mut wait = asm.create_label();
         asm.set_label(&mut wait)?;
         asm.in_(al, 0x61)?;

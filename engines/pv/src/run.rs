@@ -330,9 +330,15 @@ impl Guest {
     }
 
     /// The guest sleeps, and nothing is left that could wake it.
+    ///
+    /// A guest that an event was raised for before may wake, do something and sleep again meanwhile: it has rung
+    /// then. A timer that has expired since V last looked is armed no longer, and its event still to be raised.
     fn hopeless(&self) -> bool {
         let events = self.events.get();
-        let asleep = self.ledger.get().asleep.load(SeqCst) != 0;
+        let asleep = || self.ledger.get().asleep.load(SeqCst) != 0;
+        if !asleep() {
+            return false;
+        }
         let mut armed = libc::itimerspec {
             it_interval: libc::timespec {
                 tv_sec: 0,
@@ -345,24 +351,20 @@ impl Guest {
         };
         // SAFETY: `armed` is writable for the duration of the call.
         unsafe { libc::timerfd_gettime(self.timer.as_raw_fd(), &mut armed) };
-        asleep
-            && self.console.output().is_none()
+        self.console.output().is_none()
             && events.upcall_pending.load(SeqCst) == 0
             && self.console.exhausted(self.ring.get())
             && armed.it_value.tv_sec == 0
             && armed.it_value.tv_nsec == 0
+            && !readable(&self.timer)
+            && asleep()
             && !self.rung()
     }
 
     /// The guest has rung since V last looked. It does so before it goes to sleep, so whoever has seen
     /// it asleep sees the bell too.
     fn rung(&self) -> bool {
-        let zero = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let mut fds = [PollFd::new(&self.bell, PollFlags::IN)];
-        !matches!(rustix::event::poll(&mut fds, Some(&zero)), Ok(0))
+        readable(&self.bell)
     }
 
     fn console_broke(&self, broken: &Broken) -> Outcome {
@@ -461,6 +463,16 @@ enum Failure {
 /// Reads a counter descriptor down; whether it had counted anything.
 fn drained(fd: &impl AsFd) -> bool {
     rustix::io::read(fd, &mut [0; 8]).is_ok()
+}
+
+/// Something waits to be read.
+fn readable(fd: &impl AsFd) -> bool {
+    let zero = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut fds = [PollFd::new(fd, PollFlags::IN)];
+    !matches!(rustix::event::poll(&mut fds, Some(&zero)), Ok(0))
 }
 
 fn crashed(message: String) -> Outcome {

@@ -93,7 +93,11 @@ fn every_workload_agrees_with_its_oracle() {
             let command = format!("run {} {} {iterations}", workload.name, workload.size);
             let (outcome, console) = guest(128, &command, b"");
             let answer = expected(workload, workload.size, iterations);
-            assert_eq!(answers(&console), ["ready 1 aware", &answer], "{command}");
+            assert_eq!(
+                answers(&console),
+                ["ready 1 aware", &answer],
+                "{command}: {outcome:?}"
+            );
             match unsupported(workload) {
                 None => assert!(matches!(outcome, Outcome::Success), "{outcome:?}"),
                 Some(_) => assert!(matches!(outcome, Outcome::Failure(1)), "{outcome:?}"),
