@@ -331,12 +331,12 @@ impl Guest {
 
     /// The guest sleeps, and nothing is left that could wake it.
     ///
-    /// A guest that an event was raised for before may wake, do something and sleep again meanwhile: it has rung
-    /// then. A timer that has expired since V last looked is armed no longer, and its event still to be raised.
+    /// Asked in this order: a guest that nobody has told to wake, and that sleeps after that, stays asleep, for
+    /// V alone wakes it; only then does it say anything that no timer is armed. One that has expired since V last
+    /// looked is armed no longer, and its event still to be raised.
     fn hopeless(&self) -> bool {
-        let events = self.events.get();
-        let asleep = || self.ledger.get().asleep.load(SeqCst) != 0;
-        if !asleep() {
+        let told = self.events.get().upcall_pending.load(SeqCst) != 0 || readable(&self.wake);
+        if told || self.ledger.get().asleep.load(SeqCst) == 0 {
             return false;
         }
         let mut armed = libc::itimerspec {
@@ -352,12 +352,10 @@ impl Guest {
         // SAFETY: `armed` is writable for the duration of the call.
         unsafe { libc::timerfd_gettime(self.timer.as_raw_fd(), &mut armed) };
         self.console.output().is_none()
-            && events.upcall_pending.load(SeqCst) == 0
             && self.console.exhausted(self.ring.get())
             && armed.it_value.tv_sec == 0
             && armed.it_value.tv_nsec == 0
             && !readable(&self.timer)
-            && asleep()
             && !self.rung()
     }
 

@@ -22,9 +22,10 @@
 //! ```
 //!
 //! The slow path leaves for the runtime, which puts the address together again from `a` and the entry that `t`
-//! leads to (or finds it in `a`, where it was known), fills the TLB and says `retry`; or, for device memory, accesses across pages and writes to
-//! translated code, puts a buffer's address into `a` and says `body`. For a write it copies the body elsewhere
-//! and has that copy run, which comes back for the buffer to be written where it belongs.
+//! leads to, or finds it in `a`, where it was known. It fills the TLB and says `retry`; or, for device memory,
+//! accesses across pages and writes to translated code, puts a buffer's address into `a` and says `body`. For a
+//! write it copies the body elsewhere and has that copy run, which comes back for the buffer to be written where
+//! it belongs.
 //!
 //! Invariant: nothing in a body depends on where it is.
 

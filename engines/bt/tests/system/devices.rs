@@ -109,6 +109,28 @@ fn contents() -> Vec<u8> {
     bytes
 }
 
+/// A CPU whose tables lead to the two pages, with AVX, and what the pages and registers hold.
+fn at_place() -> (Rig, Vec<u8>) {
+    let mut rig = Rig::long();
+    rig.word(TABLES + 0x1008, DIRECTORY | 3);
+    rig.word(DIRECTORY, TABLE | 3);
+    rig.vcpu.set_xcr0(7);
+    rig.state.cr4 |= CR4_OSXSAVE;
+    let contents = contents();
+    rig.put(FREE, &contents[..512]);
+    (rig, contents)
+}
+
+fn none(wrong: &[String]) {
+    let shown = wrong.len().min(20);
+    assert!(
+        wrong.is_empty(),
+        "{}\n{}",
+        wrong.len(),
+        wrong[..shown].join("\n")
+    );
+}
+
 /// Runs a form with each of the two pages RAM or the device's.
 fn run(rig: &mut Rig, form: &[u8], offset: u64, contents: &[u8], device: [bool; 2]) -> Left {
     rig.put(RAM, contents);
@@ -166,13 +188,7 @@ fn run(rig: &mut Rig, form: &[u8], offset: u64, contents: &[u8], device: [bool; 
 
 #[test]
 fn device_memory_behaves_as_memory_for_every_form() {
-    let mut rig = Rig::long();
-    rig.word(TABLES + 0x1008, DIRECTORY | 3);
-    rig.word(DIRECTORY, TABLE | 3);
-    rig.vcpu.set_xcr0(7);
-    rig.state.cr4 |= CR4_OSXSAVE;
-    let contents = contents();
-    rig.put(FREE, &contents[..512]);
+    let (mut rig, contents) = at_place();
     let forms = forms();
     let (mut executed, mut wrong) = (0, Vec::new());
     for (bytes, instr) in &forms {
@@ -196,13 +212,7 @@ fn device_memory_behaves_as_memory_for_every_form() {
         2 * forms.len()
     );
     assert!(executed > forms.len());
-    let shown = wrong.len().min(20);
-    assert!(
-        wrong.is_empty(),
-        "{}\n{}",
-        wrong.len(),
-        wrong[..shown].join("\n")
-    );
+    none(&wrong);
 }
 
 /// `form`, whose operand is [rbx + 0], with an operand that holds `target` itself, by itself or relative to RIP
@@ -237,13 +247,7 @@ fn holding(form: &[u8], target: u64, relative_to: Option<u64>) -> Option<Vec<u8>
 
 #[test]
 fn an_address_in_the_instruction_is_one_in_a_register() {
-    let mut rig = Rig::long();
-    rig.word(TABLES + 0x1008, DIRECTORY | 3);
-    rig.word(DIRECTORY, TABLE | 3);
-    rig.vcpu.set_xcr0(7);
-    rig.state.cr4 |= CR4_OSXSAVE;
-    let contents = contents();
-    rig.put(FREE, &contents[..512]);
+    let (mut rig, contents) = at_place();
     let (mut executed, mut wrong) = (0, Vec::new());
     for (form, instr) in &forms() {
         for (offset, device) in [
@@ -272,13 +276,7 @@ fn an_address_in_the_instruction_is_one_in_a_register() {
     }
     println!("{executed} executed");
     assert!(executed > 10_000, "{executed}");
-    let shown = wrong.len().min(20);
-    assert!(
-        wrong.is_empty(),
-        "{}\n{}",
-        wrong.len(),
-        wrong[..shown].join("\n")
-    );
+    none(&wrong);
 }
 
 fn describe(
