@@ -35,6 +35,9 @@ const TARGETS: usize = JUMP + 2 * BANKS * JUMP_BYTES;
 const CODE: usize = TARGETS + BANKS * TARGET_BYTES;
 
 const _: () = assert!(size_of::<Context>() <= PAGE);
+// What a vCPU has beside its code. Four of them, the VMM's own memory and what it is to a guest have to fit
+// into 16 MiB.
+const _: () = assert!(CODE <= 2 << 20);
 const _: () = assert!(size_of::<Privileged>() <= TLB - PRIVILEGED);
 
 /// One vCPU's low-memory arena.

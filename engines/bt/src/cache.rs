@@ -189,7 +189,7 @@ impl Cache {
             wide: Wide::default(),
             modes: Modes::default(),
             bounces,
-            index: Index::new(bytes / 2048),
+            index: Index::new(bytes / 2048, room)?,
             by_page: Map::default(),
             recent: None,
             apart: HashSet::default(),
@@ -303,7 +303,8 @@ impl Cache {
             + self.sites.bytes()
             + self.system.bytes()
             + self.marks.bytes()
-            + self.leaves.bytes();
+            + self.leaves.bytes()
+            + self.index.bytes();
         let maps = self.modes.bytes() + PAGE * self.by_page.len();
         (lists + self.wide.bytes() + maps) as u64
     }

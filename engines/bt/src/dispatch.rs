@@ -8,7 +8,8 @@
 //! branch:  mov   [target], target
 //!          mov   [spill], rcx
 //!          movzx ecx, target          ; 16 bits
-//!          jmp   [rcx * 8 + table]
+//!          mov   ecx, [rcx * 4 + table]
+//!          jmp   rcx
 //!
 //! checked: mov   rcx, [target]
 //!          lea   rcx, [rcx - own address]
@@ -22,18 +23,27 @@
 //! the jump cache is looked into, with flags saved; what isn't there either leaves for the runtime,
 //! through the site that the branch has stored.
 //!
-//! Invariant: every entry of the table is a block's checked entry or the address of `miss`.
+//! The table takes memory once code is translated that looks there: most guests have such code in one bank
+//! only.
+//!
+//! Invariant: from then on, every entry of the table is a block's checked entry or the address of `miss`.
 
-use std::{cell::RefCell, mem::offset_of};
+use std::{
+    cell::{Cell, RefCell},
+    mem::offset_of,
+};
 
 use dynasmrt::{DynasmApi, DynasmLabelApi, VecAssembler, dynasm, x64::X64Relocation};
 
-use crate::{context::Context, tlb::JUMP_ENTRIES};
+use crate::{
+    context::Context,
+    tlb::{JUMP_ENTRIES, bring_in},
+};
 
 /// Entries of the table: what 16 bits can name.
 pub(crate) const TARGET_ENTRIES: usize = 1 << 16;
 /// Bytes of the table.
-pub(crate) const TARGET_BYTES: usize = TARGET_ENTRIES * 8;
+pub(crate) const TARGET_BYTES: usize = TARGET_ENTRIES * 4;
 
 /// Emits `miss` for a context at `context` and a jump cache at `jump`, to be placed at `base`.
 pub(crate) fn emit(context: i32, jump: i32, exit: u64, base: u64) -> Vec<u8> {
@@ -70,8 +80,10 @@ pub(crate) fn emit(context: i32, jump: i32, exit: u64, base: u64) -> Vec<u8> {
 
 /// The table.
 pub(crate) struct Targets {
-    entries: *mut u64,
-    miss: u64,
+    /// Host addresses, which are below 2 GiB.
+    entries: *mut u32,
+    miss: u32,
+    ready: Cell<bool>,
     filled: RefCell<Vec<u16>>,
 }
 
@@ -81,37 +93,50 @@ impl Targets {
     /// # Safety
     /// The memory belongs to this table alone, translated code aside, and outlives it.
     pub(crate) unsafe fn new(address: usize, miss: u64) -> Targets {
-        let targets = Targets {
-            entries: address as *mut u64,
-            miss,
+        Targets {
+            entries: address as *mut u32,
+            miss: host(miss),
+            ready: Cell::new(false),
             filled: RefCell::default(),
-        };
-        for index in 0..TARGET_ENTRIES {
-            targets.put(index as u16, miss);
         }
-        targets
     }
 
-    fn put(&self, index: u16, entry: u64) {
+    /// To be called before code runs that looks into the table.
+    #[inline]
+    pub(crate) fn prepare(&self) {
+        if !self.ready.replace(true) {
+            self.empty();
+        }
+    }
+
+    #[cold]
+    fn empty(&self) {
+        bring_in(self.entries as usize, TARGET_BYTES);
+        (0..TARGET_ENTRIES).for_each(|index| self.put(index as u16, self.miss));
+    }
+
+    fn put(&self, index: u16, entry: u32) {
         // SAFETY: there are as many entries as an index can name.
         unsafe { *self.entries.add(index.into()) = entry };
     }
 
+    fn at(&self, target: u64) -> u32 {
+        // SAFETY: as in `put`.
+        unsafe { *self.entries.add(usize::from(target as u16)) }
+    }
+
     /// Enters the block at `target`.
     pub(crate) fn fill(&self, target: u64, checked: u64) {
-        let mut filled = self.filled.borrow_mut();
-        // SAFETY: as in `put`.
-        let before = unsafe { *self.entries.add(usize::from(target as u16)) };
-        if before == self.miss {
-            filled.push(target as u16);
+        self.prepare();
+        if self.at(target) == self.miss {
+            self.filled.borrow_mut().push(target as u16);
         }
-        self.put(target as u16, checked);
+        self.put(target as u16, host(checked));
     }
 
     /// Takes the block at `target` out, if it is entered.
     pub(crate) fn remove(&self, target: u64, checked: u64) {
-        // SAFETY: as in `put`.
-        if unsafe { *self.entries.add(usize::from(target as u16)) } != checked {
+        if self.at(target) != host(checked) {
             return;
         }
         self.put(target as u16, self.miss);
@@ -124,8 +149,7 @@ impl Targets {
 
     /// True if something is entered that may be the block at `target`.
     pub(crate) fn holds(&self, target: u64) -> bool {
-        // SAFETY: as in `put`.
-        unsafe { *self.entries.add(usize::from(target as u16)) != self.miss }
+        self.ready.get() && self.at(target) != self.miss
     }
 
     /// Empties every entry.
@@ -136,13 +160,18 @@ impl Targets {
     }
 }
 
+/// A host address as an entry holds it.
+fn host(address: u64) -> u32 {
+    u32::try_from(address).expect("code is below 2 GiB")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn what_was_entered_is_gone_after_a_flush() {
-        let mut memory = vec![0u64; TARGET_ENTRIES];
+        let mut memory = vec![0u32; TARGET_ENTRIES];
         // SAFETY: the vector outlives the table and nobody else uses it.
         let targets = unsafe { Targets::new(memory.as_mut_ptr() as usize, 7) };
         assert!(!targets.holds(0x12_3456));

@@ -8,9 +8,9 @@
 //!
 //! Invariant: of blocks with the same key, the one entered last is in its chain and no other.
 
-use std::hash::BuildHasher;
+use std::{hash::BuildHasher, io};
 
-use super::{Block, Key, Mix, kept::NONE};
+use super::{Block, Key, Mix, kept::NONE, list::List};
 
 /// Bytes of code that share a chain if nothing else differs, as a power of two.
 const NEAR: u32 = 2;
@@ -18,18 +18,24 @@ const NEAR: u32 = 2;
 /// Numbers of living blocks.
 pub(super) struct Index {
     /// The first block's number, or [`NONE`]. There are a power of two of them.
-    heads: Vec<u32>,
+    heads: List<u32>,
     /// Blocks in chains, or more.
     entered: usize,
 }
 
 impl Index {
-    /// With room for so many.
-    pub(super) fn new(blocks: usize) -> Index {
-        Index {
-            heads: vec![NONE; blocks.next_power_of_two()],
-            entered: 0,
-        }
+    /// With chains for so many blocks, which may become as many as fit into `room` bytes.
+    ///
+    /// # Errors
+    /// As [`List::new`].
+    pub(super) fn new(blocks: usize, room: usize) -> io::Result<Index> {
+        let mut heads = List::new(room)?;
+        heads.extend_to(blocks.next_power_of_two(), NONE);
+        Ok(Index { heads, entered: 0 })
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.heads.bytes()
     }
 
     pub(super) fn clear(&mut self) {
@@ -93,8 +99,8 @@ impl Index {
     /// Makes room for twice as many; all living blocks before `number` are entered again.
     #[cold]
     fn grow(&mut self, number: u32, blocks: &mut [Block]) {
-        self.heads = vec![NONE; 2 * self.heads.len()];
-        self.entered = 0;
+        self.clear();
+        self.heads.extend_to(2 * self.heads.len(), NONE);
         for old in 0..number {
             if blocks[old as usize].alive {
                 self.put(old, blocks);

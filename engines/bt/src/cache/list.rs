@@ -76,6 +76,11 @@ impl<T: Copy> List<T> {
         self.len += 1;
     }
 
+    /// Appends `item` until there are `len`.
+    pub(super) fn extend_to(&mut self, len: usize, item: T) {
+        (self.len..len).for_each(|_| self.push(item));
+    }
+
     /// Forgets everything, but keeps the memory.
     pub(super) fn clear(&mut self) {
         self.len = 0;

@@ -320,7 +320,8 @@ impl Lower<'_> {
         dynasm!(self.asm
             ; .arch x64
             ; mov QWORD [self.layout.site()], number
-            ; jmp QWORD [rcx * 8 + targets]
+            ; mov ecx, [rcx * 4 + targets]
+            ; jmp rcx
         );
     }
 

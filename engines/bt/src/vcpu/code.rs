@@ -89,6 +89,9 @@ impl BtVcpu {
             self.cache.empty(&mut self.core.mmu);
         }
         self.counts.add(ExitReason::Translate);
+        if mode.window {
+            self.core.mmu.jumps[mode.jumps()].prepare_targets();
+        }
         self.enter_pages(&[key.phys])?;
         let room = 4096 - (virt & 0xfff) as usize;
         let inside = self.core.code_left();

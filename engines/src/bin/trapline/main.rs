@@ -22,7 +22,17 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+/// Memory is given back once it isn't needed, rather than kept for more: what was read to be loaded, say,
+/// and each list that has outgrown its place. glibc does that from a size on that it raises with what it sees,
+/// unless told (mallopt(3)).
+fn give_memory_back() {
+    const FROM: libc::c_int = 128 << 10;
+    // SAFETY: a parameter of the allocator, before there is a second thread.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, FROM) };
+}
+
 fn main() -> ExitCode {
+    give_memory_back();
     let done = match cli::Cli::parse().command {
         cli::Command::Run(arguments) => run::run(&arguments),
         cli::Command::Probe(arguments) => probe::run(&arguments),
