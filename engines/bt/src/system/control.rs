@@ -7,7 +7,8 @@ use crate::{
     core::Core,
     cpu::{
         Bits, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_ANNOUNCED, CR4_OSXSAVE, CR4_PAE,
-        CR4_PCIDE, CR4_PKE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, Seg, canonical,
+        CR4_PCIDE, CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE,
+        Seg, canonical,
     },
     fault::Fault,
     mmu::PHYSICAL_BITS,
@@ -47,7 +48,7 @@ impl Core {
                 Register::CR0 => self.set_cr0(value)?,
                 Register::CR2 => self.cpu.cr2 = value,
                 Register::CR3 => self.set_cr3(value, instr)?,
-                Register::CR4 => self.set_cr4(value)?,
+                Register::CR4 => self.set_cr4(value, instr)?,
                 Register::CR8 if value < 16 => {
                     let falls = value < self.cpu.cr8;
                     self.cpu.cr8 = value;
@@ -162,7 +163,9 @@ impl Core {
         }
     }
 
-    fn set_cr4(&mut self, value: u64) -> Result<(), Fault> {
+    fn set_cr4(&mut self, value: u64, instr: &Instruction) -> Result<(), Fault> {
+        /// What decides how tables are read, and who may do what with a page.
+        const READING: u64 = CR4_PSE | CR4_PAE | CR4_PCIDE | CR4_SMEP | CR4_SMAP | CR4_PKE;
         if value & !cr4_announced() != 0 || self.cpu.long() && value & CR4_PAE == 0 {
             return Err(Fault::gp());
         }
@@ -173,10 +176,17 @@ impl Core {
         if new & CR4_PAE != 0 && self.cpu.cr0 & CR0_PG != 0 {
             self.check_pointers(self.cpu.cr3, value)?;
         }
+        let changed = value ^ self.cpu.cr4;
         self.cpu.cr4 = value;
         self.remember_leaves();
         self.forget_modes();
-        self.flush();
+        if changed & READING != 0 {
+            self.flush();
+        } else {
+            // Global pages have no translations of their own here: PGE, there and back, is how systems drop
+            // all of them (SDM 3A 4.10.4.1), and the tables mostly give what they gave.
+            self.reload(self.linear_after(instr), false);
+        }
         Ok(())
     }
 
