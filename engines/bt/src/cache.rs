@@ -48,7 +48,7 @@ use crate::{
     mmu::Mmu,
     pages::Set,
     site::{Homes, Mark, Port, Site},
-    tlb::Span,
+    tlb::{BANKS, Span},
 };
 
 /// Integer keys need mixing, not protection from collisions by design: a guest that makes its own
@@ -149,8 +149,9 @@ pub(crate) struct Cache {
     outside: Map<Key, Outside>,
     /// Accesses of living blocks that the window was not for, and how many there were.
     missed: Map<u32, (u8, Outside)>,
-    /// Linked sites whose target lies in another page, or reaches into one, by the number of that page.
-    across: Map<u64, Vec<u32>>,
+    /// Linked sites whose target lies in another page, or reaches into one, by the number of that page: for each
+    /// [jump cache](crate::tlb::jump_index), with which they are dropped.
+    across: [Map<u64, Vec<u32>>; 2 * BANKS],
     encoder: Encoder,
     /// Buffers of the block before, empty or overwritten.
     lowered: Lowered,
@@ -195,7 +196,7 @@ impl Cache {
             apart: HashSet::default(),
             outside: Map::default(),
             missed: Map::default(),
-            across: Map::default(),
+            across: Default::default(),
             encoder: Encoder::new(64),
             lowered: Lowered::default(),
             decoded: Decoded::default(),
@@ -326,7 +327,7 @@ impl Cache {
         self.index.clear();
         self.by_page.clear();
         self.recent = None;
-        self.across.clear();
+        self.across.iter_mut().for_each(Map::clear);
         self.apart.clear();
         self.outside.clear();
         self.missed.clear();

@@ -14,13 +14,14 @@
 //! branch's own mode whose address maps to what it was made from.
 
 use super::{
-    Cache, Dropped,
+    Cache, Dropped, Map,
     kept::{Link, NONE, Neighbour, UNLINKED},
 };
 use crate::{
     arena::Arena,
     checks::Levels,
     site::{GUESSES, Gate, Guess, Kind, Site},
+    tlb::jump_index,
 };
 
 impl Cache {
@@ -63,16 +64,18 @@ impl Cache {
         } else {
             to.entry()
         };
+        let to_mode = to.mode;
         point(patch, entry, arena);
         self.enter_link(site as u32, target);
         let other = leaf.filter(|&leaf| leaf != page);
+        let across = &mut self.across[self.modes.mode(to_mode).jumps()];
         for (page, depends) in [
             (page, !same_page),
             (page + 1, crosses),
             (other.unwrap_or_default(), other.is_some()),
         ] {
             if depends {
-                remember(self.across.entry(page).or_default(), site as u32);
+                remember(across.entry(page).or_default(), site as u32);
             }
         }
         true
@@ -172,7 +175,7 @@ impl Cache {
         for block in 0..self.blocks.len() {
             self.unlink_incoming(block as u32, arena);
         }
-        self.across.clear();
+        self.across.iter_mut().for_each(Map::clear);
     }
 
     pub(super) fn unlink_incoming(&mut self, block: u32, arena: &Arena) {
@@ -187,35 +190,33 @@ impl Cache {
 
     /// Undoes links between pages, to targets that may map elsewhere.
     pub(crate) fn unlink_across(&mut self, dropped: Dropped, arena: &Arena) {
-        let mut across = std::mem::take(&mut self.across);
-        match dropped {
-            // The usual case: one bucket at most.
-            Dropped::Span(span) if span.bytes == 4096 => {
-                let gone = across.remove(&(span.start >> 12)).unwrap_or_default();
-                gone.iter().for_each(|&site| self.unlink(site, arena));
+        let lists = match dropped {
+            Dropped::Span(_) | Dropped::All => 0..self.across.len(),
+            Dropped::User(bank) => jump_index(bank, true)..jump_index(bank, true) + 1,
+            Dropped::Bank(bank) => jump_index(bank, false)..jump_index(bank, true) + 1,
+        };
+        for list in lists {
+            let mut across = std::mem::take(&mut self.across[list]);
+            match dropped {
+                // The usual case: one bucket at most.
+                Dropped::Span(span) if span.bytes == 4096 => {
+                    let gone = across.remove(&(span.start >> 12)).unwrap_or_default();
+                    gone.iter().for_each(|&site| self.unlink(site, arena));
+                }
+                Dropped::Span(span) => across.retain(|&page, sites| {
+                    let stays = !span.contains(page << 12);
+                    if !stays {
+                        sites.iter().for_each(|&site| self.unlink(site, arena));
+                    }
+                    stays
+                }),
+                Dropped::User(_) | Dropped::Bank(_) | Dropped::All => {
+                    let gone = across.drain().flat_map(|(_, sites)| sites);
+                    gone.for_each(|site| self.unlink(site, arena));
+                }
             }
-            Dropped::Span(_) | Dropped::User(_) | Dropped::Bank(_) | Dropped::All => {
-                across.retain(|&page, sites| {
-                    sites.retain(|&site| {
-                        let block = self.sites[site as usize].block;
-                        let mode = self.mode(block);
-                        let bank = usize::from(mode.bank);
-                        let stays = match dropped {
-                            Dropped::Span(span) => !span.contains(page << 12),
-                            Dropped::User(dropped) => !mode.user || bank != dropped,
-                            Dropped::Bank(dropped) => bank != dropped,
-                            Dropped::All => false,
-                        };
-                        if !stays {
-                            self.unlink(site, arena);
-                        }
-                        stays
-                    });
-                    !sites.is_empty()
-                });
-            }
+            self.across[list] = across;
         }
-        self.across = across;
     }
 }
 

@@ -249,6 +249,17 @@ impl Mmu {
         self.code.iter().for_each(|code| code.borrow_mut().forget());
     }
 
+    /// Forgets every translation of data addresses, since what may be done with pages has changed. What the
+    /// tables give hasn't, nor where code is.
+    pub(crate) fn flush_data(&mut self) {
+        self.invalidation.next_epoch();
+        self.spaces.borrow_mut().forget_records();
+        self.tlbs.iter().for_each(Tlb::flush);
+        self.window.flush();
+        self.invalidation.forget_shown();
+        self.guarded.borrow_mut().clear();
+    }
+
     fn epoch(&self) -> u64 {
         self.invalidation.epoch.get()
     }

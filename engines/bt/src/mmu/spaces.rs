@@ -200,6 +200,13 @@ impl Spaces {
         self.loose = true;
     }
 
+    /// Forgets the entries of TLBs, of every space.
+    pub(super) fn forget_records(&mut self) {
+        for space in &mut self.spaces {
+            space.recorded = [0; RECORDS / 64];
+        }
+    }
+
     /// Makes the space below `root` the current one. True if it was.
     pub(super) fn enter(&mut self, root: u64, wide: bool) -> bool {
         self.entered += 1;

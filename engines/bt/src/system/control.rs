@@ -341,7 +341,8 @@ impl Core {
 
     pub(super) fn set_key_rights(&mut self, rights: u32) {
         if rights != std::mem::replace(&mut self.cpu.pkru, rights) {
-            self.flush();
+            // Fetches don't ask for them (SDM 3A 4.6.2).
+            self.mmu.flush_data();
         }
     }
 
