@@ -4,7 +4,7 @@
 //! base            Context                         rw
 //! +DOORBELL       doorbell page                   rw, or nothing while a kick is pending
 //! +PRIVILEGED     system registers                rw
-//! +TLB            4 software TLBs (see tlb.rs)    rw
+//! +TLB            8 software TLBs (see tlb.rs)    rw
 //! +JUMP           4 jump caches (see tlb.rs)      rw
 //! +TARGETS        2 tables of indirect branches (see dispatch.rs)   rw
 //! +CODE           code cache                      rx   (the same pages are rw at `writable`)
@@ -22,7 +22,7 @@ use crate::{
     context::Context,
     dispatch::TARGET_BYTES,
     privileged::Privileged,
-    tlb::{BANKS, JUMP_BYTES, TLB_BYTES},
+    tlb::{BANKS, JUMP_BYTES, TLB_BYTES, TLB_KINDS},
 };
 
 const PAGE: usize = 4096;
@@ -30,14 +30,14 @@ const PAGE: usize = 4096;
 pub(crate) const DOORBELL: usize = PAGE;
 const PRIVILEGED: usize = 2 * PAGE;
 const TLB: usize = 6 * PAGE;
-const JUMP: usize = TLB + 4 * TLB_BYTES;
+const JUMP: usize = TLB + BANKS * TLB_KINDS * TLB_BYTES;
 const TARGETS: usize = JUMP + 2 * BANKS * JUMP_BYTES;
 const CODE: usize = TARGETS + BANKS * TARGET_BYTES;
 
 const _: () = assert!(size_of::<Context>() <= PAGE);
-// What a vCPU has beside its code. Four of them, the VMM's own memory and what it is to a guest have to fit
-// into 16 MiB.
-const _: () = assert!(CODE <= 2 << 20);
+// What a vCPU may have beside its code. Four of them, the VMM's own memory and what it is to a guest have to fit
+// into 16 MiB; no guest has code and data of both privileges in both banks.
+const _: () = assert!(CODE <= 9 << 18);
 const _: () = assert!(size_of::<Privileged>() <= TLB - PRIVILEGED);
 
 /// One vCPU's low-memory arena.

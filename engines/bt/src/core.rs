@@ -407,7 +407,7 @@ impl Core {
     }
 
     pub(crate) fn flush(&mut self) {
-        self.mmu.flush();
+        self.mmu.flush(self.cpu.bank());
         self.flushed = Flushed::Everything;
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Both are direct-mapped arrays of 16-byte entries, `(key, host)`, at fixed addresses:
 //!
-//! - TLB: one for reads and one for writes, for supervisor and for user accesses, because the
-//!   privilege a block runs at is known when it is translated. `key` is the page's guest-virtual
+//! - TLB: one for reads and one for writes, for supervisor and for user accesses, in each bank, because
+//!   the privilege and the bank a block runs in are known when it is translated. `key` is the page's guest-virtual
 //!   address and `host` the address of its first byte here. A hit is `ea - key <= 4096 - size`,
 //!   one unsigned compare that also catches accesses that cross the page.
 //! - Jump cache: guest-virtual branch target to host address of its block, one table for each
@@ -25,12 +25,13 @@ pub(crate) const JUMP_ENTRIES: usize = 16384;
 /// Bytes of one jump cache.
 pub(crate) const JUMP_BYTES: usize = JUMP_ENTRIES * 16;
 
-/// Sets of jump caches and links: translated code belongs to one of them and leads to no other.
+/// Sets of software TLBs, jump caches and links: translated code belongs to one of them and leads to no other.
 ///
 /// Page-table isolation loads CR3 at every change of privilege, and what is mapped at either value lacks
 /// most of the other's code. Systems tell the two apart by bit 11 of the PCID (Linux
 /// arch/x86/mm/tlb.c, FreeBSD sys/amd64/include/pmap.h), and so do the banks: what is known of one
-/// half's code waits while the other's runs, and is compared with the tables when it comes back.
+/// half's code waits while the other's runs, and is compared with the tables when it comes back, unless the
+/// system says that nothing has changed.
 pub(crate) const BANKS: usize = 2;
 
 /// Index of a jump cache in the arena.
@@ -38,9 +39,17 @@ pub(crate) fn jump_index(bank: usize, user: bool) -> usize {
     bank * 2 + usize::from(user)
 }
 
-/// Index of a software TLB in the arena.
-pub(crate) fn tlb_index(user: bool, write: bool) -> usize {
+/// Software TLBs of a bank.
+pub(crate) const TLB_KINDS: usize = 4;
+
+/// Which of its bank's a software TLB is.
+pub(crate) fn tlb_kind(user: bool, write: bool) -> usize {
     usize::from(user) * 2 + usize::from(write)
+}
+
+/// Index of a software TLB in the arena.
+pub(crate) fn tlb_index(bank: usize, kind: usize) -> usize {
+    bank * TLB_KINDS + kind
 }
 
 use std::cell::Cell;

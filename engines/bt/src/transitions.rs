@@ -28,7 +28,7 @@ use crate::{
     },
     privileged::{GATES, Gate, KERNEL, Return, SYSCALLS, Shortcuts, USER, count},
     stubs::Stubs,
-    tlb::{jump_index, tlb_index},
+    tlb::{jump_index, tlb_index, tlb_kind},
 };
 use parts::{Emit, RAX, RCX, RDI, RSI};
 
@@ -70,7 +70,7 @@ pub(crate) fn emit(arena: &Arena, stubs: &Stubs, bank: usize, base: u64) -> (Tra
         context: arena.context_disp(),
         privileged: arena.privileged() as usize as i32,
         doorbell: arena.doorbell() as i32,
-        tlb: [false, true].map(|write| arena.tlb(tlb_index(false, write)) as i32),
+        tlb: [false, true].map(|write| arena.tlb(tlb_index(bank, tlb_kind(false, write))) as i32),
         jump: [false, true].map(|user| arena.jump(jump_index(bank, user)) as i32),
         exit: stubs.exit,
         load: stubs.load_vectors,

@@ -9,7 +9,7 @@
 //!         mov   at, page
 //!         shr   at, 8                 ; entry index * 16
 //!         and   at, (entries - 1) * 16
-//!         cmp   page, [at + TLB]      ; for each of four
+//!         cmp   page, [at + TLB]      ; for each of them
 //!         jne   next
 //!         xor   page, 4096            ; the key of an empty entry: no address with its index has it
 //!         mov   [at + TLB], page

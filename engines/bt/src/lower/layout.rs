@@ -2,7 +2,13 @@
 
 use std::mem::offset_of;
 
-use crate::{arena::Arena, context::Context, stubs::Stubs, tlb::BANKS, transitions::Transitions};
+use crate::{
+    arena::Arena,
+    context::Context,
+    stubs::Stubs,
+    tlb::{BANKS, TLB_KINDS},
+    transitions::Transitions,
+};
 
 /// Bytes of the code that leaves for the runtime.
 pub(crate) const LEAVING: usize = 12 + 5;
@@ -12,7 +18,7 @@ pub(crate) const LEAVING: usize = 12 + 5;
 pub(crate) struct Layout {
     pub(super) context: i32,
     pub(super) doorbell: i32,
-    pub(super) tlb: [i32; 4],
+    pub(super) tlb: [i32; BANKS * TLB_KINDS],
     pub(super) jump: [i32; 2 * BANKS],
     pub(super) targets: [i32; BANKS],
     pub(super) exit: u64,

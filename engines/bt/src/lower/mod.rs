@@ -63,7 +63,7 @@ use crate::{
     fault::Fault,
     groups::{self, Plan},
     site::{Gate, Homes, Ip, Kind, Mark, Site, number},
-    tlb::tlb_index,
+    tlb::{tlb_index, tlb_kind},
     transitions::Transitions,
 };
 
@@ -502,7 +502,8 @@ impl Lower<'_> {
     }
 
     fn tlb(&self, write: bool) -> i32 {
-        self.layout.tlb[tlb_index(self.mode.user, write)]
+        let kind = tlb_kind(self.mode.user, write);
+        self.layout.tlb[tlb_index(self.mode.bank.into(), kind)]
     }
 }
 

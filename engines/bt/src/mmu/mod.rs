@@ -31,7 +31,7 @@ use crate::{
     pair::Pair,
     privileged::Placed,
     system::DeviceLog,
-    tlb::{BANKS, JumpCache, Span, Tlb, tlb_index},
+    tlb::{BANKS, JumpCache, Span, TLB_KINDS, Tlb, tlb_index, tlb_kind},
     vm::{Guarantee, Vm},
     window::{Piece, SIZE, Window},
 };
@@ -114,7 +114,9 @@ struct Region {
 pub(crate) struct Mmu {
     regions: Vec<Region>,
     _ram: Arc<GuestRam>,
-    tlbs: [Tlb; 4],
+    tlbs: [Tlb; BANKS * TLB_KINDS],
+    /// Whose of them are in use.
+    bank: usize,
     /// User accesses at host addresses of their own.
     pub window: Window,
     /// Jump caches for supervisor and user code, at [`jump_index`](crate::tlb::jump_index).
@@ -175,6 +177,7 @@ impl Mmu {
             regions,
             _ram: ram,
             tlbs,
+            bank: 0,
             window: Window::new(),
             jumps,
             others: std::array::from_fn(|_| Other::none()),
@@ -195,7 +198,8 @@ impl Mmu {
     /// A guest-virtual address at which the software TLBs have the byte at `host`.
     pub(crate) fn address_of(&self, host: u64) -> Option<u64> {
         let (page, offset) = (host & !0xfff, host & 0xfff);
-        let mut keys = self.tlbs.iter().filter_map(|tlb| tlb.key_of(page));
+        let tlbs = (0..TLB_KINDS).map(|kind| &self.tlbs[tlb_index(self.bank, kind)]);
+        let mut keys = tlbs.filter_map(|tlb| tlb.key_of(page));
         keys.next().map(|key| key | offset)
     }
 
@@ -233,9 +237,15 @@ impl Mmu {
         self.pair.map([first?, second?])
     }
 
+    /// The software TLB of the bank in use for these accesses.
+    fn tlb(&self, user: bool, write: bool) -> &Tlb {
+        &self.tlbs[tlb_index(self.bank, tlb_kind(user, write))]
+    }
+
     /// Forgets every translation of data addresses and every branch target, since what the tables mean
-    /// may have changed.
-    pub(crate) fn flush(&mut self) {
+    /// may have changed. `bank` is the one in use from now on.
+    pub(crate) fn flush(&mut self, bank: usize) {
+        self.bank = bank;
         self.invalidation.next_epoch();
         self.spaces.borrow_mut().forget();
         self.resting = [None; BANKS];
@@ -267,8 +277,10 @@ impl Mmu {
     /// EFLAGS.AC has been cleared: the supervisor may no longer touch guarded pages.
     pub(crate) fn close_guarded(&self) {
         for key in self.guarded.borrow_mut().drain(..) {
-            for write in [false, true] {
-                self.tlbs[tlb_index(false, write)].remove(key);
+            for bank in 0..BANKS {
+                for write in [false, true] {
+                    self.tlbs[tlb_index(bank, tlb_kind(false, write))].remove(key);
+                }
             }
         }
     }
@@ -357,8 +369,11 @@ impl Mmu {
 
     /// Empties the write TLBs. Any alias of a page may be in them; which, nobody knows.
     pub(crate) fn drop_writable(&self) {
-        self.tlbs[tlb_index(false, true)].flush();
-        self.tlbs[tlb_index(true, true)].flush();
+        for bank in 0..BANKS {
+            for user in [false, true] {
+                self.tlbs[tlb_index(bank, tlb_kind(user, true))].flush();
+            }
+        }
     }
 
     /// Enters a page into the TLB that an access of this kind looks into. Returns false if the
@@ -373,15 +388,15 @@ impl Mmu {
         }
         self.note(address, page);
         let key = address & !0xfff;
-        let tlb = tlb_index(user, write);
         if page.guarded && !user {
             // It is gone before the next load of CR3 looks.
             self.guarded.borrow_mut().push(key);
         } else {
             let mut spaces = self.spaces.borrow_mut();
-            spaces.record(tlb, key, host as u64, page.phys, page.origin);
+            let kind = tlb_kind(user, write);
+            spaces.record(kind, key, host as u64, page.phys, page.origin);
         }
-        self.tlbs[tlb].fill(key, host as u64);
+        self.tlb(user, write).fill(key, host as u64);
         true
     }
 
@@ -468,7 +483,7 @@ impl Mmu {
             let at = address.wrapping_add(done as u64);
             let len = (4096 - (at & 0xfff) as usize).min(bytes.len() - done);
             let here = &mut bytes[done..done + len];
-            let host = match self.tlbs[tlb_index(user, false)].get(at & !0xfff) {
+            let host = match self.tlb(user, false).get(at & !0xfff) {
                 Some(host) => Some((host + (at & 0xfff)) as *mut u8),
                 None => {
                     let page = self.walk(cpu, at, Access::Read, user)?;
@@ -493,19 +508,17 @@ impl Mmu {
     /// True if this privilege has read from the page of RAM around `address`, as far as the TLB
     /// knows.
     pub(crate) fn was_read(&self, address: u64, user: bool) -> bool {
-        self.tlbs[tlb_index(user, false)]
-            .get(address & !0xfff)
-            .is_some()
+        self.tlb(user, false).get(address & !0xfff).is_some()
     }
 
     /// The key of the TLB entry that lies so many bytes from the first.
     pub(crate) fn key_at(&self, offset: u64, write: bool, user: bool) -> u64 {
-        self.tlbs[tlb_index(user, write)].key_at(offset)
+        self.tlb(user, write).key_at(offset)
     }
 
     /// Host address of a page that this privilege has written before, if the TLB still knows.
     pub(crate) fn written(&self, address: u64, user: bool) -> Option<*mut u8> {
-        let host = self.tlbs[tlb_index(user, true)].get(address & !0xfff)?;
+        let host = self.tlb(user, true).get(address & !0xfff)?;
         Some((host + (address & 0xfff)) as *mut u8)
     }
 

@@ -5,7 +5,7 @@
 //! translations came from ([`super::spaces`]): those whose entries are as they were count as made after it.
 //! What is known of code (jump caches, links across pages) is what a TLB for fetches knows: it
 //! stays if all of a privilege's code pages are where they were. A load that changes the
-//! [bank](crate::tlb::BANKS) looks at the code of the one that it enters.
+//! [bank](crate::tlb::BANKS) looks at what the one that it enters has, unless it asks to keep that.
 //!
 //! Invariant: each page that has entries in a jump cache or is the target of a link across pages is in
 //! the privilege's [`Code`], where it was found last, or that is `lost`.
@@ -13,7 +13,7 @@
 use super::{Access, LARGES, Mmu, Page, Tlb};
 use crate::{
     cpu::{CR0_PG, Cpu},
-    tlb::{BANKS, Span, jump_index},
+    tlb::{BANKS, Span, jump_index, tlb_index},
 };
 
 /// Code pages of one privilege: with more, looking at them costs more than it saves.
@@ -107,11 +107,11 @@ impl Mmu {
     /// privilege's code is still where it was: its jump cache is valid, and so are its links; None if
     /// everything was dropped, in every bank.
     ///
-    /// With `keep`, translations need not be dropped (SDM 3A 4.10.4.1, MOV to CR3 with bit 63): code that
-    /// was valid when this value was left still is.
+    /// With `keep`, translations need not be dropped (SDM 3A 4.10.4.1, MOV to CR3 with bit 63): what was
+    /// valid when this value was left still is, code and data.
     pub(crate) fn reload(&mut self, cpu: &Cpu, next: u64, keep: bool) -> Option<[bool; 2]> {
         if cpu.cr0 & CR0_PG == 0 || self.large.borrow().len() > LARGES {
-            self.flush();
+            self.flush(cpu.bank());
             return None;
         }
         self.invalidation.next_epoch();
@@ -119,7 +119,12 @@ impl Mmu {
         self.invalidation.forget_shown();
         self.close_guarded();
         let (root, wide) = Mmu::root(cpu);
-        self.spaces.get_mut().enter(root, wide);
+        let bank = cpu.bank();
+        self.bank = bank;
+        self.spaces.get_mut().enter(root, wide, bank);
+        if keep && self.resting[bank] == Some(cpu.cr3) {
+            return Some([true; 2]);
+        }
         let mut checked = self.spaces.get_mut().check();
         if !self.spaces.get_mut().complete(&checked) {
             // What is fetched next sets accessed bits, perhaps those that are missing. Should it
@@ -128,12 +133,13 @@ impl Mmu {
             checked = self.spaces.get_mut().check();
         }
         let mut spaces = self.spaces.borrow_mut();
-        let again = std::mem::take(&mut spaces.loose);
+        let again = std::mem::take(&mut spaces.loose[bank]);
         if again {
-            self.tlbs.iter().for_each(Tlb::flush);
+            let tlbs = tlb_index(bank, 0)..tlb_index(bank + 1, 0);
+            self.tlbs[tlbs].iter().for_each(Tlb::flush);
         }
         spaces.settle(&checked, |record, holds| {
-            let tlb = &self.tlbs[record.tlb];
+            let tlb = &self.tlbs[tlb_index(bank, record.tlb)];
             if !holds {
                 tlb.remove(record.key);
             } else if again && (record.tlb & 1 == 0 || self.claim(record.phys)) {
@@ -144,14 +150,11 @@ impl Mmu {
         if !keep {
             self.resting = [None; BANKS];
         }
-        let resting = self.resting[cpu.bank()].replace(cpu.cr3);
-        if resting == Some(cpu.cr3) {
-            return Some([true; 2]);
-        }
+        self.resting[bank] = Some(cpu.cr3);
         let kept = [false, true].map(|user| {
             let same = self.same_code(cpu, &checked, user);
             if !same {
-                let index = jump_index(cpu.bank(), user);
+                let index = jump_index(bank, user);
                 self.jumps[index].flush();
                 self.forget_code(index);
             }

@@ -95,7 +95,7 @@ pub(super) struct Record {
     pub key: u64,
     pub host: u64,
     pub phys: u64,
-    /// Which TLB.
+    /// Which of a bank's TLBs.
     pub tlb: usize,
     origin: Origin,
 }
@@ -139,8 +139,11 @@ pub(super) struct Spaces {
     entered: u64,
     /// Entries have 8 bytes, and a table 512 of them.
     wide: bool,
-    /// A TLB may hold what no record tells.
-    pub loose: bool,
+    /// The bank in use, and the root that the TLBs of each are for.
+    bank: usize,
+    held: [Option<u64>; BANKS],
+    /// A bank's TLBs may hold what no record of that root's tells.
+    pub loose: [bool; BANKS],
 }
 
 /// What a check of the current space has found.
@@ -186,7 +189,9 @@ impl Spaces {
             next_tag: 1,
             entered: 0,
             wide: true,
-            loose: true,
+            bank: 0,
+            held: [None; BANKS],
+            loose: [true; BANKS],
         }
     }
 
@@ -197,7 +202,7 @@ impl Spaces {
     /// Forgets all of it: what entries mean may have changed.
     pub(super) fn forget(&mut self) {
         self.spaces.clear();
-        self.loose = true;
+        self.loose = [true; BANKS];
     }
 
     /// Forgets the entries of TLBs, of every space.
@@ -207,28 +212,34 @@ impl Spaces {
         }
     }
 
-    /// Makes the space below `root` the current one. True if it was.
-    pub(super) fn enter(&mut self, root: u64, wide: bool) -> bool {
+    /// Makes the space below `root` the current one, in `bank`.
+    pub(super) fn enter(&mut self, root: u64, wide: bool, bank: usize) {
+        self.bank = bank;
         self.entered += 1;
         if self.wide != wide {
             self.forget();
             self.wide = wide;
         }
         let current = self.spaces.get(self.current);
-        let same = current.is_some_and(|space| space.root == root);
-        if !same {
+        if current.is_none_or(|space| space.root != root) {
             let known = self.spaces.iter().position(|space| space.root == root);
             self.current = known.unwrap_or_else(|| self.begin(root));
-            self.loose = true;
+        }
+        if self.held[bank] != Some(root) {
+            self.held[bank] = Some(root);
+            self.loose[bank] = true;
+        }
+        // There is one set of records for both.
+        for other in (0..BANKS).filter(|&other| other != bank) {
+            self.loose[other] |= self.held[other] == Some(root);
         }
         let space = &mut self.spaces[self.current];
         space.entered = self.entered;
         space.loads = space.loads.wrapping_add(1);
         if space.loads.is_multiple_of(AGE) {
             space.recorded = [0; RECORDS / 64];
-            self.loose = true;
+            self.loose[bank] = true;
         }
-        same
     }
 
     /// The number of a space for `root`, with nothing in it.
@@ -261,6 +272,9 @@ impl Spaces {
         let oldest = (0..SPACES).min_by_key(|&number| self.spaces[number].entered);
         let oldest = oldest.unwrap_or(0);
         let space = &mut self.spaces[oldest];
+        for (held, loose) in self.held.iter().zip(&mut self.loose) {
+            *loose |= *held == Some(space.root);
+        }
         space.forget(tag);
         space.root = root;
         space.loads = 0;
@@ -301,7 +315,7 @@ impl Spaces {
         upper: Upper,
     ) -> u8 {
         if self.wide != wide || self.at_root(root).is_none() {
-            self.enter(root, wide);
+            self.enter(root, wide, self.bank);
         }
         let number = self.region(address);
         let space = &mut self.spaces[self.current];
@@ -311,7 +325,7 @@ impl Spaces {
                 let tag = self.next_tag;
                 self.next_tag = after(tag);
                 space.forget(tag);
-                self.loose = true;
+                self.loose = [true; BANKS];
             }
             (!space.live).trailing_zeros() as usize
         });
@@ -340,7 +354,7 @@ impl Spaces {
     pub(super) fn record(&mut self, tlb: usize, key: u64, host: u64, phys: u64, origin: Origin) {
         let space = self.spaces.get_mut(self.current);
         let Some(space) = space.filter(|space| space.tag == origin.tag) else {
-            self.loose = true;
+            self.loose[self.bank] = true;
             return;
         };
         let page = key >> 12;
@@ -349,7 +363,7 @@ impl Spaces {
         let bit = 1 << (index & 63);
         let record = &mut space.records[index];
         // What it replaces stays in the TLB.
-        self.loose |= *word & bit != 0 && record.key != key;
+        self.loose[self.bank] |= *word & bit != 0 && record.key != key;
         *word |= bit;
         *record = Record {
             key,

@@ -53,6 +53,7 @@ mod devices;
 mod direction;
 mod edges;
 mod exceptions;
+mod halves;
 mod interrupts;
 mod kernel;
 mod leaves;
