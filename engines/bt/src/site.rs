@@ -20,6 +20,8 @@ pub(crate) struct Homes {
     pub lazy: bool,
     /// CF alone is there; the others are in the host's.
     pub carry: bool,
+    /// What RSP has still to move by. At marks only.
+    pub rsp: i8,
 }
 
 impl Homes {
@@ -28,6 +30,7 @@ impl Homes {
         spilled: 1 << 12 | 1 << 13,
         lazy: true,
         carry: false,
+        rsp: 0,
     };
 
     /// The arithmetic flags, if the host's are `flags` and the slot holds `lazy_flags`.
@@ -48,6 +51,8 @@ impl Homes {
             spilled &= spilled - 1;
             context.gpr[register] = context.spill[register];
         }
+        let rsp = &mut context.gpr[4];
+        *rsp = rsp.wrapping_add(self.rsp as i64 as u64);
         context.flags = self.flags(context.flags, context.lazy_flags);
     }
 }

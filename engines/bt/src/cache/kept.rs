@@ -123,6 +123,7 @@ fn homes(spilled: u16, bits: u8) -> Homes {
         spilled,
         lazy: bits & LAZY != 0,
         carry: bits & CARRY != 0,
+        rsp: 0,
     }
 }
 
@@ -135,9 +136,10 @@ pub(super) struct KeptMark {
     ip: [u16; 2],
     at: u8,
     bits: u8,
+    rsp: i8,
 }
 
-const _: () = assert!(size_of::<KeptMark>() == 10);
+const _: () = assert!(size_of::<KeptMark>() == 12);
 
 /// The guest instruction pointer is `Context::target`.
 const TARGET: u8 = 16;
@@ -157,6 +159,7 @@ impl KeptMark {
             ip: [ip as u16, (ip >> 16) as u16],
             at: mark.at,
             bits: bits | homes_bits(mark.homes),
+            rsp: mark.homes.rsp,
         }
     }
 
@@ -169,7 +172,10 @@ impl KeptMark {
             } else {
                 Ip::At(wide.ip(ip, self.bits & FAR != 0, base))
             },
-            homes: homes(self.spilled, self.bits),
+            homes: Homes {
+                rsp: self.rsp,
+                ..homes(self.spilled, self.bits)
+            },
             at: self.at,
         }
     }

@@ -228,6 +228,7 @@ pub(crate) fn lower<'a>(
             spilled: contract(mode),
             lazy: false,
             carry: false,
+            rsp: 0,
         },
         busy: 0,
         pinned: 0,
@@ -269,6 +270,9 @@ pub(crate) fn lower<'a>(
             lower.goes_around = (!mode.window && carry::goes_around(&decoded.insns, next))
                 .then(|| decoded.insns[0].live_in != 0);
         }
+        if !lower.may_wait(insn, decoded.insns.get(at + 1)) {
+            lower.settle_rsp();
+        }
         if mode.window && insn.class == Class::Return && mode.bits == Bits::Bits64 {
             lower.recipe = returns::recipe(&decoded.insns[..at]);
         }
@@ -282,6 +286,7 @@ pub(crate) fn lower<'a>(
             lower.interrupt_window(insn);
         }
     }
+    lower.settle_rsp();
     let goes_on = |last: &&Insn| last.class == Class::Branch || !last.class.ends_block();
     if let Some(last) = decoded.insns.last().filter(goes_on) {
         lower.leave_lazily(last.live_out != 0);
@@ -326,6 +331,7 @@ impl Lower<'_> {
             spilled: contract(self.mode),
             lazy: true,
             carry: false,
+            rsp: 0,
         };
         self.restore_flags(0);
         self.settle_registers();
@@ -424,6 +430,7 @@ impl Lower<'_> {
     }
 
     fn add_site(&mut self, ip: u64, kind: Kind) -> usize {
+        debug_assert_eq!(self.homes.rsp, 0, "RSP waits at a site");
         self.sites.push(Site {
             block: self.block,
             ip,

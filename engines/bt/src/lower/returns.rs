@@ -116,7 +116,8 @@ impl Lower<'_> {
             self.compare_return(insn, displacement)?;
             let compared = self.position() - 4;
             if guess == 0 {
-                self.move_rsp(by);
+                let waiting = std::mem::take(&mut self.homes.rsp);
+                self.move_rsp(i32::from(waiting) + by);
             }
             self.guess(insn, compared);
         }

@@ -1,6 +1,7 @@
 //! push, pop, leave, and the stack halves of call and ret.
 //!
-//! RSP moves after the access that can fault, so a faulting push or pop can be run again.
+//! RSP moves after the access that can fault, so a faulting push or pop can be run again. Pushes and pops through
+//! the window let it wait for those that follow, and move it once: each would wait for the one before.
 
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{OpKind, Register};

@@ -16,7 +16,7 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, MemoryOperand, OpKind, Register};
 use std::mem::offset_of;
 
-use super::{Cold, Lower, gpr64, memory::Address, memory::whole_operand, memory_operand};
+use super::{Cold, Lower, RSP, gpr64, memory::Address, memory::whole_operand, memory_operand};
 use crate::{
     checks::{Outside, Route, constant},
     context::Context,
@@ -104,6 +104,7 @@ impl Lower<'_> {
 
     /// Leaves if `register` is too large.
     fn limit(&mut self, insn: &Insn, register: u8, index: bool, kind: Kind) {
+        self.settle_rsp();
         let limit = self.layout.slot(if index {
             offset_of!(Context, index_limit)
         } else {
@@ -187,7 +188,55 @@ impl Lower<'_> {
             && instr.segment_prefix() == Register::None
     }
 
+    /// True if `insn`, before `next`, can do with RSP that has yet to move: it neither names RSP nor leaves in the
+    /// middle, or is one of those that move it.
+    pub(super) fn may_wait(&self, insn: &Insn, next: Option<&Insn>) -> bool {
+        /// Within a byte, whatever the instruction adds.
+        const FAR: i8 = 100;
+        if self.homes.rsp == 0 {
+            return true;
+        }
+        let near = self.homes.rsp.unsigned_abs() < FAR as u8;
+        match insn.class {
+            Class::Plain | Class::Lea | Class::Nop => {
+                // A comparison stays with its branch.
+                let before_branch = next.is_some_and(|next| next.class == Class::Branch);
+                !insn.faults && (insn.reads | insn.modifies) & RSP == 0 && !before_branch
+            }
+            Class::Push | Class::Pop => near && self.moves_rsp_late(insn),
+            Class::Call | Class::Return => near && self.windowed(),
+            _ => false,
+        }
+    }
+
+    /// A push or pop through the window of another register than RSP.
+    fn moves_rsp_late(&self, insn: &Insn) -> bool {
+        let instr = &insn.instr;
+        self.mode.bits == Bits::Bits64
+            && self.windowed()
+            && !(instr.op0_kind() == OpKind::Register
+                && instr.op0_register().full_register() == Register::RSP)
+    }
+
+    /// Moves RSP by what it has to move.
+    pub(super) fn settle_rsp(&mut self) {
+        let by = std::mem::take(&mut self.homes.rsp);
+        if by != 0 {
+            self.move_rsp(by.into());
+        }
+    }
+
+    /// Has RSP move by `by`, later.
+    fn move_rsp_late(&mut self, insn: &Insn, by: i32) {
+        if self.moves_rsp_late(insn) {
+            self.homes.rsp += by as i8;
+        } else {
+            self.move_rsp(by);
+        }
+    }
+
     pub(super) fn stack_operand(&self, displacement: i32) -> MemoryOperand {
+        let displacement = displacement + i32::from(self.homes.rsp);
         let base = match self.mode.bits {
             Bits::Bits64 => Register::RSP,
             Bits::Bits32 | Bits::Bits16 => Register::ESP,
@@ -242,14 +291,15 @@ impl Lower<'_> {
         } else {
             self.store_constant_in_window(insn, insn.instr.immediate(0) as i64, size)?;
         }
-        self.move_rsp(-size);
+        self.move_rsp_late(insn, -size);
         Ok(())
     }
 
     pub(super) fn push_return_in_window(&mut self, insn: &Insn) -> Result<(), String> {
         let size = self.return_size();
         self.store_constant_in_window(insn, insn.instr.next_ip() as i64, size)?;
-        self.move_rsp(-size);
+        let waiting = std::mem::take(&mut self.homes.rsp);
+        self.move_rsp(i32::from(waiting) - size);
         Ok(())
     }
 
@@ -277,7 +327,7 @@ impl Lower<'_> {
         let operand = self.stack_operand(0);
         self.load_in_window(insn, target, operand, size)?;
         self.homes.spilled &= !(1 << target);
-        self.move_rsp(size);
+        self.move_rsp_late(insn, size);
         Ok(())
     }
 

@@ -45,6 +45,7 @@ mod sequence;
 mod sides;
 mod snippets;
 mod snippets_of_state;
+mod stack;
 mod table;
 mod translated;
 
