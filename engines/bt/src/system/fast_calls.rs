@@ -36,9 +36,12 @@ impl Core {
         if self.cpu.efer & EFER_SCE == 0 || !self.cpu.long() {
             return Err(Fault::ud().into());
         }
-        // Some processors know it in compatibility mode too, with a target of its own (APM 3, SYSCALL).
+        // In compatibility mode it is #UD on the processor that CPUID describes (SDM 2B), and some
+        // kernels leave CSTAR as reset does when they see that processor: a process could end them
+        // by a jump to 0. Where a kernel gives a target it means to be called (APM 3, SYSCALL).
         let target = match self.cpu.bits() {
             Bits::Bits64 => self.cpu.lstar,
+            Bits::Bits32 | Bits::Bits16 if self.cpu.cstar == 0 => return Err(Fault::ud().into()),
             Bits::Bits32 | Bits::Bits16 => self.cpu.cstar,
         };
         let flags = self.rflags();

@@ -525,6 +525,17 @@ fn syscall_of_compatibility_mode_has_a_target_of_its_own() {
         wrmsr(asm, 0xc000_0084, 0, 0x100)
     });
     assert_eq!(end, End::Halt);
+    // A kernel that has given it none gets #UD instead of a jump to 0.
+    let kernel = rig.state;
+    let end = rig.try_code(|asm| wrmsr(asm, 0xc000_0083, 0, 0));
+    assert_eq!(end, End::Halt);
+    rig.state = user;
+    rig.state.segments[CpuState::CS] = segment(USER_CS_32, 0, u32::MAX, 0xc0fb);
+    rig.bytes(&[0x0f, 0x05]);
+    assert_eq!(rig.run(), End::Vector(6));
+    rig.state = kernel;
+    let end = rig.try_code(|asm| wrmsr(asm, 0xc000_0083, 0, FREE as u32 + 0x800));
+    assert_eq!(end, End::Halt);
     // 32-bit code in ring 3, with TF set: the mask clears it before it can trap.
     rig.state = user;
     rig.state.segments[CpuState::CS] = segment(USER_CS_32, 0, u32::MAX, 0xc0fb);
